@@ -1,0 +1,8 @@
+"""Learning rates that tune themselves while the model trains, by hypergradient descent."""
+
+from lightning_hd.callback import HypergradientDescent
+from lightning_hd.hypergradient import HypergradientLR
+from lightning_hd.rules import Additive, Multiplicative, Observation, Rule
+
+__all__ = ["Additive", "HypergradientDescent", "HypergradientLR", "Multiplicative", "Observation", "Rule"]
+__version__ = "0.1.0.dev0"

@@ -1,0 +1,261 @@
+"""HypergradientDescent: the Lightning callback. Hooks stand in the order in which the Trainer calls them."""
+
+import math
+from functools import partial
+from typing import Any, Literal
+
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
+from torch import nn
+from torch.utils.hooks import RemovableHandle
+from torchmetrics import MeanMetric
+
+from lightning_hd.hypergradient import HypergradientLR, check_arguments
+from lightning_hd.rules import Rule
+from lightning_hd.tensorboard import group_names, optimizer_names, tag
+
+
+class HypergradientDescent(Callback):
+    r"""Tunes the learning rate of every optimizer of the Trainer while the model trains, and logs it.
+
+    Add it to a Trainer; nothing else changes::
+
+        trainer = Trainer(callbacks=[HypergradientDescent()])
+
+    One :class:`~lightning_hd.HypergradientLR` is attached to each optimizer that ``configure_optimizers`` returns when
+    training starts, in automatic and in manual optimization, and detached when training ends or an exception stops it.
+    Logged to every logger of the Trainer, against the step axis of Lightning's own metrics:
+
+    - ``hypergradient/lr-Adam``: the effective learning rate, the one that the last step used (each group);
+    - ``hypergradient/scale-Adam``: the learned scale, that rate over the configured or scheduled one;
+    - ``hypergradient/value-Adam``: the hypergradient, averaged over the steps since it was last logged;
+    - ``hypergradient/cosine-Adam``: the cosine between new gradient and last direction, averaged likewise.
+
+    The part behind the dash follows ``LearningRateMonitor``: ``Adam-1`` for a second Adam, ``Adam/pg1`` or ``Adam/``
+    and the group's ``name`` where there are several groups. The learning rates are in ``trainer.callback_metrics``
+    after every batch too, so that other callbacks can monitor them.
+
+    The source is "Online Learning Rate Adaptation with Hypergradient Descent" (Baydin et al., ICLR 2018,
+    arXiv 1703.04782).
+
+    Args:
+        rule: ``"additive"`` or ``"multiplicative"``, the two rules of the paper, or a :class:`~lightning_hd.Rule`
+            object.
+        hypergrad_lr: ``β`` of the rule; ``None``: the rule's default. With 0, training is the same, bit for bit, as
+            without the callback.
+        scope: ``"global"``: one scale for all parameter groups of an optimizer, whose ratios stay as configured;
+            ``"group"``: one for each.
+        min_lr: Lower clamp on the effective learning rate; ``None``: unclamped, as in the paper.
+        max_lr: Upper clamp; ``None``: unclamped.
+        log_every_n_steps: Logging interval in steps; ``None``: the Trainer's. 0: nothing is logged.
+        prog_bar: Whether to show the learning rates in the progress bar.
+
+    Attributes:
+        engines: The :class:`~lightning_hd.HypergradientLR` of each optimizer, while training and after it.
+
+    Raises:
+        TypeError: An argument is of the wrong type; when training starts: an optimizer, a strategy or a module is not
+            supported.
+        ValueError: An argument or a configured learning rate is out of range; when training starts: a checkpoint holds
+            the state of another rule, scope or layout of optimizers.
+        RuntimeError: When training starts: an optimizer is tuned by another instance already.
+    """
+
+    def __init__(
+        self,
+        rule: str | Rule = "additive",
+        hypergrad_lr: float | None = None,
+        scope: Literal["global", "group"] = "global",
+        min_lr: float | None = 0.0,
+        max_lr: float | None = None,
+        log_every_n_steps: int | None = None,
+        prog_bar: bool = False,
+    ) -> None:
+        check_arguments(rule, hypergrad_lr, scope, min_lr, max_lr)
+        if log_every_n_steps is not None:
+            if isinstance(log_every_n_steps, bool) or not isinstance(log_every_n_steps, int):
+                raise TypeError(f"log_every_n_steps must be a whole number or None, got {log_every_n_steps!r}")
+            if log_every_n_steps < 0:
+                raise ValueError(f"log_every_n_steps must not be negative, got {log_every_n_steps}")
+        self.rule = rule
+        self.hypergrad_lr = hypergrad_lr
+        self.scope = scope
+        self.min_lr = min_lr
+        self.max_lr = max_lr
+        self.log_every_n_steps = log_every_n_steps
+        self.prog_bar = prog_bar
+        self.engines: list[HypergradientLR] = []
+        self._trackers: list[_Tracker] = []
+        self._restored: list[dict[str, Any]] | None = None
+
+    @property
+    def lrs(self) -> dict[str, list[float]]:
+        """The effective learning rate of every optimizer step since training started or was resumed, by group name."""
+        return {f"lr-{name}": lrs for tracker in self._trackers for name, lrs in tracker.history()}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Keep the state of a checkpoint until training starts."""
+        self._restored = state_dict["optimizers"]
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Attach to every optimizer."""
+        _check_strategy(trainer)
+        _check_modules(pl_module)
+        self._detach()
+        self.engines, self._trackers = [], []
+        scheduled = [config.scheduler.optimizer for config in trainer.lr_scheduler_configs]
+        optimizers = [optimizer for optimizer in trainer.optimizers if optimizer.param_groups]
+        for optimizer, name in zip(optimizers, optimizer_names(optimizers), strict=True):
+            engine = HypergradientLR(optimizer, self.rule, self.hypergrad_lr, self.scope, self.min_lr, self.max_lr)
+            self.engines.append(engine)
+            if any(optimizer is other for other in scheduled):
+                engine.scheduled = True
+            self._trackers.append(_Tracker(engine, name))
+        self._restore()
+        if not self.engines:
+            rank_zero_warn("HypergradientDescent: the Trainer has no optimizer, so there is no learning rate to tune.")
+        elif not trainer.loggers:
+            rank_zero_info(
+                "HypergradientDescent: the Trainer has no logger, so the learning rates are tuned but not logged; "
+                "after training they are in the callback's `lrs`."
+            )
+
+    def on_train_batch_end(
+        self,
+        trainer: Trainer,
+        pl_module: LightningModule,
+        outputs: Any,  # noqa: ARG002
+        batch: Any,  # noqa: ARG002
+        batch_idx: int,  # noqa: ARG002
+    ) -> None:
+        """Log, where a step was taken."""
+        if not any(tracker.has_news() for tracker in self._trackers):
+            return
+        if not trainer.barebones:
+            lrs = {key: lr for tracker in self._trackers for key, lr in tracker.lr_metrics().items()}
+            pl_module.log_dict(lrs, on_step=True, on_epoch=False, prog_bar=self.prog_bar, logger=False)
+        every = self.log_every_n_steps
+        if every is None:
+            every = trainer.log_every_n_steps  # type: ignore[attr-defined]  # public, but set without an annotation
+        # The step axis of `self.log`. Lightning offers nothing public for it: `global_step` counts the steps of all
+        # optimizers, so that it differs in manual optimization. `LearningRateMonitor` reads the same attribute.
+        step = trainer.fit_loop.epoch_loop._batches_that_stepped
+        if every and (step + 1) % every == 0:
+            metrics = {key: value for tracker in self._trackers for key, value in tracker.metrics().items()}
+            for logger in trainer.loggers:
+                logger.log_metrics(metrics, step=step)
+
+    def on_exception(
+        self,
+        trainer: Trainer,  # noqa: ARG002
+        pl_module: LightningModule,  # noqa: ARG002
+        exception: BaseException,  # noqa: ARG002
+    ) -> None:
+        """Detach."""
+        self._detach()
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:  # noqa: ARG002
+        """Detach."""
+        self._detach()
+
+    def state_dict(self) -> dict[str, Any]:
+        """The learned scalars of every optimizer; the tensors are in the optimizers' own state, under keys ``hd_*``."""
+        if self.engines:
+            return {"optimizers": [engine.state_dict() for engine in self.engines]}
+        return {} if self._restored is None else {"optimizers": self._restored}
+
+    def _restore(self) -> None:
+        if self._restored is None:
+            return
+        if len(self._restored) != len(self.engines):
+            raise ValueError(
+                f"the checkpoint holds HypergradientDescent's state of {len(self._restored)} optimizers, but "
+                f"configure_optimizers returned {len(self.engines)}"
+            )
+        for engine, state_dict in zip(self.engines, self._restored, strict=True):
+            engine.load_state_dict(state_dict)
+        self._restored = None
+
+    def _detach(self) -> None:
+        """Checkpoints may be written after training as well, so the engines' state stays."""
+        for engine, tracker in zip(self.engines, self._trackers, strict=False):
+            engine.detach(keep_state=True)
+            tracker.detach()
+
+
+class _Tracker:
+    """What there is to log of one optimizer: its trajectory, and means since they were last logged."""
+
+    def __init__(self, engine: HypergradientLR, name: str) -> None:
+        self._engine = engine
+        self._name = name
+        self._history: list[list[float]] = []
+        self._means: dict[tuple[str, int], MeanMetric] = {}
+        self._recorded = engine.step_count
+        self._logged = engine.step_count
+        self._handle: RemovableHandle = engine.optimizer.register_step_post_hook(partial(_record, self))
+
+    def detach(self) -> None:
+        self._handle.remove()
+
+    def record(self) -> None:
+        """Called after every call of ``optimizer.step``, which need not have been a step of the engine."""
+        if self._engine.step_count == self._recorded:
+            return
+        self._recorded = self._engine.step_count
+        lrs = self._engine.lrs
+        self._history.extend([] for _ in lrs[len(self._history) :])
+        for history, lr in zip(self._history, lrs, strict=True):
+            history.append(lr)
+        for i, seen in enumerate(self._engine.last):
+            if seen is None or not all(map(math.isfinite, seen)):
+                continue
+            for quantity, value in (("value", seen.hypergradient), ("cosine", seen.cosine)):
+                # Every rank sees the same numbers, so there is nothing to synchronize.
+                self._means.setdefault((quantity, i), MeanMetric(sync_on_compute=False)).update(value)
+
+    def has_news(self) -> bool:
+        """Whether a step was taken since this was last asked."""
+        news = self._recorded != self._logged
+        self._logged = self._recorded
+        return news
+
+    def history(self) -> list[tuple[str, list[float]]]:
+        return list(zip(group_names(self._name, self._engine.optimizer), self._history, strict=False))
+
+    def lr_metrics(self) -> dict[str, float]:
+        names = group_names(self._name, self._engine.optimizer)
+        return {tag("lr", name): lr for name, lr in zip(names, self._engine.lrs, strict=True)}
+
+    def metrics(self) -> dict[str, float]:
+        """All that is logged; the means start anew."""
+        scales = self._engine.scales
+        names = [self._name] if len(scales) == 1 else group_names(self._name, self._engine.optimizer)
+        metrics = self.lr_metrics()
+        metrics |= {tag("scale", name): scale for name, scale in zip(names, scales, strict=False)}
+        for (quantity, i), mean in self._means.items():
+            metrics[tag(quantity, names[i])] = float(mean.compute())
+        self._means.clear()
+        return metrics
+
+
+def _record(tracker: _Tracker, *_: Any) -> None:
+    tracker.record()
+
+
+def _check_strategy(trainer: Trainer) -> None:
+    if not isinstance(trainer.strategy, (SingleDeviceStrategy, DDPStrategy)):
+        raise TypeError(
+            f"HypergradientDescent does not support {type(trainer.strategy).__name__}: its dot products would see a "
+            "part of the parameters only. Use strategy='ddp' or a single device"
+        )
+
+
+def _check_modules(pl_module: LightningModule) -> None:
+    for name, module in pl_module.named_modules():
+        if isinstance(module, (nn.Embedding, nn.EmbeddingBag)) and module.sparse and module.weight.requires_grad:
+            raise TypeError(
+                f"module '{name}' has sparse gradients, which HypergradientDescent does not support: build it with "
+                "sparse=False"
+            )

@@ -1,0 +1,59 @@
+"""Dot products and norms over the tensors of a model, with enough digits for every dtype."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+
+def as_real(tensor: Tensor) -> Tensor:
+    """A complex tensor as the real one of twice the size that the optimizers see; any other tensor as it is."""
+    return torch.view_as_real(tensor) if tensor.is_complex() else tensor
+
+
+def widen(tensor: Tensor) -> Tensor:
+    """A tensor of less than 32 bits an element in float32; any other tensor as it is."""
+    return tensor.float() if tensor.dtype.itemsize < 4 else tensor
+
+
+def products(g: Tensor, d: Tensor) -> Tensor:
+    """``g · d``, ``‖g‖²`` and ``‖d‖²`` of one parameter, as one tensor of shape (3,).
+
+    Args:
+        g: Gradient, real or complex, of any shape.
+        d: Direction, real, of the shape of ``as_real(g)``.
+
+    Returns:
+        The sums in float64 (float32 on devices without float64), on the device of ``g``. Products of float32 tensors
+        and of narrower ones are accumulated in float32, squares in float64.
+    """
+    g, d = widen(as_real(g)), widen(as_real(d))
+    if g.dtype != d.dtype:
+        dtype = torch.promote_types(g.dtype, d.dtype)
+        g, d = g.to(dtype), d.to(dtype)
+    exact = torch.float32 if g.device.type == "mps" else torch.float64
+    dot = torch.dot(g.reshape(-1), d.reshape(-1))
+    return torch.stack([dot.to(exact), squared_norm(g, exact), squared_norm(d, exact)])
+
+
+def squared_norm(tensor: Tensor, dtype: torch.dtype = torch.float64) -> Tensor:
+    """``‖tensor‖²``, accumulated in ``dtype``, as a 0-dim tensor."""
+    norm: Tensor = torch.linalg.vector_norm(tensor, dtype=dtype)
+    return norm.square()
+
+
+def totals(parts: Sequence[Tensor], weights: Sequence[float]) -> tuple[float, float, float]:
+    """Sum over parameters of ``w g·d``, ``‖g‖²`` and ``w² ‖d‖²``.
+
+    Args:
+        parts: What :func:`products` returned for each parameter.
+        weights: ``w`` for each parameter, the derivative of its group's rate with respect to the scope's.
+
+    Returns:
+        The three sums as Python floats: the one place where the host waits for the device.
+    """
+    device = parts[0].device
+    table = torch.stack([part.to(device) for part in parts])
+    w = table.new_tensor(weights)
+    dot, g_squared, d_squared = (table * torch.stack([w, torch.ones_like(w), w * w], dim=1)).sum(dim=0).tolist()
+    return dot, g_squared, d_squared

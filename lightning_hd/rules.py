@@ -1,0 +1,238 @@
+"""Rules: how the learning rate follows the hypergradient. Scalars in, scalars out.
+
+The source of the rules is Section 3 of "Online Learning Rate Adaptation with Hypergradient Descent" (Baydin, Cornish,
+Martínez Rubio, Schmidt, Wood; ICLR 2018; arXiv 1703.04782), called "the paper" below.
+"""
+
+import copy
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, ClassVar, NamedTuple, TypeVar
+
+from torch import Tensor
+
+Scalar = TypeVar("Scalar", float, Tensor)
+"""A Python float or a 0-dim tensor; a rule computes with either and never needs to know which."""
+
+
+class Observation(NamedTuple):
+    """What one step tells about the learning rate of one scope.
+
+    Args:
+        hypergradient: ``h_t = -g_t · d_{t-1}``, the derivative of the loss with respect to the last learning rate.
+        grad_norm: ``‖g_t‖``, the Euclidean norm of the new gradient.
+        direction_norm: ``‖d_{t-1}‖ = ‖∂u_{t-1}/∂α‖``, the Euclidean norm of the last update direction.
+    """
+
+    hypergradient: float
+    grad_norm: float
+    direction_norm: float
+
+    @property
+    def cosine(self) -> float:
+        """Cosine of ``g_t`` and ``d_{t-1}``: positive where the last step should have been longer; 0 for zero norms."""
+        norms = self.grad_norm * self.direction_norm
+        return -self.hypergradient / (norms + (norms == 0))  # the comparison keeps 0/0 out, for tensors as well
+
+
+def inverse_square(step: int) -> float:
+    """``δ(t) = 1/t²``, the weight that the paper proposes for its transition to a fixed rate (Section 5)."""
+    return step**-2
+
+
+class Rule(ABC):
+    """How a learning rate follows its hypergradient.
+
+    Subclass it to try a rule of your own. One copy of the rule (see :meth:`bind`) serves one scope: an optimizer, or a
+    parameter group with ``scope="group"``; it may hold scalars of its own.
+    """
+
+    long_horizon: ClassVar[bool] = False
+    """``True``: the hypergradient is taken with respect to the discounted sum of directions ``D_t = μ_t D_{t-1} + d_t``
+    (see :meth:`discount`), for which one parameter-sized buffer is kept, instead of the last direction alone."""
+
+    picks_start: ClassVar[bool] = False
+    """``True``: the first learning rate comes from :meth:`start`, and the configured one sets ratios only."""
+
+    @abstractmethod
+    def update(self, lr: Scalar, seen: Observation, step: int) -> Scalar:
+        """The next learning rate ``α_t``.
+
+        Args:
+            lr: The learning rate ``α_{t-1}``.
+            seen: What this step's gradient tells about it.
+            step: ``t``, counted from 1; the first step that has an observation is the second.
+        """
+
+    def used(self, lr: Scalar, step: int) -> Scalar:  # noqa: ARG002
+        """The rate that step ``t`` is taken with, where it is not ``α_t`` itself."""
+        return lr
+
+    def discount(self, step: int) -> float:
+        """``μ_t`` of the discounted sum of directions, for a rule with :attr:`long_horizon`."""
+        raise NotImplementedError(f"{type(self).__name__} has a long horizon and must say how it discounts")
+
+    def start(self, param_norm: float, direction_norm: float) -> float:
+        """The first rate ``α_1`` from ``‖θ_0‖`` and ``‖d_1‖``, for a rule with :attr:`picks_start`."""
+        raise NotImplementedError(f"{type(self).__name__} picks its first rate and must say which")
+
+    def check_start(self, lr: float) -> None:  # noqa: B027
+        """Raise :class:`ValueError` where the rule cannot work from the configured rate ``lr``."""
+
+    def bind(self, normalized: bool) -> "Rule":  # noqa: ARG002
+        """A copy of the rule for one scope.
+
+        Args:
+            normalized: Whether the optimizer divides the gradient by its scale (Adam and its like), rather than taking
+                steps proportional to it (SGD).
+        """
+        return copy.deepcopy(self)
+
+    def state_dict(self) -> dict[str, Any]:
+        """The scalars that the rule has learned; none unless a subclass has some."""
+        return {}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:  # noqa: B027
+        """Take over what :meth:`state_dict` returned."""
+
+
+@dataclass
+class _PaperRule(Rule):
+    """What the paper's two rules share: β and the transition to a fixed rate."""
+
+    hypergrad_lr: float | None = None
+    limit_lr: float | None = None
+    weight: Callable[[int], float] = inverse_square
+
+    def __post_init__(self) -> None:
+        if self.hypergrad_lr is not None:
+            self.hypergrad_lr = check_number("hypergrad_lr", self.hypergrad_lr, minimum=0.0)
+        if self.limit_lr is not None:
+            self.limit_lr = check_number("limit_lr", self.limit_lr)
+        if not callable(self.weight):
+            raise TypeError(f"weight must be a function of the step, got {self.weight!r}")
+
+    def used(self, lr: Scalar, step: int) -> Scalar:
+        if self.limit_lr is None:
+            return lr
+        weight = self.weight(step)
+        return weight * lr + (1 - weight) * self.limit_lr
+
+    def bind(self, normalized: bool) -> "_PaperRule":
+        bound = copy.deepcopy(self)
+        if bound.hypergrad_lr is None:
+            bound.hypergrad_lr = self.default_hypergrad_lr(normalized)
+        return bound
+
+    @staticmethod
+    def default_hypergrad_lr(normalized: bool) -> float:
+        """β where the user names none."""
+        raise NotImplementedError
+
+
+@dataclass
+class Additive(_PaperRule):
+    r"""The paper's main rule, ``α_t = α_{t-1} - β h_t`` (Section 3, "additive").
+
+    Args:
+        hypergrad_lr: ``β ≥ 0``. Its unit is that of α over that of h, so it depends on the scale of the loss. ``None``:
+            the values of the paper's experiments with logistic regression and multi-layer networks (Section 4), 1e-3
+            for optimizers whose steps are proportional to the gradient (SGD with or without momentum) and 1e-7 for all
+            others (the paper's Adam).
+        limit_lr: ``α_∞`` of the paper's transition to a fixed rate, ``γ_t = δ(t) α_t + (1 - δ(t)) α_∞`` (Section 5):
+            step ``t`` is taken with ``γ_t`` while ``α_t`` goes on as without it. ``None``: no transition.
+        weight: ``δ(t)``, a function of the step (counted from 1) with ``δ(1) = 1`` that goes to 0.
+
+    Raises:
+        TypeError: An argument is not a number, or ``weight`` not a function.
+        ValueError: ``hypergrad_lr`` is negative, or an argument not finite.
+    """
+
+    def update(self, lr: Scalar, seen: Observation, step: int) -> Scalar:  # noqa: ARG002
+        """``α_t = α_{t-1} - β h_t``."""
+        assert self.hypergrad_lr is not None, "bind() sets it"
+        return lr - self.hypergrad_lr * seen.hypergradient
+
+    @staticmethod
+    def default_hypergrad_lr(normalized: bool) -> float:
+        """1e-3, or 1e-7 for optimizers that normalize the gradient."""
+        return 1e-7 if normalized else 1e-3
+
+
+@dataclass
+class Multiplicative(_PaperRule):
+    """The paper's multiplicative rule, ``α_t = α_{t-1} (1 - β' h_t / (‖g_t‖ ‖∂u_{t-1}/∂α‖))`` (Section 3).
+
+    The fraction is minus the cosine between the new gradient and the last direction, so the rule does not depend on the
+    scale of the loss, and α changes by at most a factor of ``1 ± β'`` a step.
+
+    Args:
+        hypergrad_lr: ``β' ≥ 0``, without unit. ``None``: 0.02, so that a rate which is too small grows a thousandfold
+            within some 350 steps. The paper gives no value for it.
+        limit_lr: As in :class:`Additive`.
+        weight: As in :class:`Additive`.
+
+    Raises:
+        TypeError: An argument is not a number, or ``weight`` not a function.
+        ValueError: ``hypergrad_lr`` is negative, or an argument not finite.
+    """
+
+    def update(self, lr: Scalar, seen: Observation, step: int) -> Scalar:  # noqa: ARG002
+        """``α_t = α_{t-1} (1 + β' cos(g_t, d_{t-1}))``."""
+        assert self.hypergrad_lr is not None, "bind() sets it"
+        return lr * (1 + self.hypergrad_lr * seen.cosine)
+
+    def check_start(self, lr: float) -> None:
+        """A product never leaves 0."""
+        if lr == 0:
+            raise ValueError(
+                "rule 'multiplicative' cannot leave a learning rate of 0: configure a positive lr in the optimizer, or "
+                "use rule='additive'"
+            )
+
+    @staticmethod
+    def default_hypergrad_lr(normalized: bool) -> float:  # noqa: ARG004
+        """0.02 for every optimizer."""
+        return 0.02
+
+
+RULES: dict[str, type[_PaperRule]] = {"additive": Additive, "multiplicative": Multiplicative}
+
+
+def make_rule(rule: str | Rule, hypergrad_lr: float | None) -> Rule:
+    """The rule that the arguments of the public classes name.
+
+    Raises:
+        TypeError: ``rule`` is neither a name nor a :class:`Rule`.
+        ValueError: No rule has that name, or ``hypergrad_lr`` comes beside a rule object that carries its own.
+    """
+    if isinstance(rule, Rule):
+        if hypergrad_lr is not None:
+            raise ValueError(
+                f"hypergrad_lr={hypergrad_lr} beside a rule object: give it to the rule, as in "
+                f"rule={type(rule).__name__}(hypergrad_lr={hypergrad_lr})"
+            )
+        return rule
+    if not isinstance(rule, str):
+        raise TypeError(f"rule must be one of {sorted(RULES)} or a Rule object, got {rule!r}")
+    if rule not in RULES:
+        raise ValueError(f"rule must be one of {sorted(RULES)} or a Rule object, got {rule!r}")
+    return RULES[rule](hypergrad_lr=hypergrad_lr)
+
+
+def check_number(name: str, value: float, minimum: float = -math.inf) -> float:
+    """``value`` as a finite float that is at least ``minimum``.
+
+    Raises:
+        TypeError: It is not a real number.
+        ValueError: It is not finite, or below ``minimum``.
+    """
+    if isinstance(value, bool) or not hasattr(value, "__float__") or isinstance(value, Tensor):
+        raise TypeError(f"{name} must be a number, got {value!r}")
+    number = float(value)
+    if not math.isfinite(number) or number < minimum:
+        bound = "" if minimum == -math.inf else f" of at least {minimum:g}"
+        raise ValueError(f"{name} must be a finite number{bound}, got {value!r}")
+    return number
