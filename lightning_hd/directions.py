@@ -96,12 +96,12 @@ class Gradient(Direction):
         if self.decay:
             copy.add_(p, alpha=self.decay)
 
-    def settle(self, copy: Tensor, p: Tensor, state: dict[str, Any]) -> None:  # noqa: ARG002
+    def settle(self, copy: Tensor, p: Tensor, state: dict[str, Any]) -> None:
         """Add ``μ v_t``, which only the step has made."""
         if self.nesterov:
             copy.add_(state["momentum_buffer"], alpha=self.nesterov)
 
-    def read(self, p: Tensor, state: dict[str, Any]) -> Tensor:  # noqa: ARG002
+    def read(self, p: Tensor, state: dict[str, Any]) -> Tensor:
         """The copy."""
         return as_real(state[DIRECTION])
 
@@ -110,7 +110,7 @@ class Gradient(Direction):
 class HeavyBall(Direction):
     """SGD with momentum: ``d_t = v_t``, which is the optimizer's momentum buffer."""
 
-    def read(self, p: Tensor, state: dict[str, Any]) -> Tensor:  # noqa: ARG002
+    def read(self, p: Tensor, state: dict[str, Any]) -> Tensor:
         """The optimizer's own buffer."""
         return as_real(state["momentum_buffer"])
 
@@ -152,17 +152,17 @@ class Measured(Direction):
     copies: ClassVar[bool] = True
     lr: float
 
-    def keep(self, copy: Tensor, p: Tensor, g: Tensor) -> None:  # noqa: ARG002
+    def keep(self, copy: Tensor, p: Tensor, g: Tensor) -> None:
         """``θ_{t-1}``."""
         copy.copy_(p)
 
-    def settle(self, copy: Tensor, p: Tensor, state: dict[str, Any]) -> None:  # noqa: ARG002
+    def settle(self, copy: Tensor, p: Tensor, state: dict[str, Any]) -> None:
         """``(θ_{t-1} - θ_t) / α_t``; without a rate there was no step."""
         copy.sub_(p)
         if self.lr:
             copy.div_(self.lr)
 
-    def read(self, p: Tensor, state: dict[str, Any]) -> Tensor:  # noqa: ARG002
+    def read(self, p: Tensor, state: dict[str, Any]) -> Tensor:
         """The copy."""
         return as_real(state[DIRECTION])
 

@@ -296,7 +296,7 @@ class HypergradientLR:
 
     def _before_step(
         self,
-        optimizer: Optimizer,  # noqa: ARG002
+        optimizer: Optimizer,
         args: tuple[Any, ...],
         kwargs: dict[str, Any],
     ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
@@ -323,7 +323,7 @@ class HypergradientLR:
 
         return tune_after_backward
 
-    def _after_step(self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:  # noqa: ARG002
+    def _after_step(self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Post-hook: runs only when the step really happened."""
         if _calling_frame() is not self._step_frame:
             return
@@ -373,10 +373,12 @@ class HypergradientLR:
         if not parts:
             return None
         dot, g_squared, d_squared = totals(parts, weights)
-        if d_squared == 0 < g_squared and any(isinstance(group.direction, Measured) for group in self._groups):
+        measured = [group.direction for group in self._groups if isinstance(group.direction, Measured)]
+        if d_squared == 0 < g_squared and any(direction.lr for direction in measured):
             self._warn(
+                "vanished step",
                 "the last step vanished in the rounding of the parameters, so its direction is unknown and the "
-                "learning rate stays as it is: start from a larger one, or from 0"
+                "learning rate stays as it is: start from a larger one, or from 0",
             )
         return Observation(-dot, math.sqrt(g_squared), math.sqrt(d_squared))
 
@@ -389,8 +391,9 @@ class HypergradientLR:
             return direction.read(p, state)
         except KeyError:
             self._warn(
+                "lost direction",
                 "the optimizer's state has lost the last direction (was it loaded from a checkpoint written without "
-                "it?); the learning rate stays as it is for one step"
+                "it?); the learning rate stays as it is for one step",
             )
             return None
 
@@ -410,8 +413,9 @@ class HypergradientLR:
             return lr, used
         self.nonfinite_steps += 1
         self._warn(
+            "not finite",
             f"step {step}: not a finite number in (hypergradient, ‖g‖, ‖d‖) = {tuple(seen or ())} or in the rate made "
-            f"of it; the learning rate stays at {scope.used:g}. Further such steps are counted in nonfinite_steps"
+            f"of it; the learning rate stays at {scope.used:g}. Further such steps are counted in nonfinite_steps",
         )
         return scope.lr, scope.used
 
@@ -550,7 +554,9 @@ class HypergradientLR:
         reference = max(configured, key=abs)
         scope.from_zero = reference == 0
         if scope.from_zero and self._anchored_to_scheduler:
-            self._warn("a scheduler multiplies the configured learning rate, which is 0: the product stays 0")
+            self._warn(
+                "zero schedule", "a scheduler multiplies the configured learning rate, which is 0: the product stays 0"
+            )
         scope.reference = 1.0 if scope.from_zero else reference
         scope.lr = scope.used = 0.0 if scope.from_zero and not self._anchored_to_scheduler else scope.reference
         if not scope.rule.picks_start and not scope.started:
@@ -591,15 +597,12 @@ class HypergradientLR:
             low = 0.0  # a schedule that goes to 0 must not drive the scale up
         return low, self._max_lr / min(weights)
 
-    def _warn(self, message: str) -> None:
-        """Warn once for each message's first words, on rank zero."""
-        kind = message[:40]
-        if kind not in self._warned:
-            self._warned.add(kind)
-            distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
-            if not distributed or torch.distributed.get_rank() == 0:
-                name = f"HypergradientLR({type(self.optimizer).__name__})"
-                warnings.warn(f"{name}: {message}", RuntimeWarning, stacklevel=2)
+    def _warn(self, kind: str, message: str) -> None:
+        """Warn once of each kind of thing, on rank zero."""
+        distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
+        if kind not in self._warned and not (distributed and torch.distributed.get_rank()):
+            warnings.warn(f"HypergradientLR({type(self.optimizer).__name__}): {message}", RuntimeWarning, stacklevel=2)
+        self._warned.add(kind)
 
 
 def check_arguments(

@@ -66,7 +66,7 @@ class Rule(ABC):
             step: ``t``, counted from 1; the first step that has an observation is the second.
         """
 
-    def used(self, lr: Scalar, step: int) -> Scalar:  # noqa: ARG002
+    def used(self, lr: Scalar, step: int) -> Scalar:
         """The rate that step ``t`` is taken with, where it is not ``α_t`` itself."""
         return lr
 
@@ -81,7 +81,7 @@ class Rule(ABC):
     def check_start(self, lr: float) -> None:  # noqa: B027
         """Raise :class:`ValueError` where the rule cannot work from the configured rate ``lr``."""
 
-    def bind(self, normalized: bool) -> "Rule":  # noqa: ARG002
+    def bind(self, normalized: bool) -> "Rule":
         """A copy of the rule for one scope.
 
         Args:
@@ -150,7 +150,7 @@ class Additive(_PaperRule):
         ValueError: ``hypergrad_lr`` is negative, or an argument not finite.
     """
 
-    def update(self, lr: Scalar, seen: Observation, step: int) -> Scalar:  # noqa: ARG002
+    def update(self, lr: Scalar, seen: Observation, step: int) -> Scalar:
         """``α_t = α_{t-1} - β h_t``."""
         assert self.hypergrad_lr is not None, "bind() sets it"
         return lr - self.hypergrad_lr * seen.hypergradient
@@ -179,7 +179,7 @@ class Multiplicative(_PaperRule):
         ValueError: ``hypergrad_lr`` is negative, or an argument not finite.
     """
 
-    def update(self, lr: Scalar, seen: Observation, step: int) -> Scalar:  # noqa: ARG002
+    def update(self, lr: Scalar, seen: Observation, step: int) -> Scalar:
         """``α_t = α_{t-1} (1 + β' cos(g_t, d_{t-1}))``."""
         assert self.hypergrad_lr is not None, "bind() sets it"
         return lr * (1 + self.hypergrad_lr * seen.cosine)
@@ -193,7 +193,7 @@ class Multiplicative(_PaperRule):
             )
 
     @staticmethod
-    def default_hypergrad_lr(normalized: bool) -> float:  # noqa: ARG004
+    def default_hypergrad_lr(normalized: bool) -> float:
         """0.02 for every optimizer."""
         return 0.02
 

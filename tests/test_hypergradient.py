@@ -1,0 +1,866 @@
+"""HypergradientLR in plain loops: against the NumPy reference, and against the same training without it."""
+
+import copy
+import gc
+import math
+import sys
+import warnings
+import weakref
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.optim import SGD, Adam, AdamW, Optimizer, RMSprop, lr_scheduler
+
+from lightning_hd import Additive, HypergradientLR, Multiplicative, Observation, Rule
+from lightning_hd.rules import Scalar
+from tests import reference
+from tests.test_directions import CLASSES, REFUSED, CautiousAdam, SignDescent
+
+PAPER = {
+    "sgd": (SGD, {}, 1e-3),
+    "sgdn": (SGD, {"momentum": 0.9, "nesterov": True}, 1e-3),
+    "heavy_ball": (SGD, {"momentum": 0.9, "dampening": 0.3}, 1e-3),
+    "adam": (Adam, {}, 1e-5),
+}
+FAMILIES: list[tuple[Any, dict[str, Any]]] = [
+    (SGD, {}),
+    (SGD, {"momentum": 0.9, "weight_decay": 0.01}),
+    (SGD, {"momentum": 0.9, "nesterov": True}),
+    (Adam, {"amsgrad": True}),
+    (AdamW, {"weight_decay": 0.1}),
+    (RMSprop, {"momentum": 0.5}),
+    (SignDescent, {}),
+]
+
+
+def run(network: nn.Module, optimizer: Optimizer, steps: range, after: Callable[[int], None] = lambda _: None) -> None:
+    batches = reference.torch_batches()
+    dtype = next(network.parameters()).dtype
+    for step in steps:
+        x, y = batches[step]
+        optimizer.zero_grad()
+        reference.torch_loss(network, x.to(dtype), y.to(dtype)).backward()
+        optimizer.step()
+        after(step)
+
+
+def trajectory(network: nn.Module, optimizer: Optimizer, hd: HypergradientLR, steps: range) -> list[list[float]]:
+    lrs: list[list[float]] = []
+    run(network, optimizer, steps, lambda _: lrs.append(hd.lrs))
+    return lrs
+
+
+def same(a: nn.Module, b: nn.Module) -> bool:
+    return all(torch.equal(p, q) for p, q in zip(a.parameters(), b.parameters(), strict=True))
+
+
+def observed(hd: HypergradientLR, scope: int = 0) -> Observation:
+    seen = hd.last[scope]
+    assert seen is not None
+    return seen
+
+
+# ---------------------------------------------------------------------- the paper
+
+
+@pytest.mark.parametrize("with_closure", [False, True])
+@pytest.mark.parametrize("rule", ["additive", "multiplicative"])
+@pytest.mark.parametrize("method", PAPER)
+def test_trajectory_is_the_papers(method: str, rule: str, with_closure: bool) -> None:
+    cls, settings, beta = PAPER[method]
+    beta = beta if rule == "additive" else 0.02
+    lrs, parameters = reference.train(method, rule, 0.01, beta, settings)
+    network = reference.torch_network()
+    optimizer = cls(network.parameters(), lr=0.01, **settings)  # type: ignore[arg-type]
+    hd = HypergradientLR(optimizer, rule, beta, min_lr=None)
+    mine = []
+    for x, y in reference.torch_batches():
+
+        def closure(x: Tensor = x, y: Tensor = y) -> Tensor:
+            optimizer.zero_grad()
+            loss = reference.torch_loss(network, x, y)
+            loss.backward()
+            return loss
+
+        if with_closure:
+            assert optimizer.step(closure).item() > 0  # type: ignore[arg-type, union-attr]
+        else:
+            closure()
+            optimizer.step()
+        mine += hd.lrs
+    assert lrs[-1] > 1.1 * lrs[0], "the comparison needs a rate that moves"
+    np.testing.assert_allclose(mine, lrs, rtol=1e-10)
+    for p, expected in zip(network.parameters(), parameters, strict=True):
+        np.testing.assert_allclose(p.detach().numpy(), expected, rtol=1e-10)
+
+
+def test_additive_rule_goes_negative_only_without_a_clamp() -> None:
+    ends = {}
+    for min_lr in (None, 0.0):
+        w = nn.Parameter(torch.ones(1, dtype=torch.float64))
+        optimizer = SGD([w], lr=0.6)
+        hd = HypergradientLR(optimizer, hypergrad_lr=0.5, min_lr=min_lr)
+        for _ in range(2):  # f = w²: the first step overshoots, so the rate falls by 0.5 · 2 · 0.4
+            optimizer.zero_grad()
+            w.square().sum().backward()
+            optimizer.step()
+        ends[min_lr] = hd.lrs[0]
+        assert optimizer.param_groups[0]["lr"] == hd.lrs[0]
+    assert ends == {None: pytest.approx(0.6 - 0.5 * 2 * 0.4), 0.0: pytest.approx(0.2)}
+    w = nn.Parameter(torch.ones(1))
+    optimizer = SGD([w], lr=0.9)
+    hd = HypergradientLR(optimizer, hypergrad_lr=1.0, min_lr=None)
+    clamped = HypergradientLR(twin := SGD([v := nn.Parameter(torch.ones(1))], lr=0.9), hypergrad_lr=1.0)
+    for _ in range(2):
+        for p, o in ((w, optimizer), (v, twin)):
+            o.zero_grad()
+            p.square().sum().backward()
+            o.step()
+    assert hd.lrs[0] == pytest.approx(0.9 - 4 * 0.8)
+    assert clamped.lrs == [0.0]
+
+
+def test_transition_ends_at_the_limit_and_leaves_alpha_alone() -> None:
+    network = reference.torch_network()
+    optimizer = SGD(network.parameters(), lr=0.05)
+    hd = HypergradientLR(optimizer, Additive(hypergrad_lr=0.0, limit_lr=0.01))
+    lrs = [lr for (lr,) in trajectory(network, optimizer, hd, range(50))]
+    assert lrs == pytest.approx([0.05 / t**2 + 0.01 * (1 - 1 / t**2) for t in range(1, 51)], rel=1e-12)
+
+
+def test_clamps_bound_the_rate_that_is_used() -> None:
+    network = reference.torch_network()
+    optimizer = SGD(network.parameters(), lr=0.01)
+    hd = HypergradientLR(optimizer, hypergrad_lr=0.01, max_lr=0.03)
+    lrs = [lr for (lr,) in trajectory(network, optimizer, hd, range(100))]
+    assert max(lrs) == 0.03
+    low = HypergradientLR(optimizer2 := SGD(reference.torch_network().parameters(), lr=0.001), min_lr=0.02)
+    optimizer2.step()
+    assert low.lrs == [0.02]
+
+
+# ---------------------------------------------------------------------- variants that must agree
+
+
+@pytest.mark.parametrize("rule", ["additive", "multiplicative"])
+@pytest.mark.parametrize(
+    ("cls", "settings"),
+    [(SGD, {}), (SGD, {"momentum": 0.9}), (SGD, {"momentum": 0.9, "nesterov": True}), (Adam, {}), (AdamW, {})],
+)
+def test_foreach_fused_and_single_tensor_agree(cls: Any, settings: dict[str, Any], rule: str) -> None:
+    ends = []
+    for variant in ({"foreach": False}, {"foreach": True}, {"fused": True}):
+        network = reference.torch_network()
+        optimizer = cls(network.parameters(), lr=0.01, **settings, **variant)
+        hd = HypergradientLR(optimizer, rule, 1e-5 if rule == "additive" else 0.02)
+        ends.append(np.array(trajectory(network, optimizer, hd, range(50))))
+    np.testing.assert_allclose(ends[1], ends[0], rtol=1e-10)
+    np.testing.assert_allclose(ends[2], ends[0], rtol=1e-10)
+
+
+@pytest.mark.parametrize(("cls", "settings"), FAMILIES)
+@pytest.mark.parametrize("lr", [0.01, 0.0])
+def test_one_group_or_three_make_the_same_trajectory(cls: Any, settings: dict[str, Any], lr: float) -> None:
+    runs = []
+    for split in (False, True):
+        network = reference.torch_network()
+        p = list(network.parameters())
+        groups = [{"params": p[:1]}, {"params": p[1:3]}, {"params": p[3:]}] if split else p
+        optimizer = cls(groups, lr=lr, **settings)
+        hd = HypergradientLR(optimizer, "additive", 1e-4)
+        runs.append((trajectory(network, optimizer, hd, range(30)), network))
+    assert [lrs[0] for lrs in runs[0][0]] == [lrs[0] for lrs in runs[1][0]]
+    assert all(len(set(lrs)) == 1 for lrs in runs[1][0])
+    assert runs[0][0][-1] != [lr], "the rate moved"
+    assert same(runs[0][1], runs[1][1])
+
+
+@pytest.mark.parametrize("lr", [0.01, 0.0])
+@pytest.mark.parametrize("name", [name for name in CLASSES if name not in REFUSED])
+def test_without_hypergrad_lr_training_is_the_same_bit_for_bit(name: str, lr: float) -> None:
+    networks = []
+    for attached in (False, True):
+        network = nn.Sequential(nn.Linear(5, 8, bias=False), nn.Tanh(), nn.Linear(8, 3, bias=False))
+        with torch.no_grad():
+            for p in network.parameters():
+                p.copy_(torch.linspace(-1, 1, p.numel()).view_as(p))
+        optimizer = CLASSES[name](network.parameters(), lr=lr)  # type: ignore[call-arg]
+        if attached:
+            HypergradientLR(optimizer, hypergrad_lr=0)
+        run(network, optimizer, range(20))
+        networks.append(network)
+    assert same(*networks)
+
+
+def test_scope_group_is_one_learning_rate_for_each_group() -> None:
+    # Two independent halves, in one optimizer with two groups or in two optimizers.
+    def halves() -> list[nn.Parameter]:
+        return [nn.Parameter(torch.linspace(-1, 1, 5, dtype=torch.float64) * k) for k in (1, 3)]
+
+    def train(halves: Sequence[Tensor], *optimizers: Optimizer) -> None:
+        for _ in range(20):
+            for p in halves:
+                p.grad = None
+            sum(k * p.pow(4).sum() for k, p in enumerate(halves, start=1)).backward()  # type: ignore[union-attr]
+            for optimizer in optimizers:
+                optimizer.step()
+
+    together = halves()
+    optimizer = SGD([{"params": [together[0]], "lr": 0.01}, {"params": [together[1]], "lr": 0.0002}], lr=1.0)
+    hd = HypergradientLR(optimizer, "additive", 1e-10, scope="group")
+    train(together, optimizer)
+    apart = halves()
+    optimizers = [SGD([p], lr=lr) for p, lr in zip(apart, (0.01, 0.0002), strict=True)]
+    each = [HypergradientLR(o, "additive", 1e-10) for o in optimizers]
+    train(apart, *optimizers)
+    assert hd.lrs == [each[0].lrs[0], each[1].lrs[0]]
+    assert 0.01 < hd.lrs[0] < 0.011
+    assert 0.0002 < hd.lrs[1] < 0.0003
+    assert len(hd.last) == 2
+
+
+def test_scope_global_keeps_the_configured_ratios() -> None:
+    network = reference.torch_network()
+    p = list(network.parameters())
+    optimizer = SGD([{"params": p[:2], "lr": 0.01}, {"params": p[2:], "lr": 0.04}, {"params": [], "lr": 0.0}], lr=1.0)
+    hd = HypergradientLR(optimizer, "additive", 1e-3)
+    for lrs in trajectory(network, optimizer, hd, range(30)):
+        assert lrs[0] / lrs[1] == pytest.approx(0.25, rel=1e-12)
+        assert lrs[2] == 0
+    assert hd.lrs[1] > 0.041
+    assert hd.scales == [pytest.approx(hd.lrs[1] / 0.04)]
+
+
+def test_hypergradient_of_several_groups_is_the_finite_difference_in_the_shared_rate() -> None:
+    def loss_after(scale: float) -> float:
+        network = reference.torch_network()
+        p = list(network.parameters())
+        optimizer = AdamW(
+            [{"params": p[:2], "lr": 0.01 * scale}, {"params": p[2:], "lr": 0.04 * scale, "weight_decay": 0.0}],
+            weight_decay=0.1,
+        )
+        run(network, optimizer, range(1))
+        x, y = reference.torch_batches()[1]
+        return float(reference.torch_loss(network, x, y).detach())
+
+    network = reference.torch_network()
+    p = list(network.parameters())
+    optimizer = AdamW(
+        [{"params": p[:2], "lr": 0.01}, {"params": p[2:], "lr": 0.04, "weight_decay": 0.0}], weight_decay=0.1
+    )
+    hd = HypergradientLR(optimizer, hypergrad_lr=0)
+    run(network, optimizer, range(2))
+    difference = (loss_after(1 + 1e-4) - loss_after(1 - 1e-4)) / (2 * 1e-4 * 0.04)  # α is the largest rate
+    assert observed(hd).hypergradient == pytest.approx(difference, rel=1e-6)
+
+
+@pytest.mark.parametrize(("cls", "settings"), [family for family in FAMILIES if family[0] is not SignDescent])
+def test_a_complex_parameter_is_two_real_ones(cls: Any, settings: dict[str, Any]) -> None:
+    ends = []
+    start = torch.linspace(-1, 1, 8, dtype=torch.float64).view(4, 2)
+    target = torch.linspace(2, -1, 8, dtype=torch.float64).view(4, 2)
+    for make in (torch.view_as_complex, lambda x: x):
+        p = nn.Parameter(make(start.clone()))
+        optimizer = cls([p], lr=0.01, **settings)
+        hd = HypergradientLR(optimizer, "multiplicative", 0.05)
+        lrs = []
+        for _ in range(20):
+            optimizer.zero_grad()
+            real = torch.view_as_real(p) if p.is_complex() else p
+            ((real - target).square() * torch.arange(1, 9).view(4, 2)).sum().backward()
+            optimizer.step()
+            lrs += hd.lrs
+        ends.append(lrs)
+    np.testing.assert_allclose(ends[0], ends[1], rtol=1e-12)
+    assert ends[0][-1] > 0.011
+
+
+# ---------------------------------------------------------------------- parameters and groups that come and go
+
+
+@pytest.mark.parametrize(("cls", "settings"), FAMILIES)
+def test_a_parameter_without_a_gradient_contributes_nothing(cls: Any, settings: dict[str, Any]) -> None:
+    a, b, b_alone = (nn.Parameter(torch.full((3,), 2.0, dtype=torch.float64)) for _ in range(3))
+    optimizer, alone = cls([a, b], lr=0.01, **settings), cls([b_alone], lr=0.01, **settings)
+    hd, hd_alone = HypergradientLR(optimizer, hypergrad_lr=0), HypergradientLR(alone, hypergrad_lr=0)
+
+    def step(*with_gradient: Tensor) -> None:
+        for p in (a, b, b_alone):
+            p.grad = 2 * p.detach() if any(p is other for other in with_gradient) else None
+        optimizer.step()
+        alone.step()
+
+    step(a, b, b_alone)
+    step(a, b, b_alone)
+    resting = a.detach().clone()
+    step(b, b_alone)
+    assert torch.equal(a, resting)
+    step(a, b, b_alone)  # only b moved in the step before
+    assert hd.last == hd_alone.last
+    assert observed(hd).hypergradient < 0
+    step(a, b, b_alone)
+    assert observed(hd).hypergradient < 1.5 * observed(hd_alone).hypergradient, "a counts again"
+    step(a)
+    step(b)
+    assert hd.last == [None], "the one that moved has no gradient, the one with a gradient did not move"
+
+
+def test_a_step_without_any_gradient_changes_nothing() -> None:
+    p = nn.Parameter(torch.ones(3))
+    optimizer = SGD([p], lr=0.1)
+    hd = HypergradientLR(optimizer)
+    optimizer.step()
+    optimizer.step()
+    assert hd.lrs == [0.1]
+    assert hd.last == [None]
+
+
+@pytest.mark.parametrize("scope", ["global", "group"])
+@pytest.mark.parametrize("cls", [SGD, Adam, RMSprop])
+def test_a_group_added_in_mid_training_joins_at_its_configured_rate(cls: Any, scope: Any) -> None:
+    network = reference.torch_network()
+    p = list(network.parameters())
+    optimizer = cls(p[:2], lr=0.01)
+    hd = HypergradientLR(optimizer, "multiplicative", 0.02, scope=scope)
+    run(network, optimizer, range(20))
+    (before,) = hd.lrs
+    assert before > 0.0101
+    optimizer.add_param_group({"params": p[2:], "lr": 0.005})
+    assert hd.lrs == [before, 0.005]
+    run(network, optimizer, range(20, 21))
+    first, joined = hd.lrs
+    factor = first / before if scope == "global" else 1.0
+    assert joined == pytest.approx(0.005 * factor, rel=1e-12)
+    run(network, optimizer, range(21, 40))
+    assert hd.lrs[1] != joined
+    if scope == "global":
+        assert hd.lrs[1] / hd.lrs[0] == pytest.approx(joined / first, rel=1e-12)
+
+
+def test_a_rate_that_somebody_writes_is_taken_over() -> None:
+    network = reference.torch_network()
+    optimizer = SGD(network.parameters(), lr=0.01)
+    hd = HypergradientLR(optimizer, "multiplicative", 0.02)
+    run(network, optimizer, range(10))
+    optimizer.param_groups[0]["lr"] = 0.5
+    run(network, optimizer, range(10, 11))
+    assert hd.lrs[0] == pytest.approx(0.5 * (1 + 0.02 * observed(hd).cosine), rel=1e-12)
+    optimizer.param_groups[0]["lr"] = math.nan
+    with pytest.raises(ValueError, match=r"lr of SGD param_groups\[0\] must be a finite number"):
+        optimizer.step()
+
+
+@pytest.mark.parametrize(("cls", "settings"), [(Adam, {}), (SGD, {"momentum": 0.9}), (RMSprop, {})])
+def test_a_tensor_rate_stays_the_same_tensor(cls: Any, settings: dict[str, Any]) -> None:
+    lr = torch.tensor(0.01, dtype=torch.float64)
+    network, plain = reference.torch_network(), reference.torch_network()
+    foreach = {"foreach": False}
+    optimizer = cls(network.parameters(), lr=lr, **settings, **foreach)
+    hd = HypergradientLR(optimizer, "multiplicative", 0.02)
+    lrs = trajectory(network, optimizer, hd, range(20))
+    assert optimizer.param_groups[0]["lr"] is lr
+    assert float(lr) == hd.lrs[0] != 0.01
+    other = cls(plain.parameters(), lr=0.01, **settings, **foreach)
+    expected = trajectory(plain, other, HypergradientLR(other, "multiplicative", 0.02), range(20))
+    np.testing.assert_allclose(lrs, expected, rtol=1e-10)
+
+
+# ---------------------------------------------------------------------- schedulers
+
+
+SCHEDULERS: dict[str, Callable[[Optimizer], Any]] = {
+    "lambda": lambda o: lr_scheduler.LambdaLR(o, lambda t: min(1.0, t / 5)),
+    "cosine": lambda o: lr_scheduler.CosineAnnealingLR(o, T_max=15),
+    "exponential": lambda o: lr_scheduler.ExponentialLR(o, gamma=0.9),
+    "one cycle": lambda o: lr_scheduler.OneCycleLR(o, max_lr=0.1, total_steps=30),
+    "plateau": lambda o: lr_scheduler.ReduceLROnPlateau(o, patience=1),
+}
+
+
+@pytest.mark.parametrize("name", SCHEDULERS)
+@pytest.mark.parametrize(("cls", "settings"), [(SGD, {"momentum": 0.9}), (Adam, {}), (RMSprop, {})])
+def test_a_scheduler_sees_its_own_values(name: str, cls: Any, settings: dict[str, Any]) -> None:
+    def train(attach: bool) -> tuple[list[float], list[float]]:
+        network = reference.torch_network()
+        optimizer = cls(network.parameters(), lr=0.01, **settings)
+        scheduler = SCHEDULERS[name](optimizer)
+        hd = HypergradientLR(optimizer, "multiplicative", 0.02) if attach else None
+        if hd is not None and name == "plateau":
+            hd.scheduled = True
+        scheduled, effective = [], []
+
+        def after(_: int) -> None:
+            scheduled.append(optimizer.param_groups[0]["lr"])
+            if hd is not None:
+                effective.append(hd.lrs[0])
+                assert hd.lrs[0] == pytest.approx(scheduled[-1] * hd.scales[0], rel=1e-12)
+            scheduler.step(*([1.0] if name == "plateau" else []))
+
+        run(network, optimizer, range(30), after)
+        return scheduled, effective
+
+    alone, _ = train(False)
+    scheduled, effective = train(True)
+    assert scheduled == alone
+    assert effective != alone
+
+
+def test_the_update_under_a_schedule_is_taken_at_the_effective_rate() -> None:
+    p = nn.Parameter(torch.tensor([4.0], dtype=torch.float64))
+    optimizer = SGD([p], lr=0.1)
+    scheduler = lr_scheduler.ExponentialLR(optimizer, gamma=0.5)
+    hd = HypergradientLR(optimizer, "multiplicative", 0.5)
+    for _ in range(4):
+        optimizer.zero_grad()
+        (p**2).sum().backward()
+        before = p.item()
+        optimizer.step()
+        assert before - p.item() == pytest.approx(hd.lrs[0] * 2 * before, rel=1e-12)
+        scheduler.step()
+    assert hd.scales == [pytest.approx(1.5**3)]
+
+
+def test_hypergradient_under_a_schedule_is_the_finite_difference_in_the_scale() -> None:
+    def loss_after(scale: float) -> float:
+        network = reference.torch_network()
+        optimizer = SGD(network.parameters(), lr=0.1 * 0.5 * scale)  # the schedule has halved it
+        run(network, optimizer, range(1))
+        x, y = reference.torch_batches()[1]
+        return float(reference.torch_loss(network, x, y).detach())
+
+    network = reference.torch_network()
+    optimizer = SGD(network.parameters(), lr=0.1)
+    lr_scheduler.LambdaLR(optimizer, lambda _: 0.5)
+    hd = HypergradientLR(optimizer, hypergrad_lr=0)
+    run(network, optimizer, range(2))
+    assert hd.lrs == [0.05]
+    difference = (loss_after(1 + 1e-5) - loss_after(1 - 1e-5)) / (2 * 1e-5 * 0.1)
+    assert observed(hd).hypergradient == pytest.approx(difference, rel=1e-6)
+
+
+# ---------------------------------------------------------------------- a GradScaler, and steps that do not happen
+
+
+@pytest.mark.parametrize("fused", [False, True])
+@pytest.mark.parametrize(("cls", "settings"), [(SGD, {}), (SGD, {"momentum": 0.9, "nesterov": True}), (Adam, {})])
+def test_a_grad_scaler_changes_nothing_and_its_skipped_steps_count_for_nothing(
+    cls: Any, settings: dict[str, Any], fused: bool
+) -> None:
+    def train(scaled: bool) -> tuple[list[float], nn.Module]:
+        network = reference.torch_network().float()
+        optimizer = cls(network.parameters(), lr=0.01, fused=fused, **settings)
+        hd = HypergradientLR(optimizer, "multiplicative", 0.02)
+        scaler = torch.amp.GradScaler("cpu", enabled=scaled, init_scale=1024.0, growth_interval=7)
+        lrs = []
+        for step, (x, y) in enumerate(reference.torch_batches()[:20]):
+            for spoiled in (True, False) if scaled and step == 10 else (False,):
+                optimizer.zero_grad()
+                scaler.scale(reference.torch_loss(network, x.float(), y.float())).backward()
+                if spoiled:
+                    next(network.parameters()).grad.fill_(math.inf)  # type: ignore[union-attr]
+                before = hd.lrs, hd.step_count
+                scaler.step(optimizer)
+                scaler.update()
+                if spoiled:
+                    assert (hd.lrs, hd.step_count) == before
+            lrs += hd.lrs
+        assert hd.nonfinite_steps == 0
+        return lrs, network
+
+    plain, network = train(False)
+    scaled, other = train(True)
+    np.testing.assert_allclose(scaled, plain, rtol=1e-6)
+    for p, q in zip(network.parameters(), other.parameters(), strict=True):
+        torch.testing.assert_close(p, q, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize("rule", ["additive", "multiplicative"])
+@pytest.mark.parametrize("cls", [SGD, Adam, RMSprop])
+def test_a_number_that_is_not_finite_leaves_the_rate_and_is_reported_once(cls: Any, rule: str, bad: float) -> None:
+    p = nn.Parameter(torch.ones(4))
+    optimizer = cls([p], lr=0.01)
+    hd = HypergradientLR(optimizer, rule, 1e-3)
+    for _ in range(3):
+        p.grad = p.detach() + 1
+        optimizer.step()
+    before = hd.lrs
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        for _ in range(3):
+            p.grad = torch.tensor([1.0, bad, 1.0, 1.0])
+            optimizer.step()
+            assert hd.lrs == before
+    assert [w.category for w in caught] == [RuntimeWarning]
+    assert "not a finite number" in str(caught[0].message)
+    assert hd.nonfinite_steps == 3
+
+
+def test_a_rate_that_would_overflow_stays() -> None:
+    p = nn.Parameter(torch.ones(1, dtype=torch.float64))
+    optimizer = SGD([p], lr=1.0)
+    hd = HypergradientLR(optimizer, hypergrad_lr=1e300)
+    for grad in (1e10, 1e10):
+        p.grad = torch.full_like(p, grad)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            optimizer.step()
+    assert hd.lrs == [1.0]
+    assert hd.nonfinite_steps == 1
+
+
+@pytest.mark.parametrize("scheduled", [False, True])
+@pytest.mark.parametrize("cls", [SGD, Adam, RMSprop])
+def test_a_step_that_raises_leaves_the_rate(cls: Any, scheduled: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    network = reference.torch_network()
+    optimizer = cls(network.parameters(), lr=0.01)
+    if scheduled:
+        lr_scheduler.LambdaLR(optimizer, lambda _: 0.5)
+    hd = HypergradientLR(optimizer, "multiplicative", 0.1)
+    run(network, optimizer, range(5))
+    before = hd.lrs, hd.step_count
+    written = optimizer.param_groups[0]["lr"]
+
+    def failing(*_: Any, **__: Any) -> float:
+        raise OSError("gone")
+
+    with pytest.raises(OSError, match="gone"):
+        optimizer.step(failing)  # the backward pass fails, so nothing has happened
+    assert (hd.lrs, hd.step_count) == before
+    run(network, optimizer, range(5, 6))
+    assert hd.lrs[0] == pytest.approx(before[0][0] * (1 + 0.1 * observed(hd).cosine), rel=1e-12)
+
+    before = hd.lrs, hd.step_count
+    with monkeypatch.context() as patch:
+        patch.setattr(sys.modules[cls.__module__], cls.__name__.lower(), failing)
+        with pytest.raises(OSError, match="gone"):
+            optimizer.step()  # the update fails, after the rate was set for it
+    assert (hd.lrs, hd.step_count) == before
+    run(network, optimizer, range(6, 7))
+    assert (hd.lrs, hd.last) == (before[0], [None]), "what the failed update did is not known"
+    run(network, optimizer, range(7, 8))
+    assert hd.lrs[0] == pytest.approx(before[0][0] * (1 + 0.1 * observed(hd).cosine), rel=1e-12)
+    if scheduled:
+        assert optimizer.param_groups[0]["lr"] == written
+
+
+def test_a_subclass_that_calls_its_parents_step_is_tuned_once() -> None:
+    Adam([nn.Parameter(torch.ones(1))])  # its class is hooked as well from now on
+    network = reference.torch_network()
+    optimizer = CautiousAdam(network.parameters(), lr=0.01)
+    hd = HypergradientLR(optimizer, "multiplicative", 0.02)
+    run(network, optimizer, range(10))
+    assert hd.step_count == 10
+
+
+def test_a_closure_that_is_evaluated_twice_is_tuned_once() -> None:
+    class Twice(SGD):
+        @torch.no_grad()
+        def step(self, closure: Any = None) -> Any:
+            with torch.enable_grad():
+                closure()
+                loss = closure()
+            super().step()
+            return loss
+
+    p = nn.Parameter(torch.ones(2))
+    optimizer = Twice([p], lr=0.1)
+    hd = HypergradientLR(optimizer, "multiplicative", 0.1)
+
+    def closure() -> Tensor:
+        optimizer.zero_grad()
+        loss = p.square().sum()
+        loss.backward()
+        return loss
+
+    for _ in range(3):
+        optimizer.step(closure)
+    assert hd.lrs == [pytest.approx(0.1 * 1.1**2)]
+
+
+# ---------------------------------------------------------------------- attaching and detaching
+
+
+@pytest.mark.parametrize(("cls", "settings"), FAMILIES)
+@pytest.mark.parametrize("scheduled", [False, True])
+def test_detach_leaves_no_trace(cls: Any, settings: dict[str, Any], scheduled: bool) -> None:
+    def build() -> tuple[nn.Module, Optimizer]:
+        network = reference.torch_network()
+        optimizer: Optimizer = cls(network.parameters(), lr=0.01, **settings)
+        if scheduled:
+            lr_scheduler.LambdaLR(optimizer, lambda _: 0.5)
+        return network, optimizer
+
+    network, optimizer = build()
+    hd = HypergradientLR(optimizer, hypergrad_lr=0)
+    run(network, optimizer, range(5))
+    hd.detach()
+    hd.detach()  # once more does no harm
+    plain, twin = build()
+    run(plain, twin, range(5))
+    assert not optimizer._optimizer_step_pre_hooks
+    assert not optimizer._optimizer_step_post_hooks
+    assert str(optimizer.state_dict()) == str(twin.state_dict())
+    assert len(optimizer.state) == len(twin.state)
+    run(network, optimizer, range(5, 10))
+    run(plain, twin, range(5, 10))
+    assert same(network, plain)
+    HypergradientLR(optimizer)  # can be attached anew
+
+
+@pytest.mark.parametrize(
+    ("cls", "settings", "copies"),
+    [
+        (SGD, {}, 1),
+        (SGD, {"momentum": 0.9}, 0),
+        (SGD, {"momentum": 0.9, "nesterov": True}, 1),
+        (Adam, {}, 0),
+        (Adam, {"amsgrad": True}, 0),
+        (AdamW, {"weight_decay": 0.1}, 0),
+        (RMSprop, {}, 1),
+        (SignDescent, {}, 1),
+    ],
+)
+def test_parameter_sized_copies(cls: Any, settings: dict[str, Any], copies: int) -> None:
+    network = reference.torch_network()
+    optimizer = cls(network.parameters(), lr=0.01, **settings)
+    HypergradientLR(optimizer)
+    run(network, optimizer, range(3))
+    for p in network.parameters():
+        extra = [t for key, t in optimizer.state.get(p, {}).items() if key.startswith("hd_")]
+        assert [t.shape for t in extra] == [p.shape] * copies
+
+
+def test_the_engine_dies_with_its_optimizer() -> None:
+    network = reference.torch_network()
+    optimizer = SGD(network.parameters(), lr=0.01)
+    hd = HypergradientLR(optimizer)
+    run(network, optimizer, range(2))
+    ghost = weakref.ref(hd)
+    del hd, optimizer
+    gc.collect()
+    assert ghost() is None
+
+
+def test_a_second_engine_on_the_same_optimizer_is_an_error() -> None:
+    optimizer = SGD([nn.Parameter(torch.ones(1))], lr=0.1)
+    first = HypergradientLR(optimizer)
+    with pytest.raises(RuntimeError, match=r"this SGD has a HypergradientLR .* already"):
+        HypergradientLR(optimizer)
+    other = SGD([nn.Parameter(torch.ones(1))], lr=0.1)
+    HypergradientLR(other)  # another optimizer may have its own
+    first.detach()
+    HypergradientLR(optimizer)
+
+
+# ---------------------------------------------------------------------- saving and loading
+
+
+@pytest.mark.parametrize("order", ["optimizer first", "engine first"])
+@pytest.mark.parametrize("scope", ["global", "group"])
+@pytest.mark.parametrize("rule", ["additive", "multiplicative"])
+@pytest.mark.parametrize(("cls", "settings"), FAMILIES)
+def test_resuming_is_exact(cls: Any, settings: dict[str, Any], rule: str, scope: Any, order: str) -> None:
+    def build() -> tuple[nn.Module, Optimizer, HypergradientLR]:
+        network = reference.torch_network()
+        p = list(network.parameters())
+        optimizer = cls([{"params": p[:2], "lr": 0.01}, {"params": p[2:], "lr": 0.02}], lr=1.0, **settings)
+        return network, optimizer, HypergradientLR(optimizer, rule, 1e-4, scope)
+
+    network, optimizer, hd = build()
+    run(network, optimizer, range(10))
+    saved = copy.deepcopy((network.state_dict(), optimizer.state_dict(), hd.state_dict()))
+    expected = trajectory(network, optimizer, hd, range(10, 20))
+    resumed, other, engine = build()
+    resumed.load_state_dict(saved[0])
+    steps = [lambda: other.load_state_dict(saved[1]), lambda: engine.load_state_dict(saved[2])]
+    for load in steps if order == "optimizer first" else reversed(steps):
+        load()
+    assert trajectory(resumed, other, engine, range(10, 20)) == expected
+    assert same(network, resumed)
+    assert engine.step_count == 20
+
+
+def test_a_state_of_another_layout_is_refused() -> None:
+    def engine(groups: int = 1, **arguments: Any) -> HypergradientLR:
+        return HypergradientLR(
+            SGD([{"params": [nn.Parameter(torch.ones(1))]} for _ in range(groups)], lr=0.1), **arguments
+        )
+
+    saved = engine().state_dict()
+    with pytest.raises(ValueError, match="rule='Additive', this HypergradientLR 'Multiplicative'"):
+        engine(rule="multiplicative").load_state_dict(saved)
+    with pytest.raises(ValueError, match="scope='global', this HypergradientLR 'group'"):
+        engine(scope="group").load_state_dict(saved)
+    with pytest.raises(ValueError, match="1 parameter groups, the optimizer 2"):
+        engine(groups=2).load_state_dict(saved)
+    with pytest.raises(ValueError, match="damaged"):
+        engine().load_state_dict({**saved, "groups": [{"lr": 0.1}]})
+
+
+def test_a_lost_direction_costs_one_observation_and_is_told() -> None:
+    network = reference.torch_network()
+    optimizer = SGD(network.parameters(), lr=0.01)
+    hd = HypergradientLR(optimizer, "multiplicative", 0.1)
+    run(network, optimizer, range(3))
+    before = hd.lrs
+    optimizer.state.clear()
+    with pytest.warns(RuntimeWarning, match="lost the last direction"):
+        run(network, optimizer, range(3, 4))
+    assert hd.lrs == before
+    run(network, optimizer, range(4, 5))
+    assert hd.lrs != before
+
+
+def test_a_step_that_vanishes_in_rounding_is_told() -> None:
+    p = nn.Parameter(torch.ones(3))
+    optimizer = RMSprop([p], lr=1e-12)
+    HypergradientLR(optimizer)
+    p.grad = torch.ones(3)
+    optimizer.step()
+    with pytest.warns(RuntimeWarning, match="vanished in the rounding"):
+        optimizer.step()
+
+
+# ---------------------------------------------------------------------- what the Rule interface carries
+
+
+@dataclass
+class LongHorizon(Rule):
+    """A rule of the kind that is to come: discounted directions, and a first rate of its own."""
+
+    long_horizon = True
+    picks_start = True
+
+    def discount(self, step: int) -> float:
+        return 1 - 1 / (step + 1)
+
+    def start(self, param_norm: float, direction_norm: float) -> float:
+        return 0.01 * param_norm / direction_norm
+
+    def update(self, lr: Scalar, seen: Observation, step: int) -> Scalar:
+        return lr * (1 + 0.1 * seen.cosine)
+
+
+@pytest.mark.parametrize("method", PAPER)
+@pytest.mark.parametrize("lr", [0.0, 1e-6, 3.0])
+def test_a_rule_with_a_long_horizon_and_its_own_start(method: str, lr: float) -> None:
+    # NumPy: D_t = μ_t D_{t-1} + d_t, h_t = -g_t · D_{t-1}, α_1 = 0.01 ‖θ_0‖ / ‖d_1‖.
+    cls, settings, _ = PAPER[method]
+    parameters = reference.initial_parameters()
+    direction = reference.directions(method, settings)
+    next(direction)
+    summed: list[reference.Array] = []
+    alpha, expected = 0.0, []
+    for t, (x, y) in enumerate(reference.batches()[:60], start=1):
+        _, g = reference.network_loss(parameters, x, y)
+        if summed:
+            cosine = reference.dot(g, summed) / math.sqrt(reference.dot(g, g) * reference.dot(summed, summed))
+            alpha *= 1 + 0.1 * cosine
+        d = direction.send(g)  # type: ignore[attr-defined]
+        if t == 1:
+            alpha = 0.01 * math.sqrt(reference.dot(parameters, parameters) / reference.dot(d, d))
+        mu = 1 - 1 / (t + 1)
+        summed = [mu * s + x for s, x in zip(summed, d, strict=True)] if summed else d
+        parameters = [p - alpha * x for p, x in zip(parameters, d, strict=True)]
+        expected.append(alpha)
+    network = reference.torch_network()
+    optimizer = cls(network.parameters(), lr=lr, **settings)  # type: ignore[arg-type]
+    hd = HypergradientLR(optimizer, LongHorizon())
+    mine = [lr for (lr,) in trajectory(network, optimizer, hd, range(60))]
+    np.testing.assert_allclose(mine, expected, rtol=1e-10)
+    for p, value in zip(network.parameters(), parameters, strict=True):
+        np.testing.assert_allclose(p.detach().numpy(), value, rtol=1e-9)
+        assert {key for key in optimizer.state[p] if key.startswith("hd_")} == {"hd_discounted"}
+
+
+@pytest.mark.parametrize(("cls", "settings"), [*FAMILIES, (AdamW, {"weight_decay": 0.1, "amsgrad": True})])
+def test_a_start_of_its_own_does_not_depend_on_the_configured_rate(cls: Any, settings: dict[str, Any]) -> None:
+    ends = []
+    for lr in (0.0, 1e-8, 1.0, 1e3):
+        network = reference.torch_network()
+        optimizer = cls(network.parameters(), lr=lr, **settings)
+        hd = HypergradientLR(optimizer, LongHorizon())
+        ends.append((trajectory(network, optimizer, hd, range(20)), network))
+    for lrs, network in ends[1:]:
+        assert lrs == ends[0][0]
+        assert same(network, ends[0][1])
+
+
+# ---------------------------------------------------------------------- bad input
+
+
+def optimizers_to_refuse() -> Iterator[Any]:
+    p = [nn.Parameter(torch.ones(2))]
+    yield pytest.param(torch.optim.LBFGS(p), TypeError, "LBFGS has no learning rate to tune", id="LBFGS")
+    yield pytest.param(torch.optim.Rprop(p), TypeError, "Rprop has no learning rate to tune", id="Rprop")
+    yield pytest.param(torch.optim.SparseAdam(p), TypeError, "sparse gradients are not supported", id="SparseAdam")
+    without_lr = SGD(p, lr=0.1)
+    del without_lr.param_groups[0]["lr"]
+    yield pytest.param(without_lr, ValueError, r"no 'lr' in param_groups\[0\]", id="no lr")
+    for lr in (math.nan, math.inf, -0.1):
+        bad = SGD(p, lr=0.1)
+        bad.param_groups[0]["lr"] = lr
+        yield pytest.param(bad, ValueError, r"lr of SGD param_groups\[0\] must be a finite number", id=f"lr {lr}")
+    yield pytest.param(nn.Linear(1, 1), TypeError, "must be a torch.optim.Optimizer, got Linear", id="no optimizer")
+    yield pytest.param(None, TypeError, "must be a torch.optim.Optimizer, got NoneType", id="None")
+
+
+@pytest.mark.parametrize(("optimizer", "error", "words"), optimizers_to_refuse())
+def test_an_optimizer_that_cannot_be_tuned_is_refused(optimizer: Any, error: type[Exception], words: str) -> None:
+    with pytest.raises(error, match=words):
+        HypergradientLR(optimizer)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "words"),
+    [
+        ({"rule": "adaptive"}, ValueError, "rule must be one of .*'additive', 'multiplicative'.* got 'adaptive'"),
+        ({"rule": 3}, TypeError, "rule must be one of"),
+        ({"rule": Additive}, TypeError, "rule must be one of"),
+        ({"hypergrad_lr": -1e-3}, ValueError, "hypergrad_lr must be a finite number of at least 0"),
+        ({"hypergrad_lr": math.nan}, ValueError, "hypergrad_lr must be a finite number"),
+        ({"hypergrad_lr": "1e-3"}, TypeError, "hypergrad_lr must be a number"),
+        ({"hypergrad_lr": True}, TypeError, "hypergrad_lr must be a number"),
+        ({"rule": Additive(), "hypergrad_lr": 0.1}, ValueError, r"rule=Additive\(hypergrad_lr=0.1\)"),
+        ({"scope": "layer"}, ValueError, "scope must be 'global' or 'group', got 'layer'"),
+        ({"min_lr": 0.1, "max_lr": 0.01}, ValueError, "min_lr must not be above max_lr"),
+        ({"min_lr": math.inf}, ValueError, "min_lr must be a finite number"),
+        ({"max_lr": "big"}, TypeError, "max_lr must be a number"),
+        ({"max_lr": -1.0}, ValueError, "min_lr must not be above max_lr"),
+    ],
+)
+def test_a_bad_argument_is_named(arguments: dict[str, Any], error: type[Exception], words: str) -> None:
+    optimizer = SGD([nn.Parameter(torch.ones(1))], lr=0.1)
+    with pytest.raises(error, match=words):
+        HypergradientLR(optimizer, **arguments)
+    assert not optimizer._optimizer_step_pre_hooks
+    HypergradientLR(optimizer)  # nothing was left behind
+
+
+def test_the_multiplicative_rule_refuses_to_start_from_zero() -> None:
+    with pytest.raises(ValueError, match="cannot leave a learning rate of 0"):
+        HypergradientLR(SGD([nn.Parameter(torch.ones(1))], lr=0.0), Multiplicative())
+
+
+def test_a_sparse_gradient_is_refused_before_the_first_update() -> None:
+    table = nn.Embedding(5, 3, sparse=True)
+    optimizer = SGD(table.parameters(), lr=0.1)
+    HypergradientLR(optimizer)
+    before = table.weight.detach().clone()
+    table(torch.tensor([1, 2])).sum().backward()
+    with pytest.raises(TypeError, match=r"shape \(5, 3\) .* sparse gradients are not supported"):
+        optimizer.step()
+    assert torch.equal(table.weight, before)
+
+
+def test_a_schedule_of_a_zero_rate_is_told() -> None:
+    optimizer = SGD([nn.Parameter(torch.ones(1))], lr=0.0)
+    lr_scheduler.LambdaLR(optimizer, lambda _: 1.0)
+    with pytest.warns(RuntimeWarning, match="the product stays 0"):
+        HypergradientLR(optimizer)
