@@ -169,8 +169,9 @@ class Multiplicative(_PaperRule):
     scale of the loss, and α changes by at most a factor of ``1 ± β'`` a step.
 
     Args:
-        hypergrad_lr: ``β' ≥ 0``, without unit. ``None``: 0.02, so that a rate which is too small grows a thousandfold
-            within some 350 steps. The paper gives no value for it.
+        hypergrad_lr: ``β' ≥ 0``, without unit. ``None``: 0.1. The paper gives no value; with this one 580 steps on
+            scikit-learn's digits repaired a rate of 1e-5 for SGD, heavy ball and Adam, while 0.02 was too slow for
+            plain SGD.
         limit_lr: As in :class:`Additive`.
         weight: As in :class:`Additive`.
 
@@ -194,8 +195,8 @@ class Multiplicative(_PaperRule):
 
     @staticmethod
     def default_hypergrad_lr(normalized: bool) -> float:
-        """0.02 for every optimizer."""
-        return 0.02
+        """0.1 for every optimizer."""
+        return 0.1
 
 
 RULES: dict[str, type[_PaperRule]] = {"additive": Additive, "multiplicative": Multiplicative}

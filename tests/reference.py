@@ -4,7 +4,7 @@
 Adam-HD (arXiv 1703.04782, Section 3) on it, with the additive or the multiplicative rule.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Sequence
 from typing import Any
 
 import numpy as np
@@ -41,7 +41,7 @@ def network_loss(parameters: Sequence[Array], x: Array, y: Array) -> tuple[float
     return float(loss), [back.T @ x, back.sum(axis=0), error_mean.T @ hidden, error_mean.sum(axis=0)]
 
 
-def directions(method: str, settings: dict[str, Any]) -> Iterator[list[Array]]:
+def directions(method: str, settings: dict[str, Any]) -> Generator[list[Array], list[Array], None]:
     """Send it a gradient, get back d_t, so that u_t = -α_t d_t."""
     g = yield []
     first = [np.zeros_like(x) for x in g]
@@ -93,7 +93,7 @@ def train(
                 lr = lr - beta * h
             else:
                 lr = lr * (1 - beta * h / (np.sqrt(dot(g, g)) * np.sqrt(dot(last_d, last_d))))
-        last_d = direction.send(g)  # type: ignore[attr-defined]
+        last_d = direction.send(g)
         parameters = [p - lr * d for p, d in zip(parameters, last_d, strict=True)]
         lrs.append(lr)
     return lrs, parameters

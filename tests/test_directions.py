@@ -60,7 +60,7 @@ class CautiousAdam(Adam):
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
         before = [p.clone() for group in self.param_groups for p in group["params"]]
-        loss = super().step(closure)
+        loss: float | None = super().step(closure)
         for p, old in zip((p for group in self.param_groups for p in group["params"]), before, strict=True):
             p.copy_(old + 0.5 * (p - old))
         return loss
@@ -99,7 +99,7 @@ def cases() -> Iterator[Any]:
         if name in REFUSED:
             continue
         offered = inspect.signature(cls).parameters
-        switches = [
+        switches: list[list[dict[str, Any]]] = [
             [{}, {"weight_decay": 0.1}] if "weight_decay" in offered else [{"weight_decay": 0.0}],
             [{}, {"maximize": True}] if "maximize" in offered else [{}],
             [{}, {"amsgrad": True}] if "amsgrad" in offered else [{}],

@@ -762,7 +762,7 @@ def test_a_rule_with_a_long_horizon_and_its_own_start(method: str, lr: float) ->
         if summed:
             cosine = reference.dot(g, summed) / math.sqrt(reference.dot(g, g) * reference.dot(summed, summed))
             alpha *= 1 + 0.1 * cosine
-        d = direction.send(g)  # type: ignore[attr-defined]
+        d = direction.send(g)
         if t == 1:
             alpha = 0.01 * math.sqrt(reference.dot(parameters, parameters) / reference.dot(d, d))
         mu = 1 - 1 / (t + 1)

@@ -1,0 +1,114 @@
+"""Train a small network on scikit-learn's digits from a bad learning rate, without and with HypergradientDescent.
+
+python examples/quickstart.py
+"""
+
+import argparse
+import logging
+import warnings
+from pathlib import Path
+
+import matplotlib.pyplot as plt
+import torch
+from lightning.pytorch import LightningModule, Trainer, seed_everything
+from lightning.pytorch.loggers import TensorBoardLogger
+from sklearn.datasets import load_digits
+from sklearn.model_selection import train_test_split
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, TensorDataset
+from torchmetrics.classification import MulticlassAccuracy
+
+from lightning_hd import HypergradientDescent
+
+
+class Classifier(LightningModule):
+    """A network of one hidden layer."""
+
+    def __init__(self, lr: float) -> None:
+        super().__init__()
+        self.lr = lr
+        self.network = nn.Sequential(nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 10))
+        self.accuracy = MulticlassAccuracy(10, average="micro")
+
+    def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
+        """Cross entropy."""
+        x, y = batch
+        loss = nn.functional.cross_entropy(self.network(x), y)
+        self.log("train_loss", loss)
+        return loss
+
+    def validation_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> None:
+        """Cross entropy and accuracy."""
+        x, y = batch
+        logits = self.network(x)
+        self.accuracy(logits, y)
+        self.log("val_accuracy", self.accuracy)
+        self.log("val_loss", nn.functional.cross_entropy(logits, y))
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        """SGD with momentum; any other optimizer does as well."""
+        return torch.optim.SGD(self.parameters(), lr=self.lr, momentum=0.9)
+
+
+def loaders() -> tuple[DataLoader[tuple[Tensor, ...]], DataLoader[tuple[Tensor, ...]]]:
+    """1347 digits to train with and 450 to validate with."""
+    images, labels = load_digits(return_X_y=True)
+    parts = train_test_split(images / 16, labels, random_state=0, stratify=labels)
+    train_x, val_x = (torch.tensor(x, dtype=torch.float32) for x in parts[:2])
+    train_y, val_y = (torch.tensor(y) for y in parts[2:])
+    train = DataLoader(TensorDataset(train_x, train_y), batch_size=64, shuffle=True)
+    return train, DataLoader(TensorDataset(val_x, val_y), batch_size=450)
+
+
+def fit(name: str, lr: float, epochs: int, logs: Path, callback: HypergradientDescent | None) -> dict[str, float]:
+    """Train once; returns the validation metrics of the last epoch."""
+    seed_everything(0, verbose=False)
+    trainer = Trainer(
+        max_epochs=epochs,
+        accelerator="cpu",
+        callbacks=[callback] if callback else [],
+        logger=TensorBoardLogger(logs, name="quickstart", version=name),
+        log_every_n_steps=5,
+        enable_checkpointing=False,
+        enable_model_summary=False,
+        enable_progress_bar=False,
+    )
+    trainer.fit(Classifier(lr), *loaders())
+    return {key: float(trainer.callback_metrics[key]) for key in ("val_accuracy", "val_loss")}
+
+
+def draw(lrs: list[float], path: Path) -> None:
+    """The learning rate of every step."""
+    figure, axes = plt.subplots(figsize=(7, 3), layout="constrained")
+    axes.semilogy(lrs)
+    axes.set(xlabel="step", ylabel="learning rate", title="SGD with momentum, digits, from a rate of 1e-5")
+    axes.grid(alpha=0.3)
+    figure.savefig(path, dpi=110)
+
+
+def main() -> None:
+    """Both runs, and the table."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--lr", type=float, default=1e-5, help="initial learning rate (default: %(default)s)")
+    parser.add_argument("--epochs", type=int, default=25, help="default: %(default)s")
+    parser.add_argument("--logs", type=Path, default=Path("runs"), help="folder of the event files (default: runs)")
+    parser.add_argument("--figure", type=Path, help="also draw the learning rate into this file")
+    arguments = parser.parse_args()
+    logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
+    warnings.filterwarnings("ignore", message=".*does not have many workers.*")
+
+    callback = HypergradientDescent()
+    plain = fit("plain", arguments.lr, arguments.epochs, arguments.logs, None)
+    tuned = fit("hypergradient", arguments.lr, arguments.epochs, arguments.logs, callback)
+    (lrs,) = callback.lrs.values()
+
+    print(f"\n{'':22}{'val accuracy':>14}{'val loss':>12}{'first lr':>12}{'last lr':>12}")
+    for name, metrics, last in (("without", plain, arguments.lr), ("HypergradientDescent", tuned, lrs[-1])):
+        print(f"{name:22}{metrics['val_accuracy']:14.3f}{metrics['val_loss']:12.3f}{arguments.lr:12.1e}{last:12.1e}")
+    print(f"\nThe curves: tensorboard --logdir {arguments.logs / 'quickstart'}")
+    if arguments.figure:
+        draw(lrs, arguments.figure)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,560 @@
+"""HypergradientDescent in real Trainers, on the reference problem and on scikit-learn's digits."""
+
+import copy
+import csv
+import logging
+import math
+import pickle
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.callbacks import EarlyStopping, LearningRateMonitor, ModelCheckpoint
+from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
+from lightning.pytorch.strategies import ModelParallelStrategy
+from sklearn.datasets import load_digits
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from torch import Tensor, nn
+from torch.optim import SGD, Adam, Optimizer, lr_scheduler
+from torch.utils.data import DataLoader, TensorDataset
+
+from lightning_hd import Additive, HypergradientDescent
+from tests import reference
+from tests.test_hypergradient import PAPER
+
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:.*does not have many workers.*"),
+    pytest.mark.filterwarnings("ignore:.*isinstance.treespec, LeafSpec.*"),
+]
+
+
+class Reference(LightningModule):
+    """The reference problem as a LightningModule."""
+
+    def __init__(self, configure: Callable[[nn.Module], Any] | None = None) -> None:
+        super().__init__()
+        self.network = reference.torch_network()
+        self.configure = configure or (lambda network: SGD(network.parameters(), lr=0.01))
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        loss = reference.torch_loss(self.network, *batch)
+        self.log("loss", loss)
+        return loss
+
+    def configure_optimizers(self) -> Any:
+        return self.configure(self.network)
+
+    def train_dataloader(self) -> Any:
+        x, y = (torch.cat(parts) for parts in zip(*reference.torch_batches(), strict=True))
+        return DataLoader(TensorDataset(x, y), batch_size=reference.BATCH)
+
+
+class Digits(LightningModule):
+    """A small classifier of scikit-learn's digits."""
+
+    def __init__(self, optimizer: type[Optimizer] = SGD, lr: float = 1e-5, **settings: Any) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.network = nn.Sequential(nn.Linear(64, 32), nn.ReLU(), nn.Linear(32, 10))
+        self.make = lambda: optimizer(self.parameters(), lr=lr, **settings)  # type: ignore[call-arg]
+        self.losses: list[float] = []
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        x, y = batch
+        loss = nn.functional.cross_entropy(self.network(x), y)
+        self.losses.append(loss.item())
+        return loss
+
+    def configure_optimizers(self) -> Any:
+        return self.make()
+
+    def train_dataloader(self) -> Any:
+        x, y = load_digits(return_X_y=True)
+        data = TensorDataset(torch.tensor(x / 16, dtype=torch.float32), torch.tensor(y))
+        return DataLoader(data, batch_size=64)
+
+
+def make_trainer(path: Path, *callbacks: Callback, **arguments: Any) -> Trainer:
+    settings: dict[str, Any] = {
+        "accelerator": "cpu",
+        "devices": 1,
+        "max_epochs": 1,
+        "logger": False,
+        "enable_checkpointing": any(isinstance(c, ModelCheckpoint) for c in callbacks),
+        "enable_progress_bar": False,
+        "enable_model_summary": False,
+        "default_root_dir": path,
+    }
+    return Trainer(callbacks=list(callbacks), **{**settings, **arguments})
+
+
+def same(a: nn.Module, b: nn.Module) -> bool:
+    return all(torch.equal(p, q) for p, q in zip(a.parameters(), b.parameters(), strict=True))
+
+
+def scalars(path: Path, tag: str) -> dict[int, float]:
+    """Steps and values of a tag in the event files under a folder."""
+    (folder,) = {file.parent for file in path.rglob("events.out.tfevents.*")}
+    events = EventAccumulator(str(folder)).Reload()
+    return {event.step: event.value for event in events.Scalars(tag)}
+
+
+def tags(path: Path) -> set[str]:
+    (folder,) = {file.parent for file in path.rglob("events.out.tfevents.*")}
+    return {tag for tag in EventAccumulator(str(folder)).Reload().Tags()["scalars"] if tag.startswith("hyper")}
+
+
+class Observer(Callback):
+    """Reads the engines of another callback at every optimizer step."""
+
+    def __init__(self, hd: HypergradientDescent) -> None:
+        self.hd = hd
+        self.values: list[float] = []
+        self.cosines: list[float] = []
+
+    def on_train_batch_end(self, *_: Any) -> None:
+        (seen,) = self.hd.engines[0].last
+        self.values.append(math.nan if seen is None else seen.hypergradient)
+        self.cosines.append(math.nan if seen is None else seen.cosine)
+
+
+# ---------------------------------------------------------------------- the paper, through a Trainer
+
+
+@pytest.mark.parametrize("rule", ["additive", "multiplicative"])
+@pytest.mark.parametrize("method", PAPER)
+def test_trajectory_is_the_papers(method: str, rule: str, tmp_path: Path) -> None:
+    cls, settings, beta = PAPER[method]
+    beta = beta if rule == "additive" else 0.02
+    lrs, parameters = reference.train(method, rule, 0.01, beta, settings)
+    module = Reference(lambda network: cls(network.parameters(), lr=0.01, **settings))  # type: ignore[arg-type]
+    hd = HypergradientDescent(rule, beta, min_lr=None)
+    make_trainer(tmp_path, hd, precision="64-true").fit(module)
+    np.testing.assert_allclose(hd.lrs[f"lr-{cls.__name__}"], lrs, rtol=1e-10)
+    for p, expected in zip(module.parameters(), parameters, strict=True):
+        np.testing.assert_allclose(p.detach().numpy(), expected, rtol=1e-10)
+
+
+@pytest.mark.parametrize("accumulate", [1, 3])
+def test_without_hypergrad_lr_training_is_the_same_bit_for_bit(tmp_path: Path, accumulate: int) -> None:
+    plain, attached = Digits(Adam, 1e-3), Digits(Adam, 1e-3)
+    for module, callbacks in ((plain, []), (attached, [HypergradientDescent(hypergrad_lr=0)])):
+        make_trainer(tmp_path, *callbacks, accumulate_grad_batches=accumulate, gradient_clip_val=0.5, max_epochs=2).fit(
+            module
+        )
+    assert same(plain, attached)
+    assert plain.losses == attached.losses
+
+
+@pytest.mark.parametrize(
+    ("rule", "optimizer", "settings"),
+    [
+        ("additive", SGD, {"momentum": 0.9}),
+        ("multiplicative", SGD, {}),
+        ("multiplicative", SGD, {"momentum": 0.9}),
+        ("multiplicative", Adam, {}),
+    ],
+)
+def test_a_rate_that_is_far_too_small_is_repaired(
+    tmp_path: Path, rule: str, optimizer: Any, settings: dict[str, Any]
+) -> None:
+    ends = []
+    for callbacks in ([], [HypergradientDescent(rule)]):
+        module = Digits(optimizer, 1e-5, **settings)
+        make_trainer(tmp_path, *callbacks, max_epochs=20).fit(module)
+        ends.append(np.mean(module.losses[-20:]))
+    assert ends[1] < 0.2 < 2.0 < ends[0]
+
+
+# ---------------------------------------------------------------------- what is logged
+
+
+def test_tags_steps_and_values_in_the_event_file(tmp_path: Path) -> None:
+    hd = HypergradientDescent(hypergrad_lr=1e-3)
+    observer = Observer(hd)
+    make_trainer(
+        tmp_path, hd, observer, logger=TensorBoardLogger(tmp_path), log_every_n_steps=7, precision="64-true"
+    ).fit(Reference())
+    assert tags(tmp_path) == {f"hypergradient/{what}-SGD" for what in ("lr", "scale", "value", "cosine")}
+    own = scalars(tmp_path, "loss")
+    rates = scalars(tmp_path, "hypergradient/lr-SGD")
+    assert list(rates) == list(own) == list(range(6, 200, 7))
+    history = hd.lrs["lr-SGD"]
+    assert len(history) == 200
+    for step, rate in rates.items():
+        assert rate == pytest.approx(history[step], rel=1e-6)
+        assert scalars(tmp_path, "hypergradient/scale-SGD")[step] == pytest.approx(history[step] / 0.01, rel=1e-6)
+    values = scalars(tmp_path, "hypergradient/value-SGD")
+    cosines = scalars(tmp_path, "hypergradient/cosine-SGD")
+    for step in rates:
+        window = slice(step - 6, step + 1)
+        assert values[step] == pytest.approx(np.nanmean(observer.values[window]), rel=1e-5)
+        assert cosines[step] == pytest.approx(np.nanmean(observer.cosines[window]), rel=1e-5)
+
+
+@pytest.mark.parametrize(("every", "steps"), [(50, range(49, 200, 50)), (0, []), (None, range(9, 200, 10))])
+def test_the_logging_interval(tmp_path: Path, every: int | None, steps: Sequence[int]) -> None:
+    hd = HypergradientDescent(log_every_n_steps=every)
+    make_trainer(tmp_path, hd, logger=TensorBoardLogger(tmp_path), log_every_n_steps=10).fit(Reference())
+    if len(steps):
+        assert list(scalars(tmp_path, "hypergradient/lr-SGD")) == list(steps)
+    else:
+        assert tags(tmp_path) == set()
+
+
+def test_every_logger_of_the_trainer_is_served(tmp_path: Path) -> None:
+    loggers = [TensorBoardLogger(tmp_path / "tb"), CSVLogger(tmp_path / "csv")]
+    make_trainer(tmp_path, HypergradientDescent(), logger=loggers, log_every_n_steps=10).fit(Reference())
+    assert len(scalars(tmp_path / "tb", "hypergradient/lr-SGD")) == 20
+    (file,) = (tmp_path / "csv").rglob("metrics.csv")
+    with file.open() as lines:
+        rows = [row for row in csv.DictReader(lines) if row["hypergradient/lr-SGD"]]
+    assert [int(row["step"]) for row in rows] == list(range(9, 200, 10))
+
+
+def test_accumulated_batches_are_one_step(tmp_path: Path) -> None:
+    hd = HypergradientDescent()
+    make_trainer(tmp_path, hd, logger=TensorBoardLogger(tmp_path), log_every_n_steps=2, accumulate_grad_batches=5).fit(
+        Reference()
+    )
+    assert len(hd.lrs["lr-SGD"]) == 40
+    assert list(scalars(tmp_path, "hypergradient/lr-SGD")) == list(scalars(tmp_path, "loss")) == list(range(1, 40, 2))
+
+
+def test_names_of_groups_follow_the_learning_rate_monitor(tmp_path: Path) -> None:
+    def configure(network: Any) -> Optimizer:
+        p = list(network.parameters())
+        return Adam([{"params": p[:2], "lr": 0.01}, {"params": p[2:], "lr": 0.02, "name": "head"}])
+
+    hd, monitor = HypergradientDescent(scope="group"), LearningRateMonitor()
+    make_trainer(tmp_path, hd, monitor, logger=TensorBoardLogger(tmp_path), log_every_n_steps=20).fit(
+        Reference(configure)
+    )
+    assert tags(tmp_path) == {
+        f"hypergradient/{what}-Adam/{group}" for what in ("lr", "scale", "value", "cosine") for group in ("pg1", "head")
+    }
+    assert set(hd.lrs) == set(monitor.lrs) == {"lr-Adam/pg1", "lr-Adam/head"}
+    # The monitor reads before a batch what the step before it used; first of all, at the start of the epoch.
+    assert monitor.lrs["lr-Adam/head"][1:] == [hd.lrs["lr-Adam/head"][step - 1] for step in range(19, 200, 20)]
+
+
+def test_rates_are_in_callback_metrics_and_in_the_progress_bar_if_asked(tmp_path: Path) -> None:
+    for asked in (False, True):
+        hd = HypergradientDescent(prog_bar=asked)
+        trainer = make_trainer(tmp_path, hd)
+        trainer.fit(Reference())
+        assert float(trainer.callback_metrics["hypergradient/lr-SGD"]) == pytest.approx(hd.lrs["lr-SGD"][-1])
+        assert ("hypergradient/lr-SGD" in trainer.progress_bar_metrics) == asked
+
+
+def test_early_stopping_can_monitor_the_rate(tmp_path: Path) -> None:
+    stop = EarlyStopping("hypergradient/lr-SGD", stopping_threshold=0.02, mode="max", check_on_train_epoch_end=True)
+    trainer = make_trainer(tmp_path, HypergradientDescent("multiplicative"), stop, max_epochs=50)
+    trainer.fit(Digits(lr=0.01))
+    assert trainer.current_epoch < 49
+    assert trainer.callback_metrics["hypergradient/lr-SGD"] > 0.02
+
+
+def test_without_a_logger_it_says_so_once_and_trains(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    hd = HypergradientDescent("multiplicative")
+    with caplog.at_level(logging.INFO):
+        make_trainer(tmp_path, hd).fit(Reference())
+    assert len([r for r in caplog.records if "no logger" in r.getMessage()]) == 1
+    assert len(hd.lrs["lr-SGD"]) == 200
+    assert hd.lrs["lr-SGD"][-1] > 0.011
+
+
+def test_numbers_that_are_not_finite_are_not_averaged(tmp_path: Path) -> None:
+    class Spoiled(Reference):
+        def on_before_optimizer_step(self, optimizer: Optimizer) -> None:
+            if self.global_step == 12:
+                next(self.parameters()).grad.view(-1)[0] = math.nan  # type: ignore[union-attr]
+
+        def on_train_batch_end(self, *_: Any) -> None:
+            for p in self.parameters():  # what SGD has made of it
+                p.data.nan_to_num_(0.0)
+
+    hd = HypergradientDescent()
+    with pytest.warns(RuntimeWarning, match="not a finite number"):
+        make_trainer(tmp_path, hd, logger=TensorBoardLogger(tmp_path), log_every_n_steps=5).fit(Spoiled())
+    assert hd.engines[0].nonfinite_steps == 2  # the gradient, and the direction that it became
+    for what in ("lr", "value", "cosine"):
+        values = scalars(tmp_path, f"hypergradient/{what}-SGD")
+        assert len(values) == 40
+        assert all(map(math.isfinite, values.values()))
+
+
+# ---------------------------------------------------------------------- optimizers and loops
+
+
+class Alternating(LightningModule):
+    """Three optimizers in manual optimization; the second steps twice a batch."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.automatic_optimization = False
+        self.parts = nn.ModuleList(reference.torch_network() for _ in range(3))
+
+    def training_step(self, batch: Any, batch_idx: int) -> None:
+        for i, optimizer in enumerate(self.optimizers()):  # type: ignore[arg-type]
+            for _ in range(2 if i == 1 else 1):
+                optimizer.zero_grad()
+                loss = reference.torch_loss(self.parts[i], *batch)
+                self.manual_backward(loss)
+                optimizer.step()
+        self.log("loss", loss)
+
+    def configure_optimizers(self) -> Any:
+        return [cls(part.parameters(), lr=0.01) for cls, part in zip((Adam, SGD, Adam), self.parts, strict=True)]  # type: ignore[attr-defined]
+
+    train_dataloader = Reference.train_dataloader
+
+
+def test_several_optimizers_in_manual_optimization(tmp_path: Path) -> None:
+    hd = HypergradientDescent("multiplicative", 0.02)
+    module = Alternating()
+    trainer = make_trainer(tmp_path, hd, logger=TensorBoardLogger(tmp_path), log_every_n_steps=10)
+    trainer.fit(module)
+    assert {name: len(lrs) for name, lrs in hd.lrs.items()} == {"lr-Adam": 200, "lr-SGD": 400, "lr-Adam-1": 200}
+    assert hd.lrs["lr-Adam"] == hd.lrs["lr-Adam-1"]  # the same network and data
+    assert list(scalars(tmp_path, "hypergradient/lr-Adam-1")) == list(scalars(tmp_path, "loss"))
+    lrs, _ = reference.train("adam", "multiplicative", 0.01, 0.02)
+    np.testing.assert_allclose(hd.lrs["lr-Adam"], lrs, rtol=1e-10)
+
+
+def test_clipped_gradients_are_what_counts(tmp_path: Path) -> None:
+    hd = HypergradientDescent()
+    make_trainer(tmp_path, hd, gradient_clip_val=0.01).fit(Reference())
+    (seen,) = hd.engines[0].last
+    assert seen is not None
+    assert seen.grad_norm == pytest.approx(0.01, rel=1e-3)
+
+
+@pytest.mark.parametrize("plateau", [False, True])
+def test_a_scheduler_computes_what_it_computes_alone(tmp_path: Path, plateau: bool) -> None:
+    def configure(network: Any) -> Any:
+        optimizer = SGD(network.parameters(), lr=0.01)
+        if plateau:
+            scheduler: Any = lr_scheduler.ReduceLROnPlateau(optimizer, patience=0)
+            config = {"scheduler": scheduler, "monitor": "loss", "interval": "step", "frequency": 20}
+        else:
+            config = {"scheduler": lr_scheduler.OneCycleLR(optimizer, 0.1, total_steps=200), "interval": "step"}
+        return {"optimizer": optimizer, "lr_scheduler": config}
+
+    class Recorder(Callback):
+        def __init__(self) -> None:
+            self.lrs: list[float] = []
+
+        def on_train_batch_end(self, trainer: Trainer, *_: Any) -> None:
+            self.lrs.append(trainer.optimizers[0].param_groups[0]["lr"])
+
+    class Constant(Reference):
+        """What the plateau scheduler monitors is the same in both runs."""
+
+        def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+            loss = reference.torch_loss(self.network, *batch)
+            self.log("loss", 1.0)
+            return loss
+
+    runs = []
+    for callbacks in ([], [HypergradientDescent("multiplicative")]):
+        recorder = Recorder()
+        make_trainer(tmp_path, *callbacks, recorder).fit(Constant(configure))
+        runs.append(recorder.lrs)
+    assert runs[0] == runs[1]
+    assert len(set(runs[0])) > 2
+    hd = callbacks[0]
+    assert hd.lrs["lr-SGD"] != runs[0]
+    assert hd.engines[0].scales[0] != 1
+
+
+def test_two_fits_start_anew(tmp_path: Path) -> None:
+    hd = HypergradientDescent("multiplicative")
+    runs = []
+    for _ in range(2):
+        make_trainer(tmp_path, hd, max_steps=50).fit(Reference())
+        runs.append(hd.lrs)
+    assert runs[0] == runs[1]
+    assert len(runs[0]["lr-SGD"]) == 50
+
+
+@pytest.mark.parametrize("arguments", [{"fast_dev_run": 3}, {"barebones": True}, {"precision": "bf16-mixed"}])
+def test_special_trainers(tmp_path: Path, arguments: dict[str, Any]) -> None:
+    hd = HypergradientDescent("multiplicative")
+    if arguments.get("barebones"):
+        trainer = Trainer(barebones=True, callbacks=[hd], accelerator="cpu", max_epochs=1, default_root_dir=tmp_path)
+    else:
+        trainer = make_trainer(tmp_path, hd, **arguments)
+    trainer.fit(Digits(lr=1e-3))
+    assert hd.lrs["lr-SGD"][-1] > 1e-3
+
+
+# ---------------------------------------------------------------------- detaching
+
+
+class Interrupting(Reference):
+    def __init__(self, error: BaseException) -> None:
+        super().__init__()
+        self.error = error
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        if batch_idx == 5:
+            raise self.error
+        return super().training_step(batch, batch_idx)
+
+
+@pytest.mark.parametrize("error", [None, ValueError("stop"), KeyboardInterrupt()])
+def test_the_optimizer_is_released(tmp_path: Path, error: BaseException | None) -> None:
+    hd = HypergradientDescent("multiplicative")
+    module = Reference() if error is None else Interrupting(error)
+    trainer = make_trainer(tmp_path, hd)
+    if error is None:
+        trainer.fit(module)
+    else:
+        with pytest.raises((ValueError, SystemExit)):
+            trainer.fit(module)
+    (optimizer,) = trainer.optimizers
+    assert not optimizer._optimizer_step_pre_hooks
+    assert not optimizer._optimizer_step_post_hooks
+    reached = hd.lrs["lr-SGD"][-1]
+    assert optimizer.param_groups[0]["lr"] == reached != 0.01
+    assert len(hd.lrs["lr-SGD"]) == (200 if error is None else 5)
+    before = copy.deepcopy(hd.lrs)
+    optimizer.step()
+    assert optimizer.param_groups[0]["lr"] == reached
+    assert hd.lrs == before
+
+
+# ---------------------------------------------------------------------- checkpoints
+
+
+@pytest.mark.parametrize("when", ["during training", "after training"])
+@pytest.mark.parametrize("method", PAPER)
+def test_resuming_is_exact(tmp_path: Path, method: str, when: str) -> None:
+    cls, settings, beta = PAPER[method]
+
+    def module() -> Reference:
+        return Reference(lambda network: cls(network.parameters(), lr=0.01, **settings))  # type: ignore[arg-type]
+
+    def callback() -> HypergradientDescent:
+        return HypergradientDescent("additive", beta)
+
+    whole, hd = module(), callback()
+    make_trainer(tmp_path, hd, max_epochs=2).fit(whole)
+    if when == "after training":
+        trainer = make_trainer(tmp_path, callback(), max_epochs=1)
+        trainer.fit(module())
+        trainer.save_checkpoint(tmp_path / "last.ckpt")
+    else:
+        saver = ModelCheckpoint(tmp_path, filename="last", save_on_train_epoch_end=True)
+        make_trainer(tmp_path, callback(), saver, max_epochs=1).fit(module())
+    resumed, again = module(), callback()
+    make_trainer(tmp_path, again, max_epochs=2).fit(resumed, ckpt_path=tmp_path / "last.ckpt")
+    name = f"lr-{cls.__name__}"
+    assert again.lrs[name] == hd.lrs[name][200:]
+    assert same(whole, resumed)
+
+
+def test_a_checkpoint_is_of_plain_numbers_and_serves_with_and_without_the_callback(tmp_path: Path) -> None:
+    trainer = make_trainer(tmp_path, HypergradientDescent())
+    trainer.fit(Reference())
+    trainer.save_checkpoint(tmp_path / "with.ckpt")
+    checkpoint = torch.load(tmp_path / "with.ckpt", weights_only=True)
+    assert checkpoint["callbacks"]["HypergradientDescent"]["optimizers"][0]["step_count"] == 200
+    without = make_trainer(tmp_path, max_epochs=2)
+    without.fit(Reference(), ckpt_path=tmp_path / "with.ckpt")
+    without.save_checkpoint(tmp_path / "without.ckpt")
+    hd = HypergradientDescent("multiplicative")
+    make_trainer(tmp_path, hd, max_epochs=3).fit(Reference(), ckpt_path=tmp_path / "without.ckpt")
+    assert len(hd.lrs["lr-SGD"]) == 200
+
+
+def test_a_checkpoint_of_another_rule_or_number_of_optimizers_is_refused(tmp_path: Path) -> None:
+    trainer = make_trainer(tmp_path, HypergradientDescent("additive"))
+    trainer.fit(Reference())
+    trainer.save_checkpoint(tmp_path / "last.ckpt")
+    with pytest.raises(ValueError, match="rule='Additive', this HypergradientLR 'Multiplicative'"):
+        make_trainer(tmp_path, HypergradientDescent("multiplicative"), max_epochs=2).fit(
+            Reference(), ckpt_path=tmp_path / "last.ckpt"
+        )
+    hd = HypergradientDescent()
+    hd.load_state_dict({"optimizers": []})
+    with pytest.raises(ValueError, match="state of 0 optimizers, but configure_optimizers returned 1"):
+        make_trainer(tmp_path, hd).fit(Reference())
+
+
+def test_the_callback_can_be_copied_and_pickled(tmp_path: Path) -> None:
+    hd = HypergradientDescent(Additive(1e-3), scope="group", max_lr=1.0)
+    for twin in (copy.deepcopy(hd), pickle.loads(pickle.dumps(hd))):
+        make_trainer(tmp_path, twin, max_steps=5).fit(Reference())
+        assert len(twin.lrs["lr-SGD"]) == 5
+
+
+# ---------------------------------------------------------------------- refusals
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "words"),
+    [
+        ({"rule": "auto-magic"}, ValueError, "rule must be one of"),
+        ({"hypergrad_lr": -1}, ValueError, "hypergrad_lr"),
+        ({"scope": "all"}, ValueError, "scope"),
+        ({"min_lr": 2.0, "max_lr": 1.0}, ValueError, "min_lr"),
+        ({"log_every_n_steps": 2.5}, TypeError, "log_every_n_steps must be a whole number"),
+        ({"log_every_n_steps": True}, TypeError, "log_every_n_steps must be a whole number"),
+        ({"log_every_n_steps": -1}, ValueError, "log_every_n_steps must not be negative"),
+    ],
+)
+def test_a_bad_argument_is_named(arguments: dict[str, Any], error: type[Exception], words: str) -> None:
+    with pytest.raises(error, match=words):
+        HypergradientDescent(**arguments)
+
+
+def test_what_cannot_be_tuned_is_refused_before_the_first_step(tmp_path: Path) -> None:
+    module = Reference(lambda network: torch.optim.LBFGS(network.parameters()))
+    before = copy.deepcopy(module)
+    with pytest.raises(TypeError, match="LBFGS has no learning rate to tune"):
+        make_trainer(tmp_path, HypergradientDescent()).fit(module)
+    assert same(before, module)
+
+    module = Reference()
+    module.table = nn.Embedding(3, 2, sparse=True)
+    with pytest.raises(TypeError, match="module 'table' has sparse gradients"):
+        make_trainer(tmp_path, HypergradientDescent()).fit(module)
+
+    trainer: Any = SimpleNamespace(strategy=ModelParallelStrategy())
+    with pytest.raises(TypeError, match="does not support ModelParallelStrategy"):
+        HypergradientDescent().on_train_start(trainer, module)
+
+
+def test_an_error_in_the_second_optimizer_releases_the_first(tmp_path: Path) -> None:
+    module = Alternating()
+    module.configure_optimizers = lambda: [  # type: ignore[method-assign]
+        Adam(module.parts[0].parameters()),
+        torch.optim.Rprop(module.parts[1].parameters()),
+    ]
+    trainer = make_trainer(tmp_path, HypergradientDescent())
+    with pytest.raises(TypeError, match="Rprop has no learning rate to tune"):
+        trainer.fit(module)
+    assert not trainer.optimizers[0]._optimizer_step_pre_hooks
+
+
+def test_the_callback_twice_is_an_error(tmp_path: Path) -> None:
+    class Mine(HypergradientDescent):
+        pass
+
+    with pytest.raises(RuntimeError, match="more than one stateful callback"):
+        make_trainer(tmp_path, HypergradientDescent(), HypergradientDescent())
+    with pytest.raises(RuntimeError, match=r"has a HypergradientLR .* already"):
+        make_trainer(tmp_path, HypergradientDescent(), Mine()).fit(Reference())
+
+
+@pytest.mark.filterwarnings("ignore:.*returned .None.*")
+def test_a_module_without_an_optimizer_is_told(tmp_path: Path) -> None:
+    with pytest.warns(UserWarning, match="no learning rate to tune"):
+        make_trainer(tmp_path, HypergradientDescent()).fit(Reference(lambda _: None))
