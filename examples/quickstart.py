@@ -81,7 +81,7 @@ def draw(lrs: list[float], path: Path) -> None:
     """The learning rate of every step."""
     figure, axes = plt.subplots(figsize=(7, 3), layout="constrained")
     axes.semilogy(lrs)
-    axes.set(xlabel="step", ylabel="learning rate", title="SGD with momentum, digits, from a rate of 1e-5")
+    axes.set(xlabel="step", ylabel="learning rate", title=f"SGD with momentum on digits, from a rate of {lrs[0]:g}")
     axes.grid(alpha=0.3)
     figure.savefig(path, dpi=110)
 

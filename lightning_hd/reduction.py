@@ -5,6 +5,10 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+_PIECE = 2**20
+"""Elements whose products are held at a time. ``torch.dot`` would hold none, but on CPU it adds float32 numbers one
+after the other, which is off by 3 % for 1e8 of them."""
+
 
 def as_real(tensor: Tensor) -> Tensor:
     """A complex tensor as the real one of twice the size that the optimizers see; any other tensor as it is."""
@@ -24,16 +28,17 @@ def products(g: Tensor, d: Tensor) -> Tensor:
         d: Direction, real, of the shape of ``as_real(g)``.
 
     Returns:
-        The sums in float64 (float32 on devices without float64), on the device of ``g``. Products of float32 tensors
-        and of narrower ones are accumulated in float32, squares in float64.
+        The sums in float64 (float32 on devices without it), on the device of ``g``. Products are taken in float32 at
+        least and accumulated in the dtype of the result.
     """
     g, d = widen(as_real(g)), widen(as_real(d))
     if g.dtype != d.dtype:
         dtype = torch.promote_types(g.dtype, d.dtype)
         g, d = g.to(dtype), d.to(dtype)
     exact = torch.float32 if g.device.type == "mps" else torch.float64
-    dot = torch.dot(g.reshape(-1), d.reshape(-1))
-    return torch.stack([dot.to(exact), squared_norm(g, exact), squared_norm(d, exact)])
+    pieces = zip(torch.split(g.flatten(), _PIECE), torch.split(d.flatten(), _PIECE), strict=True)
+    dot = torch.stack([torch.sum(a * b, dtype=exact) for a, b in pieces]).sum()
+    return torch.stack([dot, squared_norm(g, exact), squared_norm(d, exact)])
 
 
 def squared_norm(tensor: Tensor, dtype: torch.dtype = torch.float64) -> Tensor:

@@ -39,7 +39,7 @@ class Reference(LightningModule):
     def __init__(self, configure: Callable[[nn.Module], Any] | None = None) -> None:
         super().__init__()
         self.network = reference.torch_network()
-        self.configure = configure or (lambda network: SGD(network.parameters(), lr=0.01))
+        self.configure = configure
 
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
         loss = reference.torch_loss(self.network, *batch)
@@ -47,7 +47,7 @@ class Reference(LightningModule):
         return loss
 
     def configure_optimizers(self) -> Any:
-        return self.configure(self.network)
+        return self.configure(self.network) if self.configure else SGD(self.parameters(), lr=0.01)
 
     def train_dataloader(self) -> Any:
         x, y = (torch.cat(parts) for parts in zip(*reference.torch_batches(), strict=True))
