@@ -27,8 +27,9 @@ class HypergradientDescent(Callback):
     training starts, in automatic and in manual optimization, and detached when training ends or an exception stops it.
     Logged to every logger of the Trainer, against the step axis of Lightning's own metrics:
 
-    - ``hypergradient/lr-Adam``: the effective learning rate, the one that the last step used (each group);
-    - ``hypergradient/scale-Adam``: the learned scale, that rate over the configured or scheduled one;
+    - ``hypergradient/lr-Adam``: the effective learning rate, the one that the last step used, of each group;
+    - ``hypergradient/scale-Adam``: the learned scale, that rate over the configured or scheduled one, of each scope, as
+      are the following;
     - ``hypergradient/value-Adam``: the hypergradient, averaged over the steps since it was last logged;
     - ``hypergradient/cosine-Adam``: the cosine between new gradient and last direction, averaged likewise.
 
@@ -53,6 +54,8 @@ class HypergradientDescent(Callback):
 
     Attributes:
         engines: The :class:`~lightning_hd.HypergradientLR` of each optimizer, while training and after it.
+        lrs: The effective learning rate of every optimizer step since training started or was resumed: a list for each
+            group, under the name that its tag ends with (``lr-Adam``).
 
     Raises:
         TypeError: An argument is of the wrong type; when training starts: an optimizer, a strategy or a module is not
@@ -130,9 +133,8 @@ class HypergradientDescent(Callback):
         batch_idx: int,
     ) -> None:
         """Log, where a step was taken."""
-        if not any(tracker.has_news() for tracker in self._trackers):
-            return
-        if not trainer.barebones:
+        stepped = [tracker for tracker in self._trackers if tracker.has_stepped()]
+        if stepped and not trainer.barebones:
             lrs = {key: lr for tracker in self._trackers for key, lr in tracker.lr_metrics().items()}
             pl_module.log_dict(lrs, on_step=True, on_epoch=False, prog_bar=self.prog_bar, logger=False)
         every = self.log_every_n_steps
@@ -141,7 +143,9 @@ class HypergradientDescent(Callback):
         # The step axis of `self.log`. Lightning offers nothing public for it: `global_step` counts the steps of all
         # optimizers, so that it differs in manual optimization. `LearningRateMonitor` reads the same attribute.
         step = trainer.fit_loop.epoch_loop._batches_that_stepped
-        if every and (step + 1) % every == 0:
+        # The axis stands still while gradients are accumulated, but goes on in manual optimization without a step.
+        manual = not pl_module.automatic_optimization and any(tracker.has_news for tracker in self._trackers)
+        if (stepped or manual) and every and (step + 1) % every == 0:
             metrics = {key: value for tracker in self._trackers for key, value in tracker.metrics().items()}
             for logger in trainer.loggers:
                 logger.log_metrics(metrics, step=step)
@@ -193,7 +197,8 @@ class _Tracker:
         self._history: list[list[float]] = []
         self._means: dict[tuple[str, int], MeanMetric] = {}
         self._recorded = engine.step_count
-        self._logged = engine.step_count
+        self._seen = engine.step_count
+        self.has_news = False
         self._handle: RemovableHandle = engine.optimizer.register_step_post_hook(partial(_record, self))
 
     def detach(self) -> None:
@@ -204,6 +209,7 @@ class _Tracker:
         if self._engine.step_count == self._recorded:
             return
         self._recorded = self._engine.step_count
+        self.has_news = True
         lrs = self._engine.lrs
         self._history.extend([] for _ in lrs[len(self._history) :])
         for history, lr in zip(self._history, lrs, strict=True):
@@ -215,11 +221,11 @@ class _Tracker:
                 # Every rank sees the same numbers, so there is nothing to synchronize.
                 self._means.setdefault((quantity, i), MeanMetric(sync_on_compute=False)).update(value)
 
-    def has_news(self) -> bool:
+    def has_stepped(self) -> bool:
         """Whether a step was taken since this was last asked."""
-        news = self._recorded != self._logged
-        self._logged = self._recorded
-        return news
+        stepped = self._recorded != self._seen
+        self._seen = self._recorded
+        return stepped
 
     def history(self) -> list[tuple[str, list[float]]]:
         return list(zip(group_names(self._name, self._engine.optimizer), self._history, strict=False))
@@ -231,12 +237,14 @@ class _Tracker:
     def metrics(self) -> dict[str, float]:
         """All that is logged; the means start anew."""
         scales = self._engine.scales
-        names = [self._name] if len(scales) == 1 else group_names(self._name, self._engine.optimizer)
+        by_group = self._engine.scope == "group"
+        names = group_names(self._name, self._engine.optimizer) if by_group else [self._name]
         metrics = self.lr_metrics()
         metrics |= {tag("scale", name): scale for name, scale in zip(names, scales, strict=False)}
         for (quantity, i), mean in self._means.items():
             metrics[tag(quantity, names[i])] = float(mean.compute())
         self._means.clear()
+        self.has_news = False
         return metrics
 
 

@@ -59,7 +59,7 @@ class _Group:
     join: float = 1.0  # for a group added in mid-training: what makes it join at its configured rate
     weight: float = 1.0  # derivative of the group's rate with respect to the scope's
     direction: Direction | None = None
-    moved: list[Tensor] = field(default_factory=list)  # the parameters that were updated
+    moved: set[Tensor] = field(default_factory=set)  # the parameters that were updated
 
 
 @dataclass
@@ -101,9 +101,11 @@ class HypergradientLR:
     ``g_t`` is the gradient that the optimizer sees: after clipping and unscaling, with L2 (coupled) weight decay, with
     its sign flipped under ``maximize=True``. Parameters that have no gradient in a step contribute nothing.
 
-    With a learning-rate scheduler, the effective rate is the scheduler's value times the learned scale ``α / α_0``, and
-    ``param_groups[i]["lr"]`` holds the scheduler's own value between steps. Without one, it holds the effective rate,
-    and a value that is written there between two steps becomes the new ``α``.
+    With a learning-rate scheduler, the effective rate is the scheduler's value times the learned scale, and
+    ``param_groups[i]["lr"]`` holds the scheduler's own value between steps; ``α`` is then the scale times the highest
+    rate that the schedule has reached, so that observations count for less where the schedule has gone down. Without a
+    scheduler, ``param_groups[i]["lr"]`` holds the effective rate, and a value that is written there between two steps
+    becomes the new ``α``.
 
     A step whose gradient, norm or dot product is not finite leaves the rate as it was and is counted.
 
@@ -119,6 +121,10 @@ class HypergradientLR:
 
     Attributes:
         optimizer: The optimizer.
+        scope: ``"global"`` or ``"group"``.
+        lrs: The effective learning rate of each parameter group.
+        scales: The learned scale of each scope: its rate over the configured one.
+        last: What the last step told (:class:`~lightning_hd.Observation`), for each scope.
         step_count: Number of optimizer steps since it was built (or since the run whose state was loaded began).
         nonfinite_steps: Number of steps that left the rate as it was because a number was not finite.
         scheduled: Whether ``param_groups[i]["lr"]`` belongs to a scheduler between steps. ``None``: found out from the
@@ -166,7 +172,7 @@ class HypergradientLR:
         self.step_count = 0
         self.nonfinite_steps = 0
         self.scheduled: bool | None = None
-        self._scope_kind = scope
+        self.scope = scope
         self._min_lr = -math.inf if min_lr is None else float(min_lr)
         self._max_lr = math.inf if max_lr is None else float(max_lr)
         self._scopes: list[_Scope] = []
@@ -197,11 +203,17 @@ class HypergradientLR:
 
     @property
     def last(self) -> list[Observation | None]:
-        """What the last step told, for each scope; ``None`` where there was no update before it to judge."""
+        """What the last step told, for each scope; ``None`` where there was no update before it to judge.
+
+        Its numbers are not finite where that step left the rate as it was for that reason.
+        """
         return [scope.last for scope in self._scopes]
 
     def detach(self, *, keep_state: bool = False) -> None:
-        """Remove every hook and buffer, and leave the optimizer as any other, at the rate that it has reached.
+        """Remove every hook and buffer, and leave the optimizer as any other.
+
+        ``param_groups[i]["lr"]`` stays as it is between steps: the rate that was reached or, with a scheduler, the
+        scheduler's own value, without the learned scale.
 
         Args:
             keep_state: Leave the ``hd_*`` tensors in ``optimizer.state``, for a checkpoint that is written later.
@@ -221,8 +233,9 @@ class HypergradientLR:
     def state_dict(self) -> dict[str, Any]:
         """The learned scalars, as plain numbers; the tensors are in ``optimizer.state``, under keys ``hd_*``."""
         return {
+            "optimizer": type(self.optimizer).__name__,
             "rule": type(self._rule).__name__,
-            "scope": self._scope_kind,
+            "scope": self.scope,
             "step_count": self.step_count,
             "nonfinite_steps": self.nonfinite_steps,
             "scheduled": self._anchored_to_scheduler,
@@ -244,9 +257,9 @@ class HypergradientLR:
                     "weight": group.weight,
                     "lr": group.lr,
                     "direction": None if group.direction is None else group.direction.to_dict(),
-                    "moved": [i for i, p in enumerate(params["params"]) if any(p is m for m in group.moved)],
+                    "moved": [i for i, p in enumerate(settings["params"]) if p in group.moved],
                 }
-                for group, params in zip(self._groups, self.optimizer.param_groups, strict=False)
+                for group, settings in zip(self._groups, self.optimizer.param_groups, strict=False)
             ],
         }
 
@@ -254,12 +267,15 @@ class HypergradientLR:
         """Take over the scalars of :meth:`state_dict`; load the optimizer's own state dict as well, before or after.
 
         Raises:
-            ValueError: The state is of another rule, scope or layout of parameter groups, or is damaged.
+            ValueError: The state is of another optimizer class, rule, scope or layout of parameter groups, or damaged.
         """
         params = [group["params"] for group in self.optimizer.param_groups]
-        for key, here in (("rule", type(self._rule).__name__), ("scope", self._scope_kind)):
-            if state_dict.get(key) != here:
-                raise ValueError(f"the saved state has {key}={state_dict.get(key)!r}, this HypergradientLR {here!r}")
+        own = self.state_dict()
+        if not isinstance(state_dict, dict) or not own.keys() <= state_dict.keys():
+            raise ValueError("this is not what HypergradientLR.state_dict() returned")
+        for key in ("optimizer", "rule", "scope"):
+            if state_dict[key] != own[key]:
+                raise ValueError(f"the saved state has {key}={state_dict[key]!r}, this HypergradientLR {own[key]!r}")
         try:
             scopes, groups = [], []
             for saved in state_dict["scopes"]:
@@ -269,11 +285,11 @@ class HypergradientLR:
                 scopes.append(_Scope(rule=rule, **values))
             for i, saved in enumerate(state_dict["groups"]):
                 values = dict(saved)
-                moved = [params[i][j] for j in values.pop("moved")]
+                moved = {params[i][j] for j in values.pop("moved")}
                 direction = values.pop("direction")
                 groups.append(
                     _Group(
-                        scope=i if self._scope_kind == "group" else 0,
+                        scope=i if self.scope == "group" else 0,
                         moved=moved,
                         direction=None if direction is None else direction_from_dict(direction),
                         **values,
@@ -283,7 +299,7 @@ class HypergradientLR:
             scheduled = bool(state_dict["scheduled"])
         except (KeyError, IndexError, TypeError, AttributeError) as error:
             raise ValueError(f"the saved state is damaged or of other parameter groups ({error!r})") from None
-        if len(groups) != len(params) or len(scopes) != (len(params) if self._scope_kind == "group" else 1):
+        if len(groups) != len(params) or len(scopes) != (len(params) if self.scope == "group" else 1):
             raise ValueError(f"the saved state has {len(groups)} parameter groups, the optimizer {len(params)}")
         self._scopes, self._groups = scopes, groups
         self.step_count, self.nonfinite_steps = counts
@@ -352,25 +368,29 @@ class HypergradientLR:
             return
         self._sync_groups()
         observations = [self._observe(i) for i in range(len(self._scopes))]
-        self._step = _Step(
-            rates=[self._next_rate(scope, seen) for scope, seen in zip(self._scopes, observations, strict=True)],
-            observations=observations,
-        )
-        for group, settings in zip(self._groups, self.optimizer.param_groups, strict=True):
-            self._step.groups.append(self._set_out(group, settings, self._step))
+        rates = [self._next_rate(scope, seen) for scope, seen in zip(self._scopes, observations, strict=True)]
+        if self._anchored_to_scheduler:
+            rates = self._follow_schedule(rates)
+        self._step = _Step(rates, observations)
+        try:
+            for group, settings in zip(self._groups, self.optimizer.param_groups, strict=True):
+                self._set_out(group, settings, self._step)
+        except BaseException:
+            self._abandon_step()
+            raise
 
     def _observe(self, scope: int) -> Observation | None:
         """The hypergradient of one scope, from the last step's directions and this step's gradients."""
         parts, weights = [], []
+        directions = 0
         for group, settings in zip(self._groups, self.optimizer.param_groups, strict=True):
-            if group.scope != scope or group.direction is None:
-                continue
-            for p in settings["params"] if self._rule.long_horizon else group.moved:
-                d = self._last_direction(group.direction, p)
-                if d is not None and p.grad is not None:
+            for p in settings["params"] if group.scope == scope else ():
+                if p.grad is not None:
+                    d = self._last_direction(group, p)
+                    directions += d is not None
                     parts.append(products(self._gradient(settings, p), d))
                     weights.append(1.0 if self._rule.long_horizon else group.weight)
-        if not parts:
+        if not directions:
             return None
         dot, g_squared, d_squared = totals(parts, weights)
         measured = [group.direction for group in self._groups if isinstance(group.direction, Measured)]
@@ -382,13 +402,15 @@ class HypergradientLR:
             )
         return Observation(-dot, math.sqrt(g_squared), math.sqrt(d_squared))
 
-    def _last_direction(self, direction: Direction, p: Tensor) -> Tensor | None:
-        state = self.optimizer.state.get(p, {})
+    def _last_direction(self, group: _Group, p: Tensor) -> Tensor | None:
+        """``d_{t-1}`` of one parameter, or ``D_{t-1}``; ``None`` where the last step did not move it."""
+        state: dict[str, Any] = self.optimizer.state.get(p, {})
         if self._rule.long_horizon:
-            discounted: Tensor | None = state.get(DISCOUNTED)
-            return discounted
+            return state.get(DISCOUNTED)
+        if group.direction is None or p not in group.moved:
+            return None
         try:
-            return direction.read(p, state)
+            return group.direction.read(p, state)
         except KeyError:
             self._warn(
                 "lost direction",
@@ -405,21 +427,26 @@ class HypergradientLR:
         step = self.step_count + 1
         low, high = self._range(scope)
         lr = scope.lr
-        if seen is not None and all(map(math.isfinite, seen)):
-            lr = float(scope.rule.update(lr, seen, step))
-        lr = min(max(lr, low), high) if math.isfinite(lr) else math.nan
-        used = min(max(float(scope.rule.used(lr, step)), low), high)
-        if math.isfinite(used) and (seen is None or all(map(math.isfinite, seen))):
-            return lr, used
+        if seen is not None:
+            if not all(map(math.isfinite, seen)):
+                return self._stay(scope, f"(hypergradient, ‖g‖, ‖d‖) = {tuple(seen)}")
+            lr = _returned(scope.rule.update(lr, seen, step), scope.rule, "update")
+        used = _returned(scope.rule.used(lr, step), scope.rule, "used")
+        if not (math.isfinite(lr) and math.isfinite(used)):
+            return self._stay(scope, f"the rate that {type(scope.rule).__name__} made of {seen}")
+        lr = min(max(lr, low), high)
+        return lr, min(max(_returned(scope.rule.used(lr, step), scope.rule, "used"), low), high)
+
+    def _stay(self, scope: _Scope, what: str) -> tuple[float, float]:
         self.nonfinite_steps += 1
         self._warn(
             "not finite",
-            f"step {step}: not a finite number in (hypergradient, ‖g‖, ‖d‖) = {tuple(seen or ())} or in the rate made "
-            f"of it; the learning rate stays at {scope.used:g}. Further such steps are counted in nonfinite_steps",
+            f"step {self.step_count + 1}: not a finite number in {what}; the learning rate stays at {scope.used:g}. "
+            "Further such steps are counted in nonfinite_steps",
         )
         return scope.lr, scope.used
 
-    def _set_out(self, group: _Group, settings: dict[str, Any], step: _Step) -> _GroupStep:
+    def _set_out(self, group: _Group, settings: dict[str, Any], step: _Step) -> None:
         """Give one group its rate, and keep what is needed to know its direction afterwards."""
         scope = self._scopes[group.scope]
         weight = group.base * group.join / scope.reference
@@ -429,7 +456,8 @@ class HypergradientLR:
         lr = _set_lr(settings, _PROBE if probed else lr)
         direction = direction_of(self.optimizer, settings, lr)
         moved = [p for p in settings["params"] if p.grad is not None]
-        group.moved = []  # their directions are overwritten here, and known again once the step is done
+        step.groups.append(_GroupStep(restore, lr, weight, direction, moved, probed))
+        group.moved = set()  # their directions are overwritten here, and known again once the step is done
         for p in moved:
             g = self._gradient(settings, p)
             if direction.copies:
@@ -438,7 +466,6 @@ class HypergradientLR:
                 direction.keep(step.kept[p], p, g)
             if probed:
                 step.before[p] = p.clone(memory_format=torch.preserve_format)
-        return _GroupStep(restore, lr, weight, direction, moved, probed)
 
     @torch.no_grad()
     def _finish(self, step: _Step) -> None:
@@ -455,7 +482,12 @@ class HypergradientLR:
         if any(group.probed for group in step.groups):
             self._rescale(step)
         for known, group in zip(self._groups, step.groups, strict=True):
-            known.lr, known.weight, known.direction, known.moved = group.lr, group.weight, group.direction, group.moved
+            known.lr, known.weight, known.direction, known.moved = (
+                group.lr,
+                group.weight,
+                group.direction,
+                set(group.moved),
+            )
             if group.moved:
                 self._scopes[known.scope].started = True
         if self._rule.long_horizon:
@@ -474,7 +506,7 @@ class HypergradientLR:
                     float(squared_norm(g.direction.read(p, state[p]))) * g.weight**2 for g in members for p in g.moved
                 )
                 p_squared = sum(float(squared_norm(step.before[p])) for g in members for p in g.moved if g.probed)
-                start = float(scope.rule.start(math.sqrt(p_squared), math.sqrt(d_squared)))
+                start = _returned(scope.rule.start(math.sqrt(p_squared), math.sqrt(d_squared)), scope.rule, "start")
                 low, high = self._range(scope)
                 scope.lr = scope.used = min(max(start, low), high)
         for known, group, settings in zip(self._groups, step.groups, self.optimizer.param_groups, strict=True):
@@ -520,7 +552,7 @@ class HypergradientLR:
             self._anchored_to_scheduler = self._is_scheduled()
             stale.update(range(len(self._scopes)))
         for i in new:
-            group = _Group(scope=i if self._scope_kind == "group" else 0, lr=_get_lr(settings[i]))
+            group = _Group(scope=i if self.scope == "group" else 0, lr=_get_lr(settings[i]))
             if group.scope == len(self._scopes):
                 self._scopes.append(_Scope(self._rule.bind(is_normalized(self.optimizer))))
                 stale.add(group.scope)
@@ -566,6 +598,18 @@ class HypergradientLR:
             group.join = 1.0
             if scope.from_zero and not self._anchored_to_scheduler:
                 group.base = 1.0
+
+    def _follow_schedule(self, rates: list[tuple[float, float]]) -> list[tuple[float, float]]:
+        """Let the references, and the rates with them, rise with a schedule: the rule works on the rate at its peak."""
+        growth = [1.0] * len(rates)
+        for group in self._groups:
+            scope = self._scopes[group.scope]
+            growth[group.scope] = max(growth[group.scope], abs(group.base * group.join / scope.reference))
+        for scope, factor in zip(self._scopes, growth, strict=True):
+            scope.reference *= factor
+            scope.lr *= factor
+            scope.used *= factor
+        return [(lr * factor, used * factor) for (lr, used), factor in zip(rates, growth, strict=True)]
 
     def _join(self, group: _Group) -> None:
         """Let a group that was added in mid-training join a scope at its configured rate."""
@@ -621,6 +665,13 @@ def check_arguments(
     if low > high:
         raise ValueError(f"min_lr must not be above max_lr, got min_lr={min_lr!r} and max_lr={max_lr!r}")
     return make_rule(rule, hypergrad_lr)
+
+
+def _returned(value: Any, rule: Rule, method: str) -> float:
+    """What a rule's method returned, as a float."""
+    if isinstance(value, str) or not hasattr(value, "__float__"):
+        raise TypeError(f"{type(rule).__name__}.{method} must return a number, got {value!r}")
+    return float(value)
 
 
 def _get_lr(settings: dict[str, Any]) -> float:

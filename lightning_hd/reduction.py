@@ -20,22 +20,26 @@ def widen(tensor: Tensor) -> Tensor:
     return tensor.float() if tensor.dtype.itemsize < 4 else tensor
 
 
-def products(g: Tensor, d: Tensor) -> Tensor:
+def products(g: Tensor, d: Tensor | None) -> Tensor:
     """``g · d``, ``‖g‖²`` and ``‖d‖²`` of one parameter, as one tensor of shape (3,).
 
     Args:
         g: Gradient, real or complex, of any shape.
-        d: Direction, real, of the shape of ``as_real(g)``.
+        d: Direction, real, of the shape of ``as_real(g)``; ``None``: zero.
 
     Returns:
         The sums in float64 (float32 on devices without it), on the device of ``g``. Products are taken in float32 at
         least and accumulated in the dtype of the result.
     """
-    g, d = widen(as_real(g)), widen(as_real(d))
+    exact = torch.float32 if g.device.type == "mps" else torch.float64
+    g = widen(as_real(g))
+    if d is None:
+        zero = torch.zeros((), dtype=exact, device=g.device)
+        return torch.stack([zero, squared_norm(g, exact), zero])
+    d = widen(as_real(d))
     if g.dtype != d.dtype:
         dtype = torch.promote_types(g.dtype, d.dtype)
         g, d = g.to(dtype), d.to(dtype)
-    exact = torch.float32 if g.device.type == "mps" else torch.float64
     pieces = zip(torch.split(g.flatten(), _PIECE), torch.split(d.flatten(), _PIECE), strict=True)
     dot = torch.stack([torch.sum(a * b, dtype=exact) for a, b in pieces]).sum()
     return torch.stack([dot, squared_norm(g, exact), squared_norm(d, exact)])

@@ -9,12 +9,9 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, ClassVar, NamedTuple, TypeVar
+from typing import Any, ClassVar, NamedTuple
 
 from torch import Tensor
-
-Scalar = TypeVar("Scalar", float, Tensor)
-"""A Python float or a 0-dim tensor; a rule computes with either and never needs to know which."""
 
 
 class Observation(NamedTuple):
@@ -43,21 +40,32 @@ def inverse_square(step: int) -> float:
 
 
 class Rule(ABC):
-    """How a learning rate follows its hypergradient.
+    """How a learning rate follows its hypergradient. Subclass it to try a rule of your own.
 
-    Subclass it to try a rule of your own. One copy of the rule (see :meth:`bind`) serves one scope: an optimizer, or a
-    parameter group with ``scope="group"``; it may hold scalars of its own.
+    A copy of the rule object serves each scope: each optimizer, or each parameter group with ``scope="group"``. It may
+    hold numbers of its own, which checkpoints carry along. Clamps are applied to what it returns. Written with
+    arithmetic alone, without branches, a rule works for 0-dim tensors as well as for floats.
+
+    Attributes:
+        long_horizon: Class attribute. ``True``: the hypergradient is taken with respect to the discounted sum of
+            directions ``D_t = μ_t D_{t-1} + d_t`` (see :meth:`discount`), for which one parameter-sized buffer is kept,
+            instead of the last direction alone. Default: ``False``.
+        picks_start: Class attribute. ``True``: the first learning rate comes from :meth:`start`, and the configured one
+            sets the ratios between groups only. Default: ``False``.
+
+    Example::
+
+        >>> from lightning_hd import Rule
+        >>> class Sign(Rule):
+        ...     def update(self, lr, seen, step):
+        ...         return lr * (1.01 if seen.cosine > 0 else 0.99)
     """
 
     long_horizon: ClassVar[bool] = False
-    """``True``: the hypergradient is taken with respect to the discounted sum of directions ``D_t = μ_t D_{t-1} + d_t``
-    (see :meth:`discount`), for which one parameter-sized buffer is kept, instead of the last direction alone."""
-
     picks_start: ClassVar[bool] = False
-    """``True``: the first learning rate comes from :meth:`start`, and the configured one sets ratios only."""
 
     @abstractmethod
-    def update(self, lr: Scalar, seen: Observation, step: int) -> Scalar:
+    def update(self, lr: float, seen: Observation, step: int) -> float:
         """The next learning rate ``α_t``.
 
         Args:
@@ -66,7 +74,7 @@ class Rule(ABC):
             step: ``t``, counted from 1; the first step that has an observation is the second.
         """
 
-    def used(self, lr: Scalar, step: int) -> Scalar:
+    def used(self, lr: float, step: int) -> float:
         """The rate that step ``t`` is taken with, where it is not ``α_t`` itself."""
         return lr
 
@@ -91,11 +99,12 @@ class Rule(ABC):
         return copy.deepcopy(self)
 
     def state_dict(self) -> dict[str, Any]:
-        """The scalars that the rule has learned; none unless a subclass has some."""
-        return {}
+        """The numbers that the rule object holds (and 0-dim tensors), by attribute name."""
+        return {name: value for name, value in vars(self).items() if isinstance(value, (int, float, Tensor))}
 
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:  # noqa: B027
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Take over what :meth:`state_dict` returned."""
+        vars(self).update(state_dict)
 
 
 @dataclass
@@ -114,7 +123,7 @@ class _PaperRule(Rule):
         if not callable(self.weight):
             raise TypeError(f"weight must be a function of the step, got {self.weight!r}")
 
-    def used(self, lr: Scalar, step: int) -> Scalar:
+    def used(self, lr: float, step: int) -> float:
         if self.limit_lr is None:
             return lr
         weight = self.weight(step)
@@ -126,10 +135,14 @@ class _PaperRule(Rule):
             bound.hypergrad_lr = self.default_hypergrad_lr(normalized)
         return bound
 
+    def state_dict(self) -> dict[str, Any]:
+        """Nothing: these rules learn no numbers, and β may be another after a restart."""
+        return {}
+
     @staticmethod
+    @abstractmethod
     def default_hypergrad_lr(normalized: bool) -> float:
         """β where the user names none."""
-        raise NotImplementedError
 
 
 @dataclass
@@ -150,7 +163,7 @@ class Additive(_PaperRule):
         ValueError: ``hypergrad_lr`` is negative, or an argument not finite.
     """
 
-    def update(self, lr: Scalar, seen: Observation, step: int) -> Scalar:
+    def update(self, lr: float, seen: Observation, step: int) -> float:
         """``α_t = α_{t-1} - β h_t``."""
         assert self.hypergrad_lr is not None, "bind() sets it"
         return lr - self.hypergrad_lr * seen.hypergradient
@@ -180,13 +193,13 @@ class Multiplicative(_PaperRule):
         ValueError: ``hypergrad_lr`` is negative, or an argument not finite.
     """
 
-    def update(self, lr: Scalar, seen: Observation, step: int) -> Scalar:
+    def update(self, lr: float, seen: Observation, step: int) -> float:
         """``α_t = α_{t-1} (1 + β' cos(g_t, d_{t-1}))``."""
         assert self.hypergrad_lr is not None, "bind() sets it"
         return lr * (1 + self.hypergrad_lr * seen.cosine)
 
     def check_start(self, lr: float) -> None:
-        """A product never leaves 0."""
+        """Raise :class:`ValueError` for a rate of 0, which a product never leaves."""
         if lr == 0:
             raise ValueError(
                 "rule 'multiplicative' cannot leave a learning rate of 0: configure a positive lr in the optimizer, or "
@@ -212,8 +225,8 @@ def make_rule(rule: str | Rule, hypergrad_lr: float | None) -> Rule:
     if isinstance(rule, Rule):
         if hypergrad_lr is not None:
             raise ValueError(
-                f"hypergrad_lr={hypergrad_lr} beside a rule object: give it to the rule, as in "
-                f"rule={type(rule).__name__}(hypergrad_lr={hypergrad_lr})"
+                f"hypergrad_lr={hypergrad_lr} beside a rule object has no effect: give it to the {type(rule).__name__} "
+                "itself"
             )
         return rule
     if not isinstance(rule, str):

@@ -226,6 +226,18 @@ def test_accumulated_batches_are_one_step(tmp_path: Path) -> None:
     assert list(scalars(tmp_path, "hypergradient/lr-SGD")) == list(scalars(tmp_path, "loss")) == list(range(1, 40, 2))
 
 
+def test_manual_optimization_that_steps_now_and_then_is_logged_at_every_interval(tmp_path: Path) -> None:
+    class NowAndThen(Alternating):
+        def training_step(self, batch: Any, batch_idx: int) -> None:
+            if batch_idx % 4 == 0:
+                super().training_step(batch, batch_idx)
+
+    make_trainer(tmp_path, HypergradientDescent(), logger=TensorBoardLogger(tmp_path), log_every_n_steps=10).fit(
+        NowAndThen()
+    )
+    assert list(scalars(tmp_path, "hypergradient/lr-Adam")) == list(range(9, 200, 10))
+
+
 def test_names_of_groups_follow_the_learning_rate_monitor(tmp_path: Path) -> None:
     def configure(network: Any) -> Optimizer:
         p = list(network.parameters())

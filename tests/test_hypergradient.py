@@ -17,7 +17,6 @@ from torch import Tensor, nn
 from torch.optim import SGD, Adam, AdamW, Optimizer, RMSprop, lr_scheduler
 
 from lightning_hd import Additive, HypergradientLR, Multiplicative, Observation, Rule
-from lightning_hd.rules import Scalar
 from tests import reference
 from tests.test_directions import CLASSES, REFUSED, CautiousAdam, SignDescent
 
@@ -301,8 +300,9 @@ def test_a_parameter_without_a_gradient_contributes_nothing(cls: Any, settings: 
     step(b, b_alone)
     assert torch.equal(a, resting)
     step(a, b, b_alone)  # only b moved in the step before
-    assert hd.last == hd_alone.last
-    assert observed(hd).hypergradient < 0
+    assert observed(hd).hypergradient == observed(hd_alone).hypergradient < 0
+    assert observed(hd).direction_norm == observed(hd_alone).direction_norm
+    assert observed(hd).grad_norm > observed(hd_alone).grad_norm
     step(a, b, b_alone)
     assert observed(hd).hypergradient < 1.5 * observed(hd_alone).hypergradient, "a counts again"
     step(a)
@@ -423,6 +423,36 @@ def test_the_update_under_a_schedule_is_taken_at_the_effective_rate() -> None:
         assert before - p.item() == pytest.approx(hd.lrs[0] * 2 * before, rel=1e-12)
         scheduler.step()
     assert hd.scales == [pytest.approx(1.5**3)]
+
+
+def test_the_additive_rule_under_a_rising_schedule_is_the_papers_on_the_effective_rate() -> None:
+    # NumPy: α_t = (α_{t-1} - β h_t) s_t / s_{t-1}, as long as the schedule s has not come down.
+    schedule = [1 + 0.25 * t for t in range(40)]
+    parameters, lr, expected = reference.initial_parameters(), 0.004, []
+    direction = reference.directions("sgd", {})
+    next(direction)
+    last_d: list[reference.Array] = []
+    for t, (x, y) in enumerate(reference.batches()[:40]):
+        _, g = reference.network_loss(parameters, x, y)
+        if last_d:
+            lr = (lr + 1e-3 * reference.dot(g, last_d)) * schedule[t] / schedule[t - 1]
+        last_d = direction.send(g)
+        parameters = [p - lr * d for p, d in zip(parameters, last_d, strict=True)]
+        expected.append(lr)
+    network = reference.torch_network()
+    optimizer = SGD(network.parameters(), lr=0.004)
+    scheduler = lr_scheduler.LambdaLR(optimizer, schedule.__getitem__)
+    hd = HypergradientLR(optimizer, "additive", 1e-3)
+    mine: list[float] = []
+
+    def after(step: int) -> None:
+        mine.append(hd.lrs[0])
+        if step < 39:
+            scheduler.step()
+
+    run(network, optimizer, range(40), after)
+    assert hd.scales[0] > 1.1
+    np.testing.assert_allclose(mine, expected, rtol=1e-10)
 
 
 def test_hypergradient_under_a_schedule_is_the_finite_difference_in_the_scale() -> None:
@@ -701,6 +731,11 @@ def test_a_state_of_another_layout_is_refused() -> None:
         engine(groups=2).load_state_dict(saved)
     with pytest.raises(ValueError, match="damaged"):
         engine().load_state_dict({**saved, "groups": [{"lr": 0.1}]})
+    with pytest.raises(ValueError, match="optimizer='SGD', this HypergradientLR 'Adam'"):
+        HypergradientLR(Adam([nn.Parameter(torch.ones(1))])).load_state_dict(saved)
+    for other in ({}, None, SGD([nn.Parameter(torch.ones(1))]).state_dict()):
+        with pytest.raises(ValueError, match=r"not what HypergradientLR\.state_dict"):
+            engine().load_state_dict(other)  # type: ignore[arg-type]
 
 
 def test_a_lost_direction_costs_one_observation_and_is_told() -> None:
@@ -743,7 +778,7 @@ class LongHorizon(Rule):
     def start(self, param_norm: float, direction_norm: float) -> float:
         return 0.01 * param_norm / direction_norm
 
-    def update(self, lr: Scalar, seen: Observation, step: int) -> Scalar:
+    def update(self, lr: float, seen: Observation, step: int) -> float:
         return lr * (1 + 0.1 * seen.cosine)
 
 
@@ -792,6 +827,47 @@ def test_a_start_of_its_own_does_not_depend_on_the_configured_rate(cls: Any, set
         assert same(network, ends[0][1])
 
 
+class Cooling(Rule):
+    """A rule that learns a number."""
+
+    def __init__(self) -> None:
+        self.count = 0
+
+    def update(self, lr: float, seen: Observation, step: int) -> float:
+        self.count += 1
+        return lr * (1 + 0.1 * seen.cosine / self.count)
+
+
+def test_the_numbers_of_a_rule_of_ones_own_are_saved() -> None:
+    def build() -> tuple[nn.Module, Optimizer, HypergradientLR]:
+        network = reference.torch_network()
+        optimizer = Adam(network.parameters(), lr=0.01)
+        return network, optimizer, HypergradientLR(optimizer, Cooling())
+
+    network, optimizer, hd = build()
+    run(network, optimizer, range(5))
+    saved = copy.deepcopy((network.state_dict(), optimizer.state_dict(), hd.state_dict()))
+    expected = trajectory(network, optimizer, hd, range(5, 10))
+    network, optimizer, hd = build()
+    network.load_state_dict(saved[0])
+    optimizer.load_state_dict(saved[1])
+    hd.load_state_dict(saved[2])
+    assert trajectory(network, optimizer, hd, range(5, 10)) == expected
+
+
+@pytest.mark.parametrize("value", [None, "0.1", [0.1]])
+def test_a_rule_that_returns_no_number_is_named(value: Any) -> None:
+    class Broken(Rule):
+        def update(self, lr: float, seen: Observation, step: int) -> float:
+            return value  # type: ignore[no-any-return]
+
+    network = reference.torch_network()
+    optimizer = SGD(network.parameters(), lr=0.01)
+    HypergradientLR(optimizer, Broken())
+    with pytest.raises(TypeError, match=r"Broken\.update must return a number"):
+        run(network, optimizer, range(2))
+
+
 # ---------------------------------------------------------------------- bad input
 
 
@@ -827,7 +903,7 @@ def test_an_optimizer_that_cannot_be_tuned_is_refused(optimizer: Any, error: typ
         ({"hypergrad_lr": math.nan}, ValueError, "hypergrad_lr must be a finite number"),
         ({"hypergrad_lr": "1e-3"}, TypeError, "hypergrad_lr must be a number"),
         ({"hypergrad_lr": True}, TypeError, "hypergrad_lr must be a number"),
-        ({"rule": Additive(), "hypergrad_lr": 0.1}, ValueError, r"rule=Additive\(hypergrad_lr=0.1\)"),
+        ({"rule": Additive(), "hypergrad_lr": 0.1}, ValueError, "hypergrad_lr=0.1 beside a rule object"),
         ({"scope": "layer"}, ValueError, "scope must be 'global' or 'group', got 'layer'"),
         ({"min_lr": 0.1, "max_lr": 0.01}, ValueError, "min_lr must not be above max_lr"),
         ({"min_lr": math.inf}, ValueError, "min_lr must be a finite number"),
