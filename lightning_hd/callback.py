@@ -5,7 +5,8 @@ from functools import partial
 from typing import Any, Literal
 
 from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
+from lightning.pytorch.strategies import DDPStrategy, DeepSpeedStrategy, SingleDeviceStrategy
+from lightning.pytorch.strategies.xla import XLAStrategy
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import nn
 from torch.utils.hooks import RemovableHandle
@@ -165,9 +166,13 @@ class HypergradientDescent(Callback):
 
     def state_dict(self) -> dict[str, Any]:
         """The learned scalars of every optimizer; the tensors are in the optimizers' own state, under keys ``hd_*``."""
-        if self.engines:
-            return {"optimizers": [engine.state_dict() for engine in self.engines]}
-        return {} if self._restored is None else {"optimizers": self._restored}
+        if self._restored is not None:  # training has not started yet
+            return {"optimizers": self._restored}
+        return {"optimizers": [engine.state_dict() for engine in self.engines]} if self.engines else {}
+
+    def __getstate__(self) -> dict[str, Any]:
+        """A copy has the arguments, and no part in the training of the original."""
+        return {**vars(self), "engines": [], "_trackers": []}
 
     def _restore(self) -> None:
         if self._restored is None:
@@ -253,7 +258,8 @@ def _record(tracker: _Tracker, *_: Any) -> None:
 
 
 def _check_strategy(trainer: Trainer) -> None:
-    if not isinstance(trainer.strategy, (SingleDeviceStrategy, DDPStrategy)):
+    supported = isinstance(trainer.strategy, (SingleDeviceStrategy, DDPStrategy))
+    if not supported or isinstance(trainer.strategy, (DeepSpeedStrategy, XLAStrategy)):  # both are subclasses of DDP's
         raise TypeError(
             f"HypergradientDescent does not support {type(trainer.strategy).__name__}: its dot products would see a "
             "part of the parameters only. Use strategy='ddp' or a single device"

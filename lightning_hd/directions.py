@@ -14,6 +14,7 @@ Sources: "Online Learning Rate Adaptation with Hypergradient Descent" (arXiv 170
 Adam-HD; the formulas of d in the documentation of ``torch.optim``.
 """
 
+import inspect
 from abc import ABC, abstractmethod
 from dataclasses import asdict, dataclass
 from typing import Any, ClassVar
@@ -43,7 +44,7 @@ from lightning_hd.reduction import as_real, widen
 DIRECTION = "hd_direction"
 """Key in ``optimizer.state[p]`` of the copy of ``d_{t-1}``, for the families that need one."""
 
-_COUPLED = (SGD, Adam, ASGD, Adadelta, Adagrad, Adamax, NAdam, RAdam, RMSprop)
+_COUPLED: tuple[type[Optimizer] | None, ...] = (SGD, Adam, ASGD, Adadelta, Adagrad, Adamax, NAdam, RAdam, RMSprop)
 """Optimizers whose ``weight_decay`` adds ``λ θ`` to the gradient, unless the group says ``decoupled_weight_decay``."""
 
 _REFUSED = {
@@ -120,7 +121,8 @@ class AdaptiveMoments(Direction):
     """Adam and AdamW: ``d_t = m̂_t / (√v̂_t + ε)``, plus ``λ θ_{t-1}`` where the weight decay is decoupled.
 
     ``θ_{t-1}`` is not kept: with ``θ_t = θ_{t-1} - α (a + λ θ_{t-1})``, ``a`` being Adam's part,
-    ``d_t = (a + λ θ_t) / (1 - α λ)``.
+    ``d_t = (a + λ θ_t) / (1 - α λ)``. So whoever moves the parameters between two steps (weight clipping, say) changes
+    the part that is due to weight decay.
     """
 
     lr: float
@@ -157,14 +159,13 @@ class Measured(Direction):
         copy.copy_(p)
 
     def settle(self, copy: Tensor, p: Tensor, state: dict[str, Any]) -> None:
-        """``(θ_{t-1} - θ_t) / α_t``; without a rate there was no step."""
+        """``θ_{t-1} - θ_t``."""
         copy.sub_(p)
-        if self.lr:
-            copy.div_(self.lr)
 
     def read(self, p: Tensor, state: dict[str, Any]) -> Tensor:
-        """The copy."""
-        return as_real(state[DIRECTION])
+        """The difference over ``α_t``: a temporary of the size of the parameter. Without a rate there was no step."""
+        difference = widen(as_real(state[DIRECTION]))
+        return difference / self.lr if self.lr else difference
 
 
 _FAMILIES: dict[str, type[Direction]] = {
@@ -172,15 +173,24 @@ _FAMILIES: dict[str, type[Direction]] = {
 }
 
 
+def torch_class(optimizer_class: type[Optimizer]) -> type[Optimizer] | None:
+    """The class of torch.optim whose ``step`` this class uses; ``None`` where it has a step of its own."""
+    for base in optimizer_class.__mro__:
+        if issubclass(base, Optimizer) and base.__module__.startswith("torch.optim.") and base is not Optimizer:
+            # torch wraps the step of each class that is instantiated, to run the hooks
+            return base if inspect.unwrap(optimizer_class.step) is inspect.unwrap(base.step) else None
+    return None
+
+
 def direction_of(optimizer: Optimizer, group: dict[str, Any], lr: float) -> Direction:
     """How ``d_t`` is found for the step that ``optimizer`` takes next.
 
     Args:
-        optimizer: The optimizer. Subclasses of the classes with a formula count as unknown: they may step differently.
+        optimizer: The optimizer. A subclass with a step of its own counts as unknown, whatever it is a subclass of.
         group: One of its parameter groups, with the hyperparameters that the step will use.
         lr: The effective learning rate of the step.
     """
-    family = type(optimizer)
+    family = torch_class(type(optimizer))
     if family is SGD:
         if group["momentum"] and not group["nesterov"]:
             return HeavyBall()
@@ -215,10 +225,10 @@ def direction_from_dict(saved: dict[str, Any]) -> Direction:
 def is_coupled(optimizer: Optimizer, group: dict[str, Any]) -> bool:
     """Whether the group's ``weight_decay`` is an L2 penalty in the objective rather than a part of the step.
 
-    The weight decay of classes that are not torch's is taken for a part of the step, which it is in all recent ones.
+    The weight decay of classes with a step of their own is taken for a part of the step, as it is in all recent ones.
     """
-    decoupled = isinstance(optimizer, AdamW) or group.get("decoupled_weight_decay", False)
-    return isinstance(optimizer, _COUPLED) and not decoupled
+    coupled = torch_class(type(optimizer)) in _COUPLED
+    return coupled and not group.get("decoupled_weight_decay", False)
 
 
 def objective_gradient(optimizer: Optimizer, group: dict[str, Any], p: Tensor, grad_scale: Tensor | None) -> Tensor:
@@ -229,17 +239,9 @@ def objective_gradient(optimizer: Optimizer, group: dict[str, Any], p: Tensor, g
         group: The parameter's group.
         p: A parameter that has a gradient.
         grad_scale: The factor that a GradScaler has left in the gradient, or ``None``.
-
-    Raises:
-        TypeError: The gradient is sparse.
     """
     assert p.grad is not None, "the caller passes parameters with a gradient only"
     g = p.grad
-    if g.layout != torch.strided:
-        raise TypeError(
-            f"a parameter of shape {tuple(p.shape)} has a gradient of layout {g.layout}: sparse gradients are not "
-            "supported; build the embedding with sparse=False"
-        )
     if grad_scale is not None:
         g = g / grad_scale.to(g.device)
     if group.get("maximize", False):
@@ -248,6 +250,23 @@ def objective_gradient(optimizer: Optimizer, group: dict[str, Any], p: Tensor, g
     if weight_decay and is_coupled(optimizer, group):
         g = g.add(p, alpha=float(weight_decay))
     return g
+
+
+def check_gradient(p: Tensor) -> None:
+    """Raise :class:`TypeError` where the parameter's gradient is sparse."""
+    if p.grad is not None and p.grad.layout != torch.strided:
+        raise TypeError(
+            f"a parameter of shape {tuple(p.shape)} has a gradient of layout {p.grad.layout}: sparse gradients are not "
+            "supported; build the embedding with sparse=False"
+        )
+
+
+def unwrap(optimizer: Optimizer) -> Optimizer:
+    """The optimizer inside of a wrapper that imitates its class, as Lightning and Fabric make them."""
+    inner = getattr(optimizer, "optimizer", None)
+    if isinstance(inner, Optimizer) and isinstance(optimizer, type(inner)) and type(optimizer) is not type(inner):
+        return inner
+    return optimizer
 
 
 def is_normalized(optimizer: Optimizer) -> bool:

@@ -1,6 +1,7 @@
 """HypergradientLR: attached to one torch optimizer; gradients and directions in, learning rate out."""
 
 import inspect
+import itertools
 import math
 import warnings
 import weakref
@@ -12,17 +13,20 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 from torch.optim import Optimizer
+from torch.utils.hooks import RemovableHandle
 
 from lightning_hd.directions import (
     DIRECTION,
     Direction,
     Measured,
+    check_gradient,
     check_optimizer,
     direction_from_dict,
     direction_of,
-    is_normalized,
     objective_gradient,
+    unwrap,
 )
+from lightning_hd.rates import Rates, Scope, get_lr, set_lr
 from lightning_hd.reduction import as_real, products, squared_norm, totals, widen
 from lightning_hd.rules import Observation, Rule, check_number, make_rule
 
@@ -37,27 +41,10 @@ _attached: "weakref.WeakSet[Optimizer]" = weakref.WeakSet()
 
 
 @dataclass
-class _Scope:
-    """One learned learning rate: of the whole optimizer, or of one parameter group."""
+class _Last:
+    """The last step of one parameter group."""
 
-    rule: Rule
-    lr: float = 0.0  # α_t
-    used: float = 0.0  # γ_t, the rate of the last step: α_t itself but for rules with a transition
-    reference: float = 1.0  # the configured rate, so that the learned scale is used / reference
-    from_zero: bool = False  # configured at 0: there is no ratio to keep, the groups count as equal, the reference is 1
-    started: bool = False  # whether a step has been taken
-    last: Observation | None = None
-
-
-@dataclass
-class _Group:
-    """What is known of one parameter group of the optimizer, all of it about the last step."""
-
-    scope: int
-    lr: float  # effective learning rate
-    base: float = 0.0  # what the configuration, or the scheduler, gives the group
-    join: float = 1.0  # for a group added in mid-training: what makes it join at its configured rate
-    weight: float = 1.0  # derivative of the group's rate with respect to the scope's
+    weight: float = 0.0  # derivative of the group's rate with respect to the scope's
     direction: Direction | None = None
     moved: set[Tensor] = field(default_factory=set)  # the parameters that were updated
 
@@ -66,8 +53,7 @@ class _Group:
 class _GroupStep:
     """One parameter group during a call of ``optimizer.step``."""
 
-    restore: float  # what param_groups[i]["lr"] held before
-    lr: float  # what it holds during the update
+    lr: float  # what param_groups[i]["lr"] holds during the update
     weight: float
     direction: Direction
     moved: list[Tensor]
@@ -80,6 +66,7 @@ class _Step:
 
     rates: list[tuple[float, float]]  # α_t and γ_t of each scope
     observations: list[Observation | None]
+    restore: list[float]  # what param_groups[i]["lr"] held before
     groups: list[_GroupStep] = field(default_factory=list)
     kept: dict[Tensor, Tensor] = field(default_factory=dict)  # what the directions need once the update is done
     before: dict[Tensor, Tensor] = field(default_factory=dict)  # θ_{t-1}, for probed groups
@@ -99,7 +86,9 @@ class HypergradientLR:
     Nesterov's and optimizers that have no formula in :mod:`lightning_hd.directions`, one copy of the parameters' size.
 
     ``g_t`` is the gradient that the optimizer sees: after clipping and unscaling, with L2 (coupled) weight decay, with
-    its sign flipped under ``maximize=True``. Parameters that have no gradient in a step contribute nothing.
+    its sign flipped under ``maximize=True``. (Step hooks run in the order in which they are registered: one that
+    changes gradients must come before this.) Parameters that have no gradient in a step contribute nothing, and a step
+    without any gradient is none.
 
     With a learning-rate scheduler, the effective rate is the scheduler's value times the learned scale, and
     ``param_groups[i]["lr"]`` holds the scheduler's own value between steps; ``α`` is then the scale times the highest
@@ -129,11 +118,12 @@ class HypergradientLR:
         nonfinite_steps: Number of steps that left the rate as it was because a number was not finite.
         scheduled: Whether ``param_groups[i]["lr"]`` belongs to a scheduler between steps. ``None``: found out from the
             groups' ``initial_lr``, which all schedulers of ``torch.optim.lr_scheduler`` but ``ReduceLROnPlateau`` set;
-            set ``True`` for that one.
+            set it to ``True`` for that one.
 
     Raises:
         TypeError: ``optimizer`` is not an optimizer or has no rate to tune (LBFGS, Rprop, SparseAdam), or another
-            argument is of the wrong type. In the first step: a gradient is sparse.
+            argument is of the wrong type. In the first step: a gradient is sparse, or the optimizer moves the
+            parameters before it evaluates its closure (SAM).
         ValueError: An argument or a configured rate is out of range.
         RuntimeError: The optimizer has a :class:`HypergradientLR` already.
 
@@ -163,43 +153,37 @@ class HypergradientLR:
     ) -> None:
         self._rule = check_arguments(rule, hypergrad_lr, scope, min_lr, max_lr)
         check_optimizer(optimizer)
-        if optimizer in _attached:
-            raise RuntimeError(
-                f"this {type(optimizer).__name__} has a HypergradientLR (or a HypergradientDescent callback) already: "
-                "use one, or detach() the first"
-            )
-        self.optimizer = optimizer
+        self.optimizer = unwrap(optimizer)
+        self.scope = scope
         self.step_count = 0
         self.nonfinite_steps = 0
-        self.scheduled: bool | None = None
-        self.scope = scope
-        self._min_lr = -math.inf if min_lr is None else float(min_lr)
-        self._max_lr = math.inf if max_lr is None else float(max_lr)
-        self._scopes: list[_Scope] = []
-        self._groups: list[_Group] = []
-        self._anchored_to_scheduler = self._is_scheduled()
+        self._check_free()
+        self._rates = Rates(
+            self.optimizer,
+            self._rule,
+            scope,
+            -math.inf if min_lr is None else float(min_lr),
+            math.inf if max_lr is None else float(max_lr),
+        )
+        self._last = [_Last() for _ in self._rates.groups]
         self._step_frame: FrameType | None = None
         self._step: _Step | None = None
         self._warned: set[str] = set()
-        self._sync_groups()
-        self._handles = [
-            optimizer.register_step_pre_hook(self._before_step),
-            optimizer.register_step_post_hook(self._after_step),
-        ]
-        _attached.add(optimizer)
+        self._handles: list[RemovableHandle] = []
+        self._attach()
 
     # ------------------------------------------------------------------ what others read
 
     @property
     def lrs(self) -> list[float]:
         """The effective learning rate of each parameter group: the one that the last step used, or the first will."""
-        known = [group.lr for group in self._groups]
-        return known + [_get_lr(group) for group in self.optimizer.param_groups[len(known) :]]
+        known = [group.lr for group in self._rates.groups]
+        return known + [get_lr(settings) for settings in self.optimizer.param_groups[len(known) :]]
 
     @property
     def scales(self) -> list[float]:
         """The learned scale of each scope: its last rate over the configured one (over 1 where that is 0)."""
-        return [scope.used / scope.reference for scope in self._scopes]
+        return [scope.used / scope.reference for scope in self._rates.scopes]
 
     @property
     def last(self) -> list[Observation | None]:
@@ -207,7 +191,16 @@ class HypergradientLR:
 
         Its numbers are not finite where that step left the rate as it was for that reason.
         """
-        return [scope.last for scope in self._scopes]
+        return [scope.last for scope in self._rates.scopes]
+
+    @property
+    def scheduled(self) -> bool | None:
+        """Whether a scheduler owns ``param_groups[i]["lr"]`` between steps; ``None``: found out from the groups."""
+        return self._rates.scheduled
+
+    @scheduled.setter
+    def scheduled(self, value: bool | None) -> None:
+        self._rates.scheduled = value
 
     def detach(self, *, keep_state: bool = False) -> None:
         """Remove every hook and buffer, and leave the optimizer as any other.
@@ -221,13 +214,13 @@ class HypergradientLR:
         self._abandon_step()
         for handle in self._handles:
             handle.remove()
-        self._handles.clear()
+        self._handles = []
         _attached.discard(self.optimizer)
-        if not keep_state:
-            for p in [p for p, state in self.optimizer.state.items() if state.keys() & {DIRECTION, DISCOUNTED}]:
-                for key in (DIRECTION, DISCOUNTED):
-                    self.optimizer.state[p].pop(key, None)
-                if not self.optimizer.state[p]:
+        for p, state in () if keep_state else list(self.optimizer.state.items()):
+            if isinstance(state, dict) and state.keys() & {DIRECTION, DISCOUNTED}:
+                state.pop(DIRECTION, None)
+                state.pop(DISCOUNTED, None)
+                if not state:
                     del self.optimizer.state[p]
 
     def state_dict(self) -> dict[str, Any]:
@@ -238,28 +231,14 @@ class HypergradientLR:
             "scope": self.scope,
             "step_count": self.step_count,
             "nonfinite_steps": self.nonfinite_steps,
-            "scheduled": self._anchored_to_scheduler,
-            "scopes": [
+            "rates": self._rates.state_dict(),
+            "last": [
                 {
-                    "lr": scope.lr,
-                    "used": scope.used,
-                    "reference": scope.reference,
-                    "from_zero": scope.from_zero,
-                    "started": scope.started,
-                    "rule": scope.rule.state_dict(),
+                    "weight": last.weight,
+                    "direction": None if last.direction is None else last.direction.to_dict(),
+                    "moved": [i for i, p in enumerate(settings["params"]) if p in last.moved],
                 }
-                for scope in self._scopes
-            ],
-            "groups": [
-                {
-                    "base": group.base,
-                    "join": group.join,
-                    "weight": group.weight,
-                    "lr": group.lr,
-                    "direction": None if group.direction is None else group.direction.to_dict(),
-                    "moved": [i for i, p in enumerate(settings["params"]) if p in group.moved],
-                }
-                for group, settings in zip(self._groups, self.optimizer.param_groups, strict=False)
+                for last, settings in zip(self._last, self.optimizer.param_groups, strict=False)
             ],
         }
 
@@ -269,44 +248,54 @@ class HypergradientLR:
         Raises:
             ValueError: The state is of another optimizer class, rule, scope or layout of parameter groups, or damaged.
         """
-        params = [group["params"] for group in self.optimizer.param_groups]
+        self._sync()
         own = self.state_dict()
         if not isinstance(state_dict, dict) or not own.keys() <= state_dict.keys():
             raise ValueError("this is not what HypergradientLR.state_dict() returned")
         for key in ("optimizer", "rule", "scope"):
             if state_dict[key] != own[key]:
                 raise ValueError(f"the saved state has {key}={state_dict[key]!r}, this HypergradientLR {own[key]!r}")
+        if len(state_dict["last"]) != len(self._last):
+            raise ValueError(
+                f"the saved state has {len(state_dict['last'])} parameter groups, the optimizer {len(self._last)}"
+            )
         try:
-            scopes, groups = [], []
-            for saved in state_dict["scopes"]:
-                values = dict(saved)
-                rule = self._rule.bind(is_normalized(self.optimizer))
-                rule.load_state_dict(values.pop("rule"))
-                scopes.append(_Scope(rule=rule, **values))
-            for i, saved in enumerate(state_dict["groups"]):
-                values = dict(saved)
-                moved = {params[i][j] for j in values.pop("moved")}
-                direction = values.pop("direction")
-                groups.append(
-                    _Group(
-                        scope=i if self.scope == "group" else 0,
-                        moved=moved,
-                        direction=None if direction is None else direction_from_dict(direction),
-                        **values,
-                    )
+            last = [
+                _Last(
+                    check_number("weight", saved["weight"]),
+                    None if saved["direction"] is None else direction_from_dict(saved["direction"]),
+                    {settings["params"][i] for i in saved["moved"]},
                 )
-            counts = int(state_dict["step_count"]), int(state_dict["nonfinite_steps"])
-            scheduled = bool(state_dict["scheduled"])
-        except (KeyError, IndexError, TypeError, AttributeError) as error:
-            raise ValueError(f"the saved state is damaged or of other parameter groups ({error!r})") from None
-        if len(groups) != len(params) or len(scopes) != (len(params) if self.scope == "group" else 1):
-            raise ValueError(f"the saved state has {len(groups)} parameter groups, the optimizer {len(params)}")
-        self._scopes, self._groups = scopes, groups
-        self.step_count, self.nonfinite_steps = counts
-        self._anchored_to_scheduler = scheduled
-        if not scheduled:
-            for group, settings in zip(groups, self.optimizer.param_groups, strict=True):
-                group.lr = _set_lr(settings, group.lr)
+                for saved, settings in zip(state_dict["last"], self.optimizer.param_groups, strict=True)
+            ]
+            step_count, nonfinite_steps = int(state_dict["step_count"]), int(state_dict["nonfinite_steps"])
+            self._rates.load_state_dict(state_dict["rates"])
+        except (KeyError, IndexError, TypeError, ValueError, AttributeError) as error:
+            raise ValueError(f"the saved state is damaged, or of other parameter groups: {error}") from error
+        self._last, self.step_count, self.nonfinite_steps = last, step_count, nonfinite_steps
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**vars(self), "_handles": bool(self._handles), "_step": None, "_step_frame": None}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update(state)
+        if self._handles:  # torch leaves the hooks behind when it copies an optimizer
+            self._check_free()
+            self._attach()
+
+    def _check_free(self) -> None:
+        if self.optimizer in _attached:
+            raise RuntimeError(
+                f"this {type(self.optimizer).__name__} has a HypergradientLR (or a HypergradientDescent callback) "
+                "already: use one, or detach() the first"
+            )
+
+    def _attach(self) -> None:
+        self._handles = [
+            self.optimizer.register_step_pre_hook(self._before_step),
+            self.optimizer.register_step_post_hook(self._after_step),
+        ]
+        _attached.add(self.optimizer)
 
     # ------------------------------------------------------------------ the optimizer's step hooks
 
@@ -331,13 +320,25 @@ class HypergradientLR:
         return args, {**kwargs, "closure": self._wrap(closure)}
 
     def _wrap(self, closure: Callable[[], Any]) -> Callable[[], Any]:
+        before = self._versions()
+
         def tune_after_backward() -> Any:
+            if self._step is not None:  # an optimizer that evaluates its closure twice is tuned once
+                return closure()
+            if self._versions() != before:
+                raise TypeError(
+                    f"{type(self.optimizer).__name__} moves the parameters before it evaluates its closure, so that "
+                    "its step cannot be measured: it is not supported"
+                )
             loss = closure()
-            if self._step is None:  # an optimizer that evaluates its closure twice is tuned once
-                self._tune()
+            self._tune()
             return loss
 
         return tune_after_backward
+
+    def _versions(self) -> list[int]:
+        """How often each parameter was written to: torch has no public name for the counter that autograd keeps."""
+        return [p._version for settings in self.optimizer.param_groups for p in settings["params"]]
 
     def _after_step(self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Post-hook: runs only when the step really happened."""
@@ -351,11 +352,20 @@ class HypergradientLR:
     def _abandon_step(self) -> None:
         """Forget a step that began and raised: the rate stays as it was, and the next step has no last direction."""
         self._step_frame = None
-        if self._step is not None:
-            for settings, group in zip(self.optimizer.param_groups, self._step.groups, strict=False):
-                if _get_lr(settings) == group.lr:
-                    _set_lr(settings, group.restore)
-            self._step = None
+        if self._step is None:
+            return
+        for settings, group, restore in zip(
+            self.optimizer.param_groups, self._step.groups, self._step.restore, strict=False
+        ):
+            if get_lr(settings) == group.lr:
+                set_lr(settings, restore)
+            elif self._rates.under_schedule:
+                self._warn(
+                    "schedule",
+                    "a step raised an error, and the scheduler went on from the rate of that step: its values may be "
+                    "off from here on",
+                )
+        self._step = None
 
     # ------------------------------------------------------------------ one step
 
@@ -366,35 +376,55 @@ class HypergradientLR:
         found_inf = getattr(self.optimizer, "found_inf", None)
         if found_inf is not None and float(found_inf) != 0:
             return
-        self._sync_groups()
-        observations = [self._observe(i) for i in range(len(self._scopes))]
-        rates = [self._next_rate(scope, seen) for scope, seen in zip(self._scopes, observations, strict=True)]
-        if self._anchored_to_scheduler:
-            rates = self._follow_schedule(rates)
-        self._step = _Step(rates, observations)
+        groups = self.optimizer.param_groups
+        with_gradient = [[p for p in settings["params"] if p.grad is not None] for settings in groups]
+        if not any(with_gradient):
+            return
+        for p in itertools.chain.from_iterable(with_gradient):
+            check_gradient(p)
+        self._sync()
+        observations = [self._observe(i) for i in range(len(self._rates.scopes))]
+        rates = [self._next_rate(i, seen) for i, seen in enumerate(observations)]
+        if self._rates.under_schedule:
+            rates = self._rates.follow_schedule(rates)
+            if any(scope.from_zero for scope in self._rates.scopes):
+                self._warn(
+                    "zero schedule",
+                    "the scheduled learning rate is 0, and no scale changes that: unless it rises, nothing is learned",
+                )
+        self._step = _Step(rates, observations, restore=[get_lr(settings) for settings in groups])
         try:
-            for group, settings in zip(self._groups, self.optimizer.param_groups, strict=True):
-                self._set_out(group, settings, self._step)
+            effective = self._rates.effective([used for _, used in rates])
+            for i, (lr, weight) in enumerate(effective):
+                self._set_out(self._step, i, with_gradient[i], lr, weight)
         except BaseException:
             self._abandon_step()
             raise
 
+    def _sync(self) -> None:
+        self._rates.sync()
+        self._last += [_Last() for _ in self._rates.groups[len(self._last) :]]
+
     def _observe(self, scope: int) -> Observation | None:
         """The hypergradient of one scope, from the last step's directions and this step's gradients."""
         parts, weights = [], []
-        directions = 0
-        for group, settings in zip(self._groups, self.optimizer.param_groups, strict=True):
-            for p in settings["params"] if group.scope == scope else ():
+        directions = False
+        vanished = False
+        for group, last, settings in zip(self._rates.groups, self._last, self.optimizer.param_groups, strict=True):
+            if group.scope != scope:
+                continue
+            vanished |= isinstance(last.direction, Measured) and last.direction.lr * last.weight != 0
+            for p in settings["params"]:
                 if p.grad is not None:
-                    d = self._last_direction(group, p)
-                    directions += d is not None
+                    d = self._last_direction(last, p)
+                    directions |= d is not None
                     parts.append(products(self._gradient(settings, p), d))
-                    weights.append(1.0 if self._rule.long_horizon else group.weight)
+                    weights.append(1.0 if self._rule.long_horizon else last.weight)
         if not directions:
             return None
         dot, g_squared, d_squared = totals(parts, weights)
-        measured = [group.direction for group in self._groups if isinstance(group.direction, Measured)]
-        if d_squared == 0 < g_squared and any(direction.lr for direction in measured):
+        before = self._rates.scopes[scope].last
+        if vanished and d_squared == 0 < g_squared and (before is None or before.grad_norm > 0):
             self._warn(
                 "vanished step",
                 "the last step vanished in the rounding of the parameters, so its direction is unknown and the "
@@ -402,42 +432,44 @@ class HypergradientLR:
             )
         return Observation(-dot, math.sqrt(g_squared), math.sqrt(d_squared))
 
-    def _last_direction(self, group: _Group, p: Tensor) -> Tensor | None:
+    def _last_direction(self, last: _Last, p: Tensor) -> Tensor | None:
         """``d_{t-1}`` of one parameter, or ``D_{t-1}``; ``None`` where the last step did not move it."""
         state: dict[str, Any] = self.optimizer.state.get(p, {})
         if self._rule.long_horizon:
-            return state.get(DISCOUNTED)
-        if group.direction is None or p not in group.moved:
+            d = state.get(DISCOUNTED)
+        elif last.direction is None or p not in last.moved:
             return None
-        try:
-            return group.direction.read(p, state)
-        except KeyError:
-            self._warn(
-                "lost direction",
-                "the optimizer's state has lost the last direction (was it loaded from a checkpoint written without "
-                "it?); the learning rate stays as it is for one step",
-            )
-            return None
+        else:
+            try:
+                d = last.direction.read(p, state)
+            except KeyError:
+                d = None
+                self._warn(
+                    "lost direction",
+                    "the optimizer's state has lost the last direction (was it loaded from a checkpoint written "
+                    "without it?); the learning rate stays as it is for one step",
+                )
+        return d if d is not None and d.shape == as_real(p).shape else None
 
     def _gradient(self, settings: dict[str, Any], p: Tensor) -> Tensor:
         return objective_gradient(self.optimizer, settings, p, getattr(self.optimizer, "grad_scale", None))
 
-    def _next_rate(self, scope: _Scope, seen: Observation | None) -> tuple[float, float]:
+    def _next_rate(self, index: int, seen: Observation | None) -> tuple[float, float]:
         """``α_t`` and ``γ_t``; the last ones where a number is not finite."""
-        step = self.step_count + 1
-        low, high = self._range(scope)
+        scope, step = self._rates.scopes[index], self.step_count + 1
         lr = scope.lr
         if seen is not None:
             if not all(map(math.isfinite, seen)):
                 return self._stay(scope, f"(hypergradient, ‖g‖, ‖d‖) = {tuple(seen)}")
             lr = _returned(scope.rule.update(lr, seen, step), scope.rule, "update")
-        used = _returned(scope.rule.used(lr, step), scope.rule, "used")
-        if not (math.isfinite(lr) and math.isfinite(used)):
-            return self._stay(scope, f"the rate that {type(scope.rule).__name__} made of {seen}")
-        lr = min(max(lr, low), high)
-        return lr, min(max(_returned(scope.rule.used(lr, step), scope.rule, "used"), low), high)
+        if math.isfinite(lr):
+            lr = self._rates.clamp(index, lr)
+            used = _returned(scope.rule.used(lr, step), scope.rule, "used")
+            if math.isfinite(used):
+                return lr, self._rates.clamp(index, used)
+        return self._stay(scope, f"the rate that {type(scope.rule).__name__} made of {seen}")
 
-    def _stay(self, scope: _Scope, what: str) -> tuple[float, float]:
+    def _stay(self, scope: Scope, what: str) -> tuple[float, float]:
         self.nonfinite_steps += 1
         self._warn(
             "not finite",
@@ -446,23 +478,22 @@ class HypergradientLR:
         )
         return scope.lr, scope.used
 
-    def _set_out(self, group: _Group, settings: dict[str, Any], step: _Step) -> None:
+    def _set_out(self, step: _Step, index: int, moved: list[Tensor], lr: float, weight: float) -> None:
         """Give one group its rate, and keep what is needed to know its direction afterwards."""
-        scope = self._scopes[group.scope]
-        weight = group.base * group.join / scope.reference
-        restore, lr = _get_lr(settings), self._effective(group, step.rates[group.scope][1])
+        settings = self.optimizer.param_groups[index]
+        scope = self._rates.scopes[self._rates.groups[index].scope]
         unknown = lr == 0 and isinstance(direction_of(self.optimizer, settings, lr), Measured)
         probed = weight != 0 and (unknown or (scope.rule.picks_start and not scope.started))
-        lr = _set_lr(settings, _PROBE if probed else lr)
+        lr = set_lr(settings, _PROBE if probed else lr)
         direction = direction_of(self.optimizer, settings, lr)
-        moved = [p for p in settings["params"] if p.grad is not None]
-        step.groups.append(_GroupStep(restore, lr, weight, direction, moved, probed))
-        group.moved = set()  # their directions are overwritten here, and known again once the step is done
+        step.groups.append(_GroupStep(lr, weight, direction, moved, probed))
+        self._last[index].moved = set()  # their directions are overwritten here, and known again once the step is done
         for p in moved:
             g = self._gradient(settings, p)
             if direction.copies:
                 copy = self.optimizer.state.get(p, {}).get(DIRECTION)
-                step.kept[p] = torch.empty_like(p) if copy is None else copy
+                fits = copy is not None and (copy.shape, copy.dtype, copy.device) == (p.shape, p.dtype, p.device)
+                step.kept[p] = copy if fits else torch.empty_like(p)
                 direction.keep(step.kept[p], p, g)
             if probed:
                 step.before[p] = p.clone(memory_format=torch.preserve_format)
@@ -471,59 +502,68 @@ class HypergradientLR:
     def _finish(self, step: _Step) -> None:
         """The parameters have moved: take over the rates and learn the directions."""
         self.step_count += 1
-        for scope, (lr, used), seen in zip(self._scopes, step.rates, step.observations, strict=True):
+        for scope, (lr, used), seen in zip(self._rates.scopes, step.rates, step.observations, strict=True):
             scope.lr, scope.used, scope.last = lr, used, seen
+        self._settle(step)
+        if any(group.probed for group in step.groups):
+            self._rescale(step)
+        for known, last, group in zip(self._rates.groups, self._last, step.groups, strict=True):
+            known.lr = group.lr
+            last.weight, last.direction, last.moved = group.weight, group.direction, set(group.moved)
+            if group.moved:
+                self._rates.scopes[known.scope].started = True
+        if self._rule.long_horizon:
+            self._discount(step)
+        if self._rates.under_schedule:
+            for settings, restore in zip(self.optimizer.param_groups, step.restore, strict=True):
+                set_lr(settings, restore)
+
+    def _settle(self, step: _Step) -> None:
+        """Put the copies that the directions need into the optimizer's state.
+
+        An optimizer that has a state, but none for this parameter yet, left it alone in this step; it may take anything
+        that it finds there later for its own.
+        """
         state = self.optimizer.state
+        stateful = any(isinstance(own, dict) and own.keys() - {DIRECTION, DISCOUNTED} for own in state.values())
         for group in step.groups:
+            if isinstance(group.direction, Measured) and stateful:
+                group.moved = [p for p in group.moved if state.get(p, {}).keys() - {DIRECTION, DISCOUNTED}]
             for p in group.moved:
                 if p in step.kept:
                     group.direction.settle(step.kept[p], p, state[p])
                     state[p][DIRECTION] = step.kept[p]
-        if any(group.probed for group in step.groups):
-            self._rescale(step)
-        for known, group in zip(self._groups, step.groups, strict=True):
-            known.lr, known.weight, known.direction, known.moved = (
-                group.lr,
-                group.weight,
-                group.direction,
-                set(group.moved),
-            )
-            if group.moved:
-                self._scopes[known.scope].started = True
-        if self._rule.long_horizon:
-            self._discount(step)
-        if self._anchored_to_scheduler:
-            for settings, group in zip(self.optimizer.param_groups, step.groups, strict=True):
-                _set_lr(settings, group.restore)
 
     def _rescale(self, step: _Step) -> None:
         """Replace steps at the rate of the probe by steps at the rate that they should have had."""
         state = self.optimizer.state
-        for i, scope in enumerate(self._scopes):
-            if scope.rule.picks_start and not scope.started:
-                members = [g for known, g in zip(self._groups, step.groups, strict=True) if known.scope == i]
+        for i, scope in enumerate(self._rates.scopes):
+            members = [g for known, g in zip(self._rates.groups, step.groups, strict=True) if known.scope == i]
+            if scope.rule.picks_start and not scope.started and any(group.moved for group in members):
                 d_squared = sum(
                     float(squared_norm(g.direction.read(p, state[p]))) * g.weight**2 for g in members for p in g.moved
                 )
                 p_squared = sum(float(squared_norm(step.before[p])) for g in members for p in g.moved if g.probed)
                 start = _returned(scope.rule.start(math.sqrt(p_squared), math.sqrt(d_squared)), scope.rule, "start")
-                low, high = self._range(scope)
-                scope.lr = scope.used = min(max(start, low), high)
-        for known, group, settings in zip(self._groups, step.groups, self.optimizer.param_groups, strict=True):
+                scope.lr = scope.used = self._rates.clamp(i, start)
+        effective = self._rates.effective([scope.used for scope in self._rates.scopes])
+        for group, settings, (lr, _) in zip(step.groups, self.optimizer.param_groups, effective, strict=True):
             if not group.probed:
                 continue
-            group.lr = _set_lr(settings, self._effective(known, self._scopes[known.scope].used))
+            group.lr = set_lr(settings, lr)
             for p in group.moved:
                 d = group.direction.read(p, state[p])
                 p.copy_(step.before[p])
                 if group.lr:
                     as_real(p).copy_(widen(as_real(p)).sub(d, alpha=group.lr))
-            group.direction = direction_of(self.optimizer, settings, group.lr)
+            if not isinstance(group.direction, Measured):  # that one was measured at the rate of the probe
+                group.direction = direction_of(self.optimizer, settings, group.lr)
 
     def _discount(self, step: _Step) -> None:
         """``D_t = μ_t D_{t-1} + d_t``, each direction weighted as its group's rate follows the scope's."""
-        for known, group, settings in zip(self._groups, step.groups, self.optimizer.param_groups, strict=True):
-            discount = self._scopes[known.scope].rule.discount(self.step_count)
+        for known, group, settings in zip(self._rates.groups, step.groups, self.optimizer.param_groups, strict=True):
+            rule = self._rates.scopes[known.scope].rule
+            discount = _returned(rule.discount(self.step_count), rule, "discount")
             for p in settings["params"]:
                 state = self.optimizer.state.get(p, {})
                 if DISCOUNTED in state:
@@ -531,115 +571,10 @@ class HypergradientLR:
             for p in group.moved:
                 state = self.optimizer.state[p]
                 d = group.direction.read(p, state)
-                if DISCOUNTED not in state:
+                if DISCOUNTED not in state or state[DISCOUNTED].shape != d.shape:
                     state[DISCOUNTED] = torch.zeros_like(as_real(p))
                 state[DISCOUNTED].add_(d, alpha=group.weight)
                 state.pop(DIRECTION, None)
-
-    # ------------------------------------------------------------------ rates of groups and scopes
-
-    def _is_scheduled(self) -> bool:
-        if self.scheduled is not None:
-            return self.scheduled
-        return any("initial_lr" in settings for settings in self.optimizer.param_groups)
-
-    def _sync_groups(self) -> None:
-        """Take over what others did since the last step: rates written, groups added, a scheduler built or stepped."""
-        settings = self.optimizer.param_groups
-        new = range(len(self._groups), len(settings))
-        stale: set[int] = set()
-        if self._is_scheduled() != self._anchored_to_scheduler:
-            self._anchored_to_scheduler = self._is_scheduled()
-            stale.update(range(len(self._scopes)))
-        for i in new:
-            group = _Group(scope=i if self.scope == "group" else 0, lr=_get_lr(settings[i]))
-            if group.scope == len(self._scopes):
-                self._scopes.append(_Scope(self._rule.bind(is_normalized(self.optimizer))))
-                stale.add(group.scope)
-            elif group.scope not in stale:
-                self._join(group)
-            self._groups.append(group)
-        for group, group_settings in zip(self._groups, settings, strict=True):
-            if self._anchored_to_scheduler:
-                group.base = _get_lr(group_settings)
-            elif _get_lr(group_settings) != group.lr:
-                stale.add(group.scope)
-        for i in stale:
-            self._anchor(i)
-
-    def _anchor(self, index: int) -> None:
-        """Start a scope from the rates that its groups are configured with now."""
-        scope = self._scopes[index]
-        members = [
-            (i, group, settings)
-            for i, (group, settings) in enumerate(zip(self._groups, self.optimizer.param_groups, strict=True))
-            if group.scope == index
-        ]
-        configured = []
-        for i, _, settings in members:
-            lr = _get_lr(settings)
-            lr = float(settings.get("initial_lr", lr)) if self._anchored_to_scheduler else lr
-            if not math.isfinite(lr) or lr < 0 <= self._min_lr:
-                allowed = "a finite number" + ("" if self._min_lr < 0 else " of at least 0 (or pass min_lr=None)")
-                raise ValueError(f"lr of {type(self.optimizer).__name__} param_groups[{i}] must be {allowed}, got {lr}")
-            configured.append(lr)
-        reference = max(configured, key=abs)
-        scope.from_zero = reference == 0
-        if scope.from_zero and self._anchored_to_scheduler:
-            self._warn(
-                "zero schedule", "a scheduler multiplies the configured learning rate, which is 0: the product stays 0"
-            )
-        scope.reference = 1.0 if scope.from_zero else reference
-        scope.lr = scope.used = 0.0 if scope.from_zero and not self._anchored_to_scheduler else scope.reference
-        if not scope.rule.picks_start and not scope.started:
-            scope.rule.check_start(scope.lr)
-        for _, group, settings in members:
-            group.lr = group.base = _get_lr(settings)
-            group.join = 1.0
-            if scope.from_zero and not self._anchored_to_scheduler:
-                group.base = 1.0
-
-    def _follow_schedule(self, rates: list[tuple[float, float]]) -> list[tuple[float, float]]:
-        """Let the references, and the rates with them, rise with a schedule: the rule works on the rate at its peak."""
-        growth = [1.0] * len(rates)
-        for group in self._groups:
-            scope = self._scopes[group.scope]
-            growth[group.scope] = max(growth[group.scope], abs(group.base * group.join / scope.reference))
-        for scope, factor in zip(self._scopes, growth, strict=True):
-            scope.reference *= factor
-            scope.lr *= factor
-            scope.used *= factor
-        return [(lr * factor, used * factor) for (lr, used), factor in zip(rates, growth, strict=True)]
-
-    def _join(self, group: _Group) -> None:
-        """Let a group that was added in mid-training join a scope at its configured rate."""
-        scope = self._scopes[group.scope]
-        group.base = group.lr
-        if scope.used:
-            group.join = scope.reference / scope.used
-        elif scope.from_zero:
-            group.base = 1.0
-
-    def _effective(self, group: _Group, used: float) -> float:
-        """The group's rate where the scope's is ``used``."""
-        scope = self._scopes[group.scope]
-        configured = group.base * group.join
-        lr = used if configured == scope.reference else configured * (used / scope.reference)
-        return min(max(lr, self._min_lr), self._max_lr)
-
-    def _range(self, scope: _Scope) -> tuple[float, float]:
-        """Where the scope's rate can be without all of its groups being clamped."""
-        weights = [
-            abs(group.base * group.join / scope.reference)
-            for group in self._groups
-            if self._scopes[group.scope] is scope and group.base
-        ]
-        if not weights:
-            return -math.inf, math.inf
-        low = self._min_lr / max(weights)
-        if self._anchored_to_scheduler and self._min_lr > 0:
-            low = 0.0  # a schedule that goes to 0 must not drive the scale up
-        return low, self._max_lr / min(weights)
 
     def _warn(self, kind: str, message: str) -> None:
         """Warn once of each kind of thing, on rank zero."""
@@ -672,20 +607,6 @@ def _returned(value: Any, rule: Rule, method: str) -> float:
     if isinstance(value, str) or not hasattr(value, "__float__"):
         raise TypeError(f"{type(rule).__name__}.{method} must return a number, got {value!r}")
     return float(value)
-
-
-def _get_lr(settings: dict[str, Any]) -> float:
-    return float(settings["lr"])
-
-
-def _set_lr(settings: dict[str, Any], lr: float) -> float:
-    """Write a group's rate, in place where it is a tensor; returns what the group then holds."""
-    if _get_lr(settings) != lr:
-        if isinstance(settings["lr"], Tensor):
-            settings["lr"].fill_(lr)
-        else:
-            settings["lr"] = lr
-    return _get_lr(settings)
 
 
 def _calling_frame() -> FrameType | None:

@@ -12,7 +12,7 @@ after the other, which is off by 3 % for 1e8 of them."""
 
 def as_real(tensor: Tensor) -> Tensor:
     """A complex tensor as the real one of twice the size that the optimizers see; any other tensor as it is."""
-    return torch.view_as_real(tensor) if tensor.is_complex() else tensor
+    return torch.view_as_real(tensor.resolve_conj()) if tensor.is_complex() else tensor
 
 
 def widen(tensor: Tensor) -> Tensor:

@@ -243,9 +243,12 @@ def check_number(name: str, value: float, minimum: float = -math.inf) -> float:
         TypeError: It is not a real number.
         ValueError: It is not finite, or below ``minimum``.
     """
-    if isinstance(value, bool) or not hasattr(value, "__float__") or isinstance(value, Tensor):
-        raise TypeError(f"{name} must be a number, got {value!r}")
-    number = float(value)
+    try:
+        if isinstance(value, (bool, str, Tensor)):
+            raise TypeError
+        number = float(value)
+    except (TypeError, ValueError):
+        raise TypeError(f"{name} must be a number, got {value!r}") from None
     if not math.isfinite(number) or number < minimum:
         bound = "" if minimum == -math.inf else f" of at least {minimum:g}"
         raise ValueError(f"{name} must be a finite number{bound}, got {value!r}")

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.optim import SGD, Adam, Optimizer
 
 from lightning_hd import HypergradientLR, Observation
-from lightning_hd.directions import is_coupled
+from lightning_hd.directions import direction_from_dict, direction_of, is_coupled
 
 LR = 0.02
 CLASSES = {
@@ -123,7 +123,14 @@ def cases() -> Iterator[Any]:
 CASES = list(cases())
 # The others refuse a tensor learning rate in their differentiable step, or cut its graph.
 AUTOGRAD_CASES = [case for case in CASES if case.values[0].__name__ in {"SGD", "Adam", "AdamW", "NAdam", "RAdam"}]  # type: ignore[attr-defined]
+
+
+class LoudSGD(SGD):
+    """A subclass that steps as its parent does."""
+
+
 OTHERS = [
+    pytest.param(LoudSGD, {"momentum": 0.9, "weight_decay": 0.1}, id="subclass with its parent's step"),
     pytest.param(SignDescent, {}, id="unseen class"),
     pytest.param(CautiousAdam, {"weight_decay": 0.1}, id="subclass that calls its parent"),
 ]
@@ -167,6 +174,21 @@ def derivative_by_difference(optimizer: Optimizer, settings: dict[str, Any], ste
         twin.step()
         values.append(float(objective(twin, params, step + 1)))
     return (values[0] - values[1]) / (2 * eps)
+
+
+def test_a_subclass_with_its_parents_step_needs_no_copy() -> None:
+    SGD([torch.ones(1)], lr=0.1)  # torch wraps the steps of classes that are instantiated, in either order
+    for _ in range(2):
+        optimizer = LoudSGD([torch.ones(1)], lr=0.1, momentum=0.9)
+        assert type(direction_of(optimizer, optimizer.param_groups[0], 0.1)).__name__ == "HeavyBall"
+    own = CautiousAdam([torch.ones(1)])
+    assert type(direction_of(own, own.param_groups[0], 0.1)).__name__ == "Measured"
+
+
+@pytest.mark.parametrize("saved", [{}, {"family": "Guess"}, {"family": "Measured"}, {"family": "HeavyBall", "lr": 1}])
+def test_what_is_no_saved_direction_is_refused(saved: dict[str, Any]) -> None:
+    with pytest.raises(ValueError, match="not a saved direction"):
+        direction_from_dict(saved)
 
 
 def observed(hd: HypergradientLR) -> Observation:

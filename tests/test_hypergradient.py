@@ -3,6 +3,7 @@
 import copy
 import gc
 import math
+import pickle
 import sys
 import warnings
 import weakref
@@ -138,9 +139,11 @@ def test_clamps_bound_the_rate_that_is_used() -> None:
     hd = HypergradientLR(optimizer, hypergrad_lr=0.01, max_lr=0.03)
     lrs = [lr for (lr,) in trajectory(network, optimizer, hd, range(100))]
     assert max(lrs) == 0.03
-    low = HypergradientLR(optimizer2 := SGD(reference.torch_network().parameters(), lr=0.001), min_lr=0.02)
-    optimizer2.step()
-    assert low.lrs == [0.02]
+    network = reference.torch_network()
+    optimizer = SGD(network.parameters(), lr=0.001)
+    hd = HypergradientLR(optimizer, min_lr=0.02)
+    run(network, optimizer, range(1))
+    assert hd.lrs == [0.02]
 
 
 # ---------------------------------------------------------------------- variants that must agree
@@ -730,7 +733,7 @@ def test_a_state_of_another_layout_is_refused() -> None:
     with pytest.raises(ValueError, match="1 parameter groups, the optimizer 2"):
         engine(groups=2).load_state_dict(saved)
     with pytest.raises(ValueError, match="damaged"):
-        engine().load_state_dict({**saved, "groups": [{"lr": 0.1}]})
+        engine().load_state_dict({**saved, "rates": {"scopes": [], "groups": [{"lr": 0.1}]}})
     with pytest.raises(ValueError, match="optimizer='SGD', this HypergradientLR 'Adam'"):
         HypergradientLR(Adam([nn.Parameter(torch.ones(1))])).load_state_dict(saved)
     for other in ({}, None, SGD([nn.Parameter(torch.ones(1))]).state_dict()):
@@ -936,7 +939,350 @@ def test_a_sparse_gradient_is_refused_before_the_first_update() -> None:
 
 
 def test_a_schedule_of_a_zero_rate_is_told() -> None:
-    optimizer = SGD([nn.Parameter(torch.ones(1))], lr=0.0)
+    network = reference.torch_network()
+    optimizer = SGD(network.parameters(), lr=0.0)
     lr_scheduler.LambdaLR(optimizer, lambda _: 1.0)
-    with pytest.warns(RuntimeWarning, match="the product stays 0"):
+    HypergradientLR(optimizer)
+    with pytest.warns(RuntimeWarning, match="the scheduled learning rate is 0"):
+        run(network, optimizer, range(2))
+
+
+def test_an_optimizer_that_moves_before_its_closure_is_refused() -> None:
+    class SharpnessAware(Optimizer):
+        @torch.no_grad()
+        def step(self, closure: Any) -> None:  # type: ignore[override]
+            for p in self.param_groups[0]["params"]:
+                p.add_(0.1)
+            with torch.enable_grad():
+                closure()
+            for p in self.param_groups[0]["params"]:
+                p.sub_(0.1).sub_(p.grad, alpha=self.param_groups[0]["lr"])
+
+    p = nn.Parameter(torch.ones(2))
+    optimizer = SharpnessAware([p], {"lr": 0.1})
+    HypergradientLR(optimizer)
+    with pytest.raises(TypeError, match="SharpnessAware moves the parameters before it evaluates its closure"):
+        optimizer.step(lambda: None)
+
+
+def test_a_removed_group_is_named() -> None:
+    a, b = nn.Parameter(torch.ones(1)), nn.Parameter(torch.ones(1))
+    optimizer = SGD([{"params": [a]}, {"params": [b]}], lr=0.1)
+    HypergradientLR(optimizer)
+    del optimizer.param_groups[1]
+    a.grad = torch.ones(1)
+    with pytest.raises(RuntimeError, match="groups can be added but not removed"):
+        optimizer.step()
+
+
+def test_groups_with_rates_of_their_own_must_not_share_a_tensor() -> None:
+    groups = [{"params": [nn.Parameter(torch.ones(1))]} for _ in range(2)]
+    with pytest.raises(ValueError, match="scope='group' needs a learning rate of its own for each group"):
+        HypergradientLR(Adam(groups, lr=torch.tensor(0.1)), scope="group")
+
+
+@pytest.mark.parametrize(("key", "value"), [("lr", math.nan), ("used", None), ("reference", "0.1")])
+def test_a_state_with_a_damaged_number_is_refused(key: str, value: Any) -> None:
+    optimizer = SGD([nn.Parameter(torch.ones(1))], lr=0.1)
+    hd = HypergradientLR(optimizer)
+    saved = hd.state_dict()
+    saved["rates"]["scopes"][0][key] = value
+    with pytest.raises(ValueError, match=f"damaged.*{key} must be a"):
+        hd.load_state_dict(saved)
+    assert hd.lrs == [0.1]
+
+
+# ---------------------------------------------------------------------- what others do to an optimizer
+
+
+def alternate(p: Tensor, optimizer: Optimizer, signs: Sequence[float]) -> None:
+    for sign in signs:
+        p.grad = torch.full_like(p, sign)
+        optimizer.step()
+
+
+def test_a_tensor_rate_that_groups_share_under_a_schedule() -> None:
+    ends = []
+    for shared in (True, False):
+        p = [nn.Parameter(torch.ones(1, dtype=torch.float64)) for _ in range(2)]
+        lr = torch.tensor(0.1, dtype=torch.float64)
+        groups = [{"params": [q], **({} if shared else {"lr": lr.clone()})} for q in p]
+        optimizer = Adam(groups, lr=lr)
+        scheduler = lr_scheduler.ExponentialLR(optimizer, 0.9)
+        hd = HypergradientLR(optimizer, "multiplicative", 0.1)
+        rows = []
+        for _ in range(6):
+            for q in p:
+                q.grad = torch.ones_like(q)
+            optimizer.step()
+            rows.append([*hd.lrs, *hd.scales, *(float(g["lr"]) for g in optimizer.param_groups)])
+            scheduler.step()
+        ends.append(rows)
+    assert ends[0] == ends[1]
+    assert ends[0][-1][-1] == pytest.approx(0.1 * 0.9**5)
+
+
+def test_an_error_in_one_group_leaves_the_schedule_of_all() -> None:
+    a, b = nn.Parameter(torch.ones(2)), nn.Parameter(torch.ones(2))
+    optimizer = SGD([{"params": [a]}, {"params": [b]}], lr=0.1)
+    lr_scheduler.LambdaLR(optimizer, lambda _: 1.0)
+    HypergradientLR(optimizer, "multiplicative", 0.5)
+    alternate(a, optimizer, [1, 1, 1])
+    b.grad = torch.ones(2).to_sparse()
+    with pytest.raises(TypeError, match="sparse gradients"):
+        optimizer.step()
+    assert [group["lr"] for group in optimizer.param_groups] == [0.1, 0.1]
+
+
+def test_a_scheduler_that_goes_on_after_a_failed_update_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    network = reference.torch_network()
+    optimizer = SGD(network.parameters(), lr=0.1)
+    scheduler = lr_scheduler.ExponentialLR(optimizer, 0.5)
+    HypergradientLR(optimizer, "multiplicative", 0.5)
+    run(network, optimizer, range(3))
+    with monkeypatch.context() as patch:
+        patch.setattr(sys.modules[SGD.__module__], "sgd", lambda *_, **__: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            optimizer.step()
+    scheduler.step()
+    with pytest.warns(RuntimeWarning, match="its values may be off"):
+        run(network, optimizer, range(3, 4))
+
+
+@pytest.mark.parametrize("scheduled", [False, True])
+def test_a_clamp_is_left_as_soon_as_the_hypergradient_turns(scheduled: bool) -> None:
+    p = nn.Parameter(torch.ones(1, dtype=torch.float64))
+    optimizer = SGD([p], lr=0.1)
+    if scheduled:
+        lr_scheduler.LambdaLR(optimizer, lambda _: 1.0)
+    hd = HypergradientLR(optimizer, "multiplicative", 0.2, min_lr=0.01)
+    alternate(p, optimizer, [1, -1] * 40)
+    assert hd.lrs == pytest.approx([0.01])
+    alternate(p, optimizer, [1, 1, 1])
+    assert hd.lrs == pytest.approx([0.01 * 1.2**2])
+
+
+def test_a_schedule_at_zero_does_not_let_the_scale_go_below_the_clamp() -> None:
+    p = nn.Parameter(torch.ones(1, dtype=torch.float64))
+    optimizer = SGD([p], lr=0.1)
+    scheduler = lr_scheduler.LambdaLR(optimizer, lambda t: 1.0 if t < 2 else 0.0)
+    hd = HypergradientLR(optimizer, "additive", 1.0)
+    for sign in (1, 1, -1, -1):
+        alternate(p, optimizer, [sign])
+        assert hd.scales[0] >= 0
+        scheduler.step()
+
+
+def test_a_negative_clamp_holds_for_every_group() -> None:
+    p = [nn.Parameter(torch.ones(1, dtype=torch.float64)) for _ in range(2)]
+    optimizer = SGD([{"params": [p[0]], "lr": 0.1}, {"params": [p[1]], "lr": 0.01}], lr=1.0)
+    hd = HypergradientLR(optimizer, "additive", 1.0, min_lr=-0.05)
+    for sign in [1.0, -1.0] * 5:
+        p[1].grad = torch.zeros(1, dtype=torch.float64)
+        alternate(p[0], optimizer, [sign])
+    assert hd.lrs == [-0.05, -0.05]
+
+
+def test_a_clamped_group_does_not_move_with_the_scope() -> None:
+    a, b = (nn.Parameter(torch.ones(1, dtype=torch.float64)) for _ in range(2))
+    optimizer = SGD([{"params": [a], "lr": 0.1}, {"params": [b], "lr": 1.0}], lr=1.0)
+    hd = HypergradientLR(optimizer, hypergrad_lr=0, max_lr=0.2)
+    for _ in range(2):
+        b.grad = torch.ones_like(b)
+        alternate(a, optimizer, [1.0])
+    assert hd.lrs == [0.1, 0.2]
+    assert observed(hd).hypergradient == pytest.approx(-0.1)  # α is 1.0: only the first group follows it, at a tenth
+
+
+def test_a_group_configured_at_zero_stays_there() -> None:
+    a, b = (nn.Parameter(torch.ones(1)) for _ in range(2))
+    optimizer = SGD([{"params": [a], "lr": 0.1}, {"params": [b], "lr": 0.0}], lr=1.0)
+    hd = HypergradientLR(optimizer, min_lr=0.01)
+    b.grad = torch.ones(1)
+    alternate(a, optimizer, [1.0, 1.0])
+    assert hd.lrs[1] == 0
+    assert b.item() == 1
+
+
+@pytest.mark.parametrize("clamped", [False, True])
+def test_a_group_added_at_a_rate_of_zero_joins_at_its_own(clamped: bool) -> None:
+    a, b = (nn.Parameter(torch.ones(1, dtype=torch.float64)) for _ in range(2))
+    optimizer = SGD([a], lr=0.1 if clamped else 0.0)
+    hd = HypergradientLR(optimizer, hypergrad_lr=1.0 if clamped else 0.0)
+    alternate(a, optimizer, [1.0, -1.0, -0.0])
+    assert hd.lrs == [0.0]
+    optimizer.add_param_group({"params": [b], "lr": 0.5})
+    b.grad = torch.ones_like(b)
+    alternate(a, optimizer, [0.0])
+    assert hd.lrs == [0.0, 0.5]
+    assert b.item() == 0.5
+
+
+@pytest.mark.parametrize("cls", [SGD, RMSprop])
+def test_a_parameter_that_changes_its_shape(cls: Any) -> None:
+    p = nn.Parameter(torch.ones(3))
+    optimizer = cls([p], lr=0.1)
+    hd = HypergradientLR(optimizer, hypergrad_lr=0)
+    alternate(p, optimizer, [1.0, 1.0])
+    p.grad = None
+    p.data = torch.ones(5)
+    if cls is RMSprop:
+        optimizer.state[p].update(square_avg=torch.zeros(5))
+    p.grad = torch.ones(5)
+    optimizer.step()
+    assert hd.last == [None]
+    optimizer.step()
+    assert observed(hd).hypergradient < 0
+
+
+def test_a_conjugate_gradient() -> None:
+    p = nn.Parameter(torch.ones(2, dtype=torch.complex64))
+    optimizer = SGD([p], lr=0.1)
+    hd = HypergradientLR(optimizer, hypergrad_lr=0)
+    for _ in range(2):
+        p.grad = torch.tensor([1 + 2j, 3j]).conj()
+        assert p.grad.is_conj()
+        optimizer.step()
+    assert observed(hd).hypergradient == pytest.approx(-14)
+
+
+def test_detach_from_an_optimizer_with_a_state_of_its_own_kind() -> None:
+    class Counting(SGD):
+        @torch.no_grad()
+        def step(self, closure: Any = None) -> Any:
+            super().step(closure)
+            self.state["steps"] = 7  # type: ignore[index]
+
+    p = nn.Parameter(torch.ones(1))
+    optimizer = Counting([p], lr=0.1)
+    hd = HypergradientLR(optimizer)
+    alternate(p, optimizer, [1.0, 1.0])
+    hd.detach()
+    assert dict(optimizer.state) == {"steps": 7}
+
+
+def test_an_optimizer_that_makes_its_state_late() -> None:
+    class Blockwise(Optimizer):
+        """One parameter a step, each with a state that is made when its turn first comes."""
+
+        turn = 0
+
+        @torch.no_grad()
+        def step(self, closure: Any = None) -> None:  # type: ignore[override]
+            params = self.param_groups[0]["params"]
+            p = params[self.turn % len(params)]
+            state = self.state[p]
+            if len(state) == 0:
+                state["buffer"] = torch.zeros_like(p)
+            state["buffer"].add_(p.grad)
+            p.sub_(state["buffer"], alpha=self.param_groups[0]["lr"])
+            self.turn += 1
+
+    params = [nn.Parameter(torch.ones(2)) for _ in range(3)]
+    optimizer = Blockwise(params, {"lr": 0.1})
+    hd = HypergradientLR(optimizer, hypergrad_lr=0)
+    for _ in range(6):
+        for p in params:
+            p.grad = torch.ones(2)
+        optimizer.step()
+    assert observed(hd).hypergradient == pytest.approx(
+        -4, rel=1e-5
+    )  # the second turn of the second: twice the gradient
+
+
+def test_a_wrapper_that_imitates_the_optimizer() -> None:
+    from lightning.fabric import Fabric
+
+    fabric = Fabric(accelerator="cpu", devices=1)
+    network = reference.torch_network()
+    optimizer = SGD(network.parameters(), lr=0.1, momentum=0.9)
+    module, wrapped = fabric.setup(network, optimizer)
+    hd = HypergradientLR(wrapped, "multiplicative", 0.1)
+    assert hd.optimizer is optimizer
+    with pytest.raises(RuntimeError, match="already"):
         HypergradientLR(optimizer)
+    for x, y in reference.torch_batches()[:3]:
+        wrapped.zero_grad()
+        fabric.backward(reference.torch_loss(module, x, y))
+        wrapped.step()
+    assert hd.step_count == 3
+    assert not any(key.startswith("hd_") for state in optimizer.state.values() for key in state)
+
+
+@pytest.mark.parametrize("how", ["deepcopy", "pickle"])
+def test_a_copy_goes_on_as_the_original(how: str) -> None:
+    network = reference.torch_network()
+    optimizer = AdamW(network.parameters(), lr=0.01)
+    hd = HypergradientLR(optimizer, "multiplicative")
+    run(network, optimizer, range(5))
+    everything = (network, optimizer, hd)
+    twin, other, engine = copy.deepcopy(everything) if how == "deepcopy" else pickle.loads(pickle.dumps(everything))
+    assert engine.optimizer is other
+    expected = trajectory(network, optimizer, hd, range(5, 10))
+    assert trajectory(twin, other, engine, range(5, 10)) == expected
+    assert same(network, twin)
+
+
+def test_resuming_with_a_scheduler_that_leaves_no_mark() -> None:
+    def build() -> tuple[nn.Module, Optimizer, HypergradientLR]:
+        network = reference.torch_network()
+        optimizer = SGD(network.parameters(), lr=0.01)
+        return network, optimizer, HypergradientLR(optimizer, "multiplicative", 0.1)
+
+    network, optimizer, hd = build()
+    hd.scheduled = True
+    run(network, optimizer, range(5))
+    saved = copy.deepcopy((network.state_dict(), optimizer.state_dict(), hd.state_dict()))
+    expected = trajectory(network, optimizer, hd, range(5, 10))
+    network, optimizer, hd = build()
+    network.load_state_dict(saved[0])
+    optimizer.load_state_dict(saved[1])
+    hd.load_state_dict(saved[2])
+    assert trajectory(network, optimizer, hd, range(5, 10)) == expected
+
+
+def test_a_schedule_that_starts_at_zero_and_rises() -> None:
+    network = reference.torch_network()
+    optimizer = SGD(network.parameters(), lr=0.0)
+    scheduler = lr_scheduler.CyclicLR(optimizer, base_lr=0.0, max_lr=0.1, step_size_up=5, cycle_momentum=False)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        hd = HypergradientLR(optimizer, hypergrad_lr=0)
+        for step in range(10):
+            scheduled = optimizer.param_groups[0]["lr"]
+            run(network, optimizer, range(step, step + 1))
+            assert hd.lrs == [scheduled]
+            scheduler.step()
+    assert hd.scales == [1.0]
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("cls", [SGD, AdamW, SignDescent])
+def test_narrow_parameters(cls: Any, dtype: torch.dtype) -> None:
+    p = nn.Parameter(torch.zeros(4, dtype=dtype))
+    optimizer = cls([p], lr=1e-5)
+    hd = HypergradientLR(optimizer, hypergrad_lr=0)
+    alternate(p, optimizer, [1.0] * 4)
+    assert hd.nonfinite_steps == 0
+    assert observed(hd).cosine == pytest.approx(1.0, rel=1e-3)
+
+
+def test_a_zero_gradient_is_no_vanished_step() -> None:
+    p = nn.Parameter(torch.ones(3))
+    optimizer = RMSprop([p], lr=0.1)
+    HypergradientLR(optimizer)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        alternate(p, optimizer, [1.0, 1.0, 0.0, 1.0])
+
+
+def test_a_step_without_gradients_forgets_nothing() -> None:
+    p = nn.Parameter(torch.ones(3))
+    optimizer = SGD([p], lr=0.1)
+    hd = HypergradientLR(optimizer, "multiplicative", 0.1)
+    alternate(p, optimizer, [1.0, 1.0])
+    p.grad = None
+    optimizer.step()
+    assert hd.step_count == 2
+    alternate(p, optimizer, [1.0])
+    assert hd.lrs == [pytest.approx(0.1 * 1.1**2)]

@@ -3,6 +3,7 @@
 import math
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
@@ -75,6 +76,7 @@ def test_make_rule() -> None:
         ({"hypergrad_lr": -1.0}, ValueError, "hypergrad_lr must be a finite number of at least 0, got -1.0"),
         ({"hypergrad_lr": math.inf}, ValueError, "hypergrad_lr must be a finite number"),
         ({"hypergrad_lr": [1]}, TypeError, "hypergrad_lr must be a number"),
+        ({"hypergrad_lr": np.ones(2)}, TypeError, "hypergrad_lr must be a number"),
         ({"hypergrad_lr": torch.tensor(1.0)}, TypeError, "hypergrad_lr must be a number"),
         ({"limit_lr": math.nan}, ValueError, "limit_lr must be a finite number"),
         ({"weight": 0.5}, TypeError, "weight must be a function of the step"),
