@@ -1,0 +1,401 @@
+"""Rates of groups and scopes: ratios, clamps, schedulers, groups that come late, rates that others write."""
+
+import copy
+import math
+import warnings
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.optim import SGD, Adam, AdamW, Optimizer, RMSprop, lr_scheduler
+
+from lightning_hd import HypergradientLR
+from tests import reference
+from tests.test_hypergradient import alternate, observed, run, trajectory
+
+
+def test_clamps_bound_the_rate_that_is_used() -> None:
+    network = reference.torch_network()
+    optimizer = SGD(network.parameters(), lr=0.01)
+    hd = HypergradientLR(optimizer, hypergrad_lr=0.01, max_lr=0.03)
+    lrs = [lr for (lr,) in trajectory(network, optimizer, hd, range(100))]
+    assert max(lrs) == 0.03
+    network = reference.torch_network()
+    optimizer = SGD(network.parameters(), lr=0.001)
+    hd = HypergradientLR(optimizer, min_lr=0.02)
+    run(network, optimizer, range(1))
+    assert hd.lrs == [0.02]
+
+
+def test_scope_group_is_one_learning_rate_for_each_group() -> None:
+    # Two independent halves, in one optimizer with two groups or in two optimizers.
+    def halves() -> list[nn.Parameter]:
+        return [nn.Parameter(torch.linspace(-1, 1, 5, dtype=torch.float64) * k) for k in (1, 3)]
+
+    def train(halves: Sequence[Tensor], *optimizers: Optimizer) -> None:
+        for _ in range(20):
+            for p in halves:
+                p.grad = None
+            sum(k * p.pow(4).sum() for k, p in enumerate(halves, start=1)).backward()  # type: ignore[union-attr]
+            for optimizer in optimizers:
+                optimizer.step()
+
+    together = halves()
+    optimizer = SGD([{"params": [together[0]], "lr": 0.01}, {"params": [together[1]], "lr": 0.0002}], lr=1.0)
+    hd = HypergradientLR(optimizer, "additive", 1e-10, scope="group")
+    train(together, optimizer)
+    apart = halves()
+    optimizers = [SGD([p], lr=lr) for p, lr in zip(apart, (0.01, 0.0002), strict=True)]
+    each = [HypergradientLR(o, "additive", 1e-10) for o in optimizers]
+    train(apart, *optimizers)
+    assert hd.lrs == [each[0].lrs[0], each[1].lrs[0]]
+    assert 0.01 < hd.lrs[0] < 0.011
+    assert 0.0002 < hd.lrs[1] < 0.0003
+    assert len(hd.last) == 2
+
+
+def test_scope_global_keeps_the_configured_ratios() -> None:
+    network = reference.torch_network()
+    p = list(network.parameters())
+    optimizer = SGD([{"params": p[:2], "lr": 0.01}, {"params": p[2:], "lr": 0.04}, {"params": [], "lr": 0.0}], lr=1.0)
+    hd = HypergradientLR(optimizer, "additive", 1e-3)
+    for lrs in trajectory(network, optimizer, hd, range(30)):
+        assert lrs[0] / lrs[1] == pytest.approx(0.25, rel=1e-12)
+        assert lrs[2] == 0
+    assert hd.lrs[1] > 0.041
+    assert hd.scales == [pytest.approx(hd.lrs[1] / 0.04)]
+
+
+def test_hypergradient_of_several_groups_is_the_finite_difference_in_the_shared_rate() -> None:
+    def loss_after(scale: float) -> float:
+        network = reference.torch_network()
+        p = list(network.parameters())
+        optimizer = AdamW(
+            [{"params": p[:2], "lr": 0.01 * scale}, {"params": p[2:], "lr": 0.04 * scale, "weight_decay": 0.0}],
+            weight_decay=0.1,
+        )
+        run(network, optimizer, range(1))
+        x, y = reference.torch_batches()[1]
+        return float(reference.torch_loss(network, x, y).detach())
+
+    network = reference.torch_network()
+    p = list(network.parameters())
+    optimizer = AdamW(
+        [{"params": p[:2], "lr": 0.01}, {"params": p[2:], "lr": 0.04, "weight_decay": 0.0}], weight_decay=0.1
+    )
+    hd = HypergradientLR(optimizer, hypergrad_lr=0)
+    run(network, optimizer, range(2))
+    difference = (loss_after(1 + 1e-4) - loss_after(1 - 1e-4)) / (2 * 1e-4 * 0.04)  # α is the largest rate
+    assert observed(hd).hypergradient == pytest.approx(difference, rel=1e-6)
+
+
+@pytest.mark.parametrize("scope", ["global", "group"])
+@pytest.mark.parametrize("cls", [SGD, Adam, RMSprop])
+def test_a_group_added_in_mid_training_joins_at_its_configured_rate(cls: Any, scope: Any) -> None:
+    network = reference.torch_network()
+    p = list(network.parameters())
+    optimizer = cls(p[:2], lr=0.01)
+    hd = HypergradientLR(optimizer, "multiplicative", 0.02, scope=scope)
+    run(network, optimizer, range(20))
+    (before,) = hd.lrs
+    assert before > 0.0101
+    optimizer.add_param_group({"params": p[2:], "lr": 0.005})
+    assert hd.lrs == [before, 0.005]
+    run(network, optimizer, range(20, 21))
+    first, joined = hd.lrs
+    factor = first / before if scope == "global" else 1.0
+    assert joined == pytest.approx(0.005 * factor, rel=1e-12)
+    run(network, optimizer, range(21, 40))
+    assert hd.lrs[1] != joined
+    if scope == "global":
+        assert hd.lrs[1] / hd.lrs[0] == pytest.approx(joined / first, rel=1e-12)
+
+
+def test_a_rate_that_somebody_writes_is_taken_over() -> None:
+    network = reference.torch_network()
+    optimizer = SGD(network.parameters(), lr=0.01)
+    hd = HypergradientLR(optimizer, "multiplicative", 0.02)
+    run(network, optimizer, range(10))
+    optimizer.param_groups[0]["lr"] = 0.5
+    run(network, optimizer, range(10, 11))
+    assert hd.lrs[0] == pytest.approx(0.5 * (1 + 0.02 * observed(hd).cosine), rel=1e-12)
+    optimizer.param_groups[0]["lr"] = math.nan
+    with pytest.raises(ValueError, match=r"lr of SGD param_groups\[0\] must be a finite number"):
+        optimizer.step()
+
+
+@pytest.mark.parametrize(("cls", "settings"), [(Adam, {}), (SGD, {"momentum": 0.9}), (RMSprop, {})])
+def test_a_tensor_rate_stays_the_same_tensor(cls: Any, settings: dict[str, Any]) -> None:
+    lr = torch.tensor(0.01, dtype=torch.float64)
+    network, plain = reference.torch_network(), reference.torch_network()
+    foreach = {"foreach": False}
+    optimizer = cls(network.parameters(), lr=lr, **settings, **foreach)
+    hd = HypergradientLR(optimizer, "multiplicative", 0.02)
+    lrs = trajectory(network, optimizer, hd, range(20))
+    assert optimizer.param_groups[0]["lr"] is lr
+    assert float(lr) == hd.lrs[0] != 0.01
+    other = cls(plain.parameters(), lr=0.01, **settings, **foreach)
+    expected = trajectory(plain, other, HypergradientLR(other, "multiplicative", 0.02), range(20))
+    np.testing.assert_allclose(lrs, expected, rtol=1e-10)
+
+
+SCHEDULERS: dict[str, Callable[[Optimizer], Any]] = {
+    "lambda": lambda o: lr_scheduler.LambdaLR(o, lambda t: min(1.0, t / 5)),
+    "cosine": lambda o: lr_scheduler.CosineAnnealingLR(o, T_max=15),
+    "exponential": lambda o: lr_scheduler.ExponentialLR(o, gamma=0.9),
+    "one cycle": lambda o: lr_scheduler.OneCycleLR(o, max_lr=0.1, total_steps=30),
+    "plateau": lambda o: lr_scheduler.ReduceLROnPlateau(o, patience=1),
+}
+
+
+@pytest.mark.parametrize("name", SCHEDULERS)
+@pytest.mark.parametrize(("cls", "settings"), [(SGD, {"momentum": 0.9}), (Adam, {}), (RMSprop, {})])
+def test_a_scheduler_sees_its_own_values(name: str, cls: Any, settings: dict[str, Any]) -> None:
+    def train(attach: bool) -> tuple[list[float], list[float]]:
+        network = reference.torch_network()
+        optimizer = cls(network.parameters(), lr=0.01, **settings)
+        scheduler = SCHEDULERS[name](optimizer)
+        hd = HypergradientLR(optimizer, "multiplicative", 0.02) if attach else None
+        if hd is not None and name == "plateau":
+            hd.scheduled = True
+        scheduled, effective = [], []
+
+        def after(_: int) -> None:
+            scheduled.append(optimizer.param_groups[0]["lr"])
+            if hd is not None:
+                effective.append(hd.lrs[0])
+                assert hd.lrs[0] == pytest.approx(scheduled[-1] * hd.scales[0], rel=1e-12)
+            scheduler.step(*([1.0] if name == "plateau" else []))
+
+        run(network, optimizer, range(30), after)
+        return scheduled, effective
+
+    alone, _ = train(False)
+    scheduled, effective = train(True)
+    assert scheduled == alone
+    assert effective != alone
+
+
+def test_the_update_under_a_schedule_is_taken_at_the_effective_rate() -> None:
+    p = nn.Parameter(torch.tensor([4.0], dtype=torch.float64))
+    optimizer = SGD([p], lr=0.1)
+    scheduler = lr_scheduler.ExponentialLR(optimizer, gamma=0.5)
+    hd = HypergradientLR(optimizer, "multiplicative", 0.5)
+    for _ in range(4):
+        optimizer.zero_grad()
+        (p**2).sum().backward()
+        before = p.item()
+        optimizer.step()
+        assert before - p.item() == pytest.approx(hd.lrs[0] * 2 * before, rel=1e-12)
+        scheduler.step()
+    assert hd.scales == [pytest.approx(1.5**3)]
+
+
+def test_the_additive_rule_under_a_rising_schedule_is_the_papers_on_the_effective_rate() -> None:
+    # NumPy: α_t = (α_{t-1} - β h_t) s_t / s_{t-1}, as long as the schedule s has not come down.
+    schedule = [1 + 0.25 * t for t in range(40)]
+    parameters, lr, expected = reference.initial_parameters(), 0.004, []
+    direction = reference.directions("sgd", {})
+    next(direction)
+    last_d: list[reference.Array] = []
+    for t, (x, y) in enumerate(reference.batches()[:40]):
+        _, g = reference.network_loss(parameters, x, y)
+        if last_d:
+            lr = (lr + 1e-3 * reference.dot(g, last_d)) * schedule[t] / schedule[t - 1]
+        last_d = direction.send(g)
+        parameters = [p - lr * d for p, d in zip(parameters, last_d, strict=True)]
+        expected.append(lr)
+    network = reference.torch_network()
+    optimizer = SGD(network.parameters(), lr=0.004)
+    scheduler = lr_scheduler.LambdaLR(optimizer, schedule.__getitem__)
+    hd = HypergradientLR(optimizer, "additive", 1e-3)
+    mine: list[float] = []
+
+    def after(step: int) -> None:
+        mine.append(hd.lrs[0])
+        if step < 39:
+            scheduler.step()
+
+    run(network, optimizer, range(40), after)
+    assert hd.scales[0] > 1.1
+    np.testing.assert_allclose(mine, expected, rtol=1e-10)
+
+
+def test_hypergradient_under_a_schedule_is_the_finite_difference_in_the_scale() -> None:
+    def loss_after(scale: float) -> float:
+        network = reference.torch_network()
+        optimizer = SGD(network.parameters(), lr=0.1 * 0.5 * scale)  # the schedule has halved it
+        run(network, optimizer, range(1))
+        x, y = reference.torch_batches()[1]
+        return float(reference.torch_loss(network, x, y).detach())
+
+    network = reference.torch_network()
+    optimizer = SGD(network.parameters(), lr=0.1)
+    lr_scheduler.LambdaLR(optimizer, lambda _: 0.5)
+    hd = HypergradientLR(optimizer, hypergrad_lr=0)
+    run(network, optimizer, range(2))
+    assert hd.lrs == [0.05]
+    difference = (loss_after(1 + 1e-5) - loss_after(1 - 1e-5)) / (2 * 1e-5 * 0.1)
+    assert observed(hd).hypergradient == pytest.approx(difference, rel=1e-6)
+
+
+def test_a_schedule_of_a_zero_rate_is_told() -> None:
+    network = reference.torch_network()
+    optimizer = SGD(network.parameters(), lr=0.0)
+    lr_scheduler.LambdaLR(optimizer, lambda _: 1.0)
+    HypergradientLR(optimizer)
+    with pytest.warns(RuntimeWarning, match="the scheduled learning rate is 0"):
+        run(network, optimizer, range(2))
+
+
+def test_a_removed_group_is_named() -> None:
+    a, b = nn.Parameter(torch.ones(1)), nn.Parameter(torch.ones(1))
+    optimizer = SGD([{"params": [a]}, {"params": [b]}], lr=0.1)
+    HypergradientLR(optimizer)
+    del optimizer.param_groups[1]
+    a.grad = torch.ones(1)
+    with pytest.raises(RuntimeError, match="groups can be added but not removed"):
+        optimizer.step()
+
+
+def test_groups_with_rates_of_their_own_must_not_share_a_tensor() -> None:
+    groups = [{"params": [nn.Parameter(torch.ones(1))]} for _ in range(2)]
+    with pytest.raises(ValueError, match="scope='group' needs a learning rate of its own for each group"):
+        HypergradientLR(Adam(groups, lr=torch.tensor(0.1)), scope="group")
+
+
+@pytest.mark.parametrize(("key", "value"), [("lr", math.nan), ("used", None), ("reference", "0.1")])
+def test_a_state_with_a_damaged_number_is_refused(key: str, value: Any) -> None:
+    optimizer = SGD([nn.Parameter(torch.ones(1))], lr=0.1)
+    hd = HypergradientLR(optimizer)
+    saved = hd.state_dict()
+    saved["rates"]["scopes"][0][key] = value
+    with pytest.raises(ValueError, match=f"damaged.*{key} must be a"):
+        hd.load_state_dict(saved)
+    assert hd.lrs == [0.1]
+
+
+def test_a_tensor_rate_that_groups_share_under_a_schedule() -> None:
+    ends = []
+    for shared in (True, False):
+        p = [nn.Parameter(torch.ones(1, dtype=torch.float64)) for _ in range(2)]
+        lr = torch.tensor(0.1, dtype=torch.float64)
+        groups = [{"params": [q], **({} if shared else {"lr": lr.clone()})} for q in p]
+        optimizer = Adam(groups, lr=lr)
+        scheduler = lr_scheduler.ExponentialLR(optimizer, 0.9)
+        hd = HypergradientLR(optimizer, "multiplicative", 0.1)
+        rows = []
+        for _ in range(6):
+            for q in p:
+                q.grad = torch.ones_like(q)
+            optimizer.step()
+            rows.append([*hd.lrs, *hd.scales, *(float(g["lr"]) for g in optimizer.param_groups)])
+            scheduler.step()
+        ends.append(rows)
+    assert ends[0] == ends[1]
+    assert ends[0][-1][-1] == pytest.approx(0.1 * 0.9**5)
+
+
+@pytest.mark.parametrize("scheduled", [False, True])
+def test_a_clamp_is_left_as_soon_as_the_hypergradient_turns(scheduled: bool) -> None:
+    p = nn.Parameter(torch.ones(1, dtype=torch.float64))
+    optimizer = SGD([p], lr=0.1)
+    if scheduled:
+        lr_scheduler.LambdaLR(optimizer, lambda _: 1.0)
+    hd = HypergradientLR(optimizer, "multiplicative", 0.2, min_lr=0.01)
+    alternate(p, optimizer, [1, -1] * 40)
+    assert hd.lrs == pytest.approx([0.01])
+    alternate(p, optimizer, [1, 1, 1])
+    assert hd.lrs == pytest.approx([0.01 * 1.2**2])
+
+
+def test_a_schedule_at_zero_does_not_let_the_scale_go_below_the_clamp() -> None:
+    p = nn.Parameter(torch.ones(1, dtype=torch.float64))
+    optimizer = SGD([p], lr=0.1)
+    scheduler = lr_scheduler.LambdaLR(optimizer, lambda t: 1.0 if t < 2 else 0.0)
+    hd = HypergradientLR(optimizer, "additive", 1.0)
+    for sign in (1, 1, -1, -1):
+        alternate(p, optimizer, [sign])
+        assert hd.scales[0] >= 0
+        scheduler.step()
+
+
+def test_a_negative_clamp_holds_for_every_group() -> None:
+    p = [nn.Parameter(torch.ones(1, dtype=torch.float64)) for _ in range(2)]
+    optimizer = SGD([{"params": [p[0]], "lr": 0.1}, {"params": [p[1]], "lr": 0.01}], lr=1.0)
+    hd = HypergradientLR(optimizer, "additive", 1.0, min_lr=-0.05)
+    for sign in [1.0, -1.0] * 5:
+        p[1].grad = torch.zeros(1, dtype=torch.float64)
+        alternate(p[0], optimizer, [sign])
+    assert hd.lrs == [-0.05, -0.05]
+
+
+def test_a_clamped_group_does_not_move_with_the_scope() -> None:
+    a, b = (nn.Parameter(torch.ones(1, dtype=torch.float64)) for _ in range(2))
+    optimizer = SGD([{"params": [a], "lr": 0.1}, {"params": [b], "lr": 1.0}], lr=1.0)
+    hd = HypergradientLR(optimizer, hypergrad_lr=0, max_lr=0.2)
+    for _ in range(2):
+        b.grad = torch.ones_like(b)
+        alternate(a, optimizer, [1.0])
+    assert hd.lrs == [0.1, 0.2]
+    assert observed(hd).hypergradient == pytest.approx(-0.1)  # α is 1.0: only the first group follows it, at a tenth
+
+
+def test_a_group_configured_at_zero_stays_there() -> None:
+    a, b = (nn.Parameter(torch.ones(1)) for _ in range(2))
+    optimizer = SGD([{"params": [a], "lr": 0.1}, {"params": [b], "lr": 0.0}], lr=1.0)
+    hd = HypergradientLR(optimizer, min_lr=0.01)
+    b.grad = torch.ones(1)
+    alternate(a, optimizer, [1.0, 1.0])
+    assert hd.lrs[1] == 0
+    assert b.item() == 1
+
+
+@pytest.mark.parametrize("clamped", [False, True])
+def test_a_group_added_at_a_rate_of_zero_joins_at_its_own(clamped: bool) -> None:
+    a, b = (nn.Parameter(torch.ones(1, dtype=torch.float64)) for _ in range(2))
+    optimizer = SGD([a], lr=0.1 if clamped else 0.0)
+    hd = HypergradientLR(optimizer, hypergrad_lr=1.0 if clamped else 0.0)
+    alternate(a, optimizer, [1.0, -1.0, -0.0])
+    assert hd.lrs == [0.0]
+    optimizer.add_param_group({"params": [b], "lr": 0.5})
+    b.grad = torch.ones_like(b)
+    alternate(a, optimizer, [0.0])
+    assert hd.lrs == [0.0, 0.5]
+    assert b.item() == 0.5
+
+
+def test_resuming_with_a_scheduler_that_leaves_no_mark() -> None:
+    def build() -> tuple[nn.Module, Optimizer, HypergradientLR]:
+        network = reference.torch_network()
+        optimizer = SGD(network.parameters(), lr=0.01)
+        return network, optimizer, HypergradientLR(optimizer, "multiplicative", 0.1)
+
+    network, optimizer, hd = build()
+    hd.scheduled = True
+    run(network, optimizer, range(5))
+    saved = copy.deepcopy((network.state_dict(), optimizer.state_dict(), hd.state_dict()))
+    expected = trajectory(network, optimizer, hd, range(5, 10))
+    network, optimizer, hd = build()
+    network.load_state_dict(saved[0])
+    optimizer.load_state_dict(saved[1])
+    hd.load_state_dict(saved[2])
+    assert trajectory(network, optimizer, hd, range(5, 10)) == expected
+
+
+def test_a_schedule_that_starts_at_zero_and_rises() -> None:
+    network = reference.torch_network()
+    optimizer = SGD(network.parameters(), lr=0.0)
+    scheduler = lr_scheduler.CyclicLR(optimizer, base_lr=0.0, max_lr=0.1, step_size_up=5, cycle_momentum=False)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        hd = HypergradientLR(optimizer, hypergrad_lr=0)
+        for step in range(10):
+            scheduled = optimizer.param_groups[0]["lr"]
+            run(network, optimizer, range(step, step + 1))
+            assert hd.lrs == [scheduled]
+            scheduler.step()
+    assert hd.scales == [1.0]
