@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.optim import SGD, Adam, AdamW, Optimizer, RMSprop, lr_scheduler
 
 from lightning_hd import Additive, HypergradientLR, Multiplicative, Observation, Rule
+from lightning_hd.rules import make_rule
 from tests import reference
 from tests.test_directions import CLASSES, REFUSED, CautiousAdam, SignDescent
 
@@ -466,29 +467,44 @@ def test_a_second_engine_on_the_same_optimizer_is_an_error() -> None:
 # ---------------------------------------------------------------------- saving and loading
 
 
-@pytest.mark.parametrize("order", ["optimizer first", "engine first"])
+Build = Callable[[], tuple[nn.Module, Optimizer, HypergradientLR]]
+
+
+def check_resuming(
+    build: Build, prepare: Callable[[HypergradientLR], None] = lambda _: None, engine_first: bool = False
+) -> None:
+    """Ten steps in one go, or five, a checkpoint, everything built anew, and five more: the same, bit for bit."""
+    network, optimizer, hd = build()
+    prepare(hd)
+    run(network, optimizer, range(5))
+    saved = copy.deepcopy((network.state_dict(), optimizer.state_dict(), hd.state_dict()))
+    expected = trajectory(network, optimizer, hd, range(5, 10))
+    resumed, other, engine = build()
+    resumed.load_state_dict(saved[0])
+    if engine_first:
+        engine.load_state_dict(saved[2])
+    other.load_state_dict(saved[1])
+    if not engine_first:
+        engine.load_state_dict(saved[2])
+    assert trajectory(resumed, other, engine, range(5, 10)) == expected
+    assert len({tuple(lrs) for lrs in expected}) == 5
+    assert same(network, resumed)
+    assert engine.step_count == 10
+
+
+@pytest.mark.parametrize("engine_first", [False, True])
 @pytest.mark.parametrize("scope", ["global", "group"])
-@pytest.mark.parametrize("rule", ["additive", "multiplicative"])
+@pytest.mark.parametrize("rule", ["additive", "multiplicative", "long horizon"])
 @pytest.mark.parametrize(("cls", "settings"), FAMILIES)
-def test_resuming_is_exact(cls: Any, settings: dict[str, Any], rule: str, scope: Any, order: str) -> None:
+def test_resuming_is_exact(cls: Any, settings: dict[str, Any], rule: str, scope: Any, engine_first: bool) -> None:
     def build() -> tuple[nn.Module, Optimizer, HypergradientLR]:
         network = reference.torch_network()
         p = list(network.parameters())
         optimizer = cls([{"params": p[:2], "lr": 0.01}, {"params": p[2:], "lr": 0.02}], lr=1.0, **settings)
-        return network, optimizer, HypergradientLR(optimizer, rule, 1e-4, scope)
+        chosen = LongHorizon() if rule == "long horizon" else make_rule(rule, 1e-4)
+        return network, optimizer, HypergradientLR(optimizer, chosen, scope=scope)
 
-    network, optimizer, hd = build()
-    run(network, optimizer, range(10))
-    saved = copy.deepcopy((network.state_dict(), optimizer.state_dict(), hd.state_dict()))
-    expected = trajectory(network, optimizer, hd, range(10, 20))
-    resumed, other, engine = build()
-    resumed.load_state_dict(saved[0])
-    steps = [lambda: other.load_state_dict(saved[1]), lambda: engine.load_state_dict(saved[2])]
-    for load in steps if order == "optimizer first" else reversed(steps):
-        load()
-    assert trajectory(resumed, other, engine, range(10, 20)) == expected
-    assert same(network, resumed)
-    assert engine.step_count == 20
+    check_resuming(build, engine_first=engine_first)
 
 
 def test_a_state_of_another_layout_is_refused() -> None:
@@ -619,15 +635,7 @@ def test_the_numbers_of_a_rule_of_ones_own_are_saved() -> None:
         optimizer = Adam(network.parameters(), lr=0.01)
         return network, optimizer, HypergradientLR(optimizer, Cooling())
 
-    network, optimizer, hd = build()
-    run(network, optimizer, range(5))
-    saved = copy.deepcopy((network.state_dict(), optimizer.state_dict(), hd.state_dict()))
-    expected = trajectory(network, optimizer, hd, range(5, 10))
-    network, optimizer, hd = build()
-    network.load_state_dict(saved[0])
-    optimizer.load_state_dict(saved[1])
-    hd.load_state_dict(saved[2])
-    assert trajectory(network, optimizer, hd, range(5, 10)) == expected
+    check_resuming(build)
 
 
 @pytest.mark.parametrize("value", [None, "0.1", [0.1]])

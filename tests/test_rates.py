@@ -1,6 +1,5 @@
 """Rates of groups and scopes: ratios, clamps, schedulers, groups that come late, rates that others write."""
 
-import copy
 import math
 import warnings
 from collections.abc import Callable, Sequence
@@ -14,7 +13,7 @@ from torch.optim import SGD, Adam, AdamW, Optimizer, RMSprop, lr_scheduler
 
 from lightning_hd import HypergradientLR
 from tests import reference
-from tests.test_hypergradient import alternate, observed, run, trajectory
+from tests.test_hypergradient import alternate, check_resuming, observed, run, trajectory
 
 
 def test_clamps_bound_the_rate_that_is_used() -> None:
@@ -374,16 +373,10 @@ def test_resuming_with_a_scheduler_that_leaves_no_mark() -> None:
         optimizer = SGD(network.parameters(), lr=0.01)
         return network, optimizer, HypergradientLR(optimizer, "multiplicative", 0.1)
 
-    network, optimizer, hd = build()
-    hd.scheduled = True
-    run(network, optimizer, range(5))
-    saved = copy.deepcopy((network.state_dict(), optimizer.state_dict(), hd.state_dict()))
-    expected = trajectory(network, optimizer, hd, range(5, 10))
-    network, optimizer, hd = build()
-    network.load_state_dict(saved[0])
-    optimizer.load_state_dict(saved[1])
-    hd.load_state_dict(saved[2])
-    assert trajectory(network, optimizer, hd, range(5, 10)) == expected
+    def say_so(hd: HypergradientLR) -> None:
+        hd.scheduled = True
+
+    check_resuming(build, say_so)
 
 
 def test_a_schedule_that_starts_at_zero_and_rises() -> None:
