@@ -4,6 +4,7 @@ import math
 from functools import partial
 from typing import Any, Literal
 
+import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.strategies import DDPStrategy, DeepSpeedStrategy, SingleDeviceStrategy
 from lightning.pytorch.strategies.xla import XLAStrategy
@@ -50,7 +51,7 @@ class HypergradientDescent(Callback):
             ``"group"``: one for each.
         min_lr: Lower clamp on the effective learning rate; ``None``: unclamped, as in the paper.
         max_lr: Upper clamp; ``None``: unclamped.
-        log_every_n_steps: Logging interval in steps; ``None``: the Trainer's. 0: nothing is logged.
+        log_every_n_steps: Logging interval in steps; ``None``: the Trainer's. 0: loggers get nothing.
         prog_bar: Whether to show the learning rates in the progress bar.
 
     Attributes:
@@ -98,16 +99,21 @@ class HypergradientDescent(Callback):
         """The effective learning rate of every optimizer step since training started or was resumed, by group name."""
         return {f"lr-{name}": lrs for tracker in self._trackers for name, lrs in tracker.history()}
 
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Forget an earlier training, and a checkpoint that was loaded to validate or test with."""
+        if stage == "fit":
+            self.engines, self._trackers, self._restored = [], [], None
+
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Keep the state of a checkpoint until training starts."""
+        """Keep the state of a checkpoint until training starts, or go on from it where that has started already."""
         self._restored = state_dict["optimizers"]
+        if any(engine.attached for engine in self.engines):
+            self._restore()
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Attach to every optimizer."""
         _check_strategy(trainer)
         _check_modules(pl_module)
-        self._detach()
-        self.engines, self._trackers = [], []
         scheduled = [config.scheduler.optimizer for config in trainer.lr_scheduler_configs]
         optimizers = [optimizer for optimizer in trainer.optimizers if optimizer.param_groups]
         for optimizer, name in zip(optimizers, optimizer_names(optimizers), strict=True):
@@ -137,7 +143,9 @@ class HypergradientDescent(Callback):
         stepped = [tracker for tracker in self._trackers if tracker.has_stepped()]
         if stepped and not trainer.barebones:
             lrs = {key: lr for tracker in self._trackers for key, lr in tracker.lr_metrics().items()}
-            pl_module.log_dict(lrs, on_step=True, on_epoch=False, prog_bar=self.prog_bar, logger=False)
+            trainer.callback_metrics.update({key: torch.tensor(lr) for key, lr in lrs.items()})
+            if self.prog_bar:
+                pl_module.log_dict(lrs, on_step=True, on_epoch=False, prog_bar=True, logger=False)
         every = self.log_every_n_steps
         if every is None:
             every = trainer.log_every_n_steps  # type: ignore[attr-defined]  # public, but set without an annotation
@@ -147,7 +155,7 @@ class HypergradientDescent(Callback):
         # The axis stands still while gradients are accumulated, but goes on in manual optimization without a step.
         manual = not pl_module.automatic_optimization and any(tracker.has_news for tracker in self._trackers)
         if (stepped or manual) and every and (step + 1) % every == 0:
-            metrics = {key: value for tracker in self._trackers for key, value in tracker.metrics().items()}
+            metrics = {key: value for tracker in self._trackers for key, value in tracker.collect().items()}
             for logger in trainer.loggers:
                 logger.log_metrics(metrics, step=step)
 
@@ -239,8 +247,8 @@ class _Tracker:
         names = group_names(self._name, self._engine.optimizer)
         return {tag("lr", name): lr for name, lr in zip(names, self._engine.lrs, strict=True)}
 
-    def metrics(self) -> dict[str, float]:
-        """All that is logged; the means start anew."""
+    def collect(self) -> dict[str, float]:
+        """All that is logged now; the means start anew."""
         scales = self._engine.scales
         by_group = self._engine.scope == "group"
         names = group_names(self._name, self._engine.optimizer) if by_group else [self._name]

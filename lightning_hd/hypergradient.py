@@ -58,6 +58,7 @@ class _GroupStep:
     direction: Direction
     moved: list[Tensor]
     probed: bool  # the step is taken at the rate of the probe, and rescaled afterwards
+    discount: float  # μ_t, for a rule with a long horizon
 
 
 @dataclass
@@ -92,7 +93,8 @@ class HypergradientLR:
 
     With a learning-rate scheduler, the effective rate is the scheduler's value times the learned scale, and
     ``param_groups[i]["lr"]`` holds the scheduler's own value between steps; ``α`` is then the scale times the highest
-    rate that the schedule has reached, so that observations count for less where the schedule has gone down. Without a
+    rate that the schedule has reached (the configured one at least), so that observations count for less where the
+    schedule has gone down. Without a
     scheduler, ``param_groups[i]["lr"]`` holds the effective rate, and a value that is written there between two steps
     becomes the new ``α``.
 
@@ -176,14 +178,14 @@ class HypergradientLR:
 
     @property
     def lrs(self) -> list[float]:
-        """The effective learning rate of each parameter group: the one that the last step used, or the first will."""
+        """The effective learning rate of each parameter group: the one that the last step used."""
         known = [group.lr for group in self._rates.groups]
         return known + [get_lr(settings) for settings in self.optimizer.param_groups[len(known) :]]
 
     @property
     def scales(self) -> list[float]:
         """The learned scale of each scope: its last rate over the configured one (over 1 where that is 0)."""
-        return [scope.used / scope.reference for scope in self._rates.scopes]
+        return [scope.scale for scope in self._rates.scopes]
 
     @property
     def last(self) -> list[Observation | None]:
@@ -201,6 +203,11 @@ class HypergradientLR:
     @scheduled.setter
     def scheduled(self, value: bool | None) -> None:
         self._rates.scheduled = value
+
+    @property
+    def attached(self) -> bool:
+        """Whether the optimizer is being tuned: from the beginning until :meth:`detach`."""
+        return bool(self._handles)
 
     def detach(self, *, keep_state: bool = False) -> None:
         """Remove every hook and buffer, and leave the optimizer as any other.
@@ -330,7 +337,11 @@ class HypergradientLR:
                     f"{type(self.optimizer).__name__} moves the parameters before it evaluates its closure, so that "
                     "its step cannot be measured: it is not supported"
                 )
-            loss = closure()
+            try:
+                loss = closure()
+            except BaseException:
+                self._step_frame = None  # it would keep the caller's variables alive
+                raise
             self._tune()
             return loss
 
@@ -352,12 +363,14 @@ class HypergradientLR:
     def _abandon_step(self) -> None:
         """Forget a step that began and raised: the rate stays as it was, and the next step has no last direction."""
         self._step_frame = None
-        if self._step is None:
+        step, self._step = self._step, None
+        if step is None:
             return
-        for settings, group, restore in zip(
-            self.optimizer.param_groups, self._step.groups, self._step.restore, strict=False
+        holding = [get_lr(settings) for settings in self.optimizer.param_groups]
+        for settings, group, restore, lr in zip(
+            self.optimizer.param_groups, step.groups, step.restore, holding, strict=False
         ):
-            if get_lr(settings) == group.lr:
+            if lr == group.lr:
                 set_lr(settings, restore)
             elif self._rates.under_schedule:
                 self._warn(
@@ -365,14 +378,14 @@ class HypergradientLR:
                     "a step raised an error, and the scheduler went on from the rate of that step: its values may be "
                     "off from here on",
                 )
-        self._step = None
 
     # ------------------------------------------------------------------ one step
 
     @torch.no_grad()
     def _tune(self) -> None:
         """The gradients are there: observe, set the rates, keep what the directions will need."""
-        # A fused optimizer under a GradScaler unscales inside of its step, and skips it where an inf was found.
+        # A fused optimizer under a GradScaler unscales inside of its step, and skips it where an inf was found: the
+        # scaler tells it so by these two attributes, which exist during the step only.
         found_inf = getattr(self.optimizer, "found_inf", None)
         if found_inf is not None and float(found_inf) != 0:
             return
@@ -385,13 +398,11 @@ class HypergradientLR:
         self._sync()
         observations = [self._observe(i) for i in range(len(self._rates.scopes))]
         rates = [self._next_rate(i, seen) for i, seen in enumerate(observations)]
-        if self._rates.under_schedule:
-            rates = self._rates.follow_schedule(rates)
-            if any(scope.from_zero for scope in self._rates.scopes):
-                self._warn(
-                    "zero schedule",
-                    "the scheduled learning rate is 0, and no scale changes that: unless it rises, nothing is learned",
-                )
+        if self._rates.under_schedule and all(scope.from_zero for scope in self._rates.scopes):
+            self._warn(
+                "zero schedule",
+                "the scheduled learning rate is 0, and no scale changes that: unless it rises, nothing is learned",
+            )
         self._step = _Step(rates, observations, restore=[get_lr(settings) for settings in groups])
         try:
             effective = self._rates.effective([used for _, used in rates])
@@ -458,15 +469,17 @@ class HypergradientLR:
         """``α_t`` and ``γ_t``; the last ones where a number is not finite."""
         scope, step = self._rates.scopes[index], self.step_count + 1
         lr = scope.lr
-        if seen is not None:
-            if not all(map(math.isfinite, seen)):
-                return self._stay(scope, f"(hypergradient, ‖g‖, ‖d‖) = {tuple(seen)}")
+        finite = seen is None or all(map(math.isfinite, seen))
+        if seen is not None and finite:
             lr = _returned(scope.rule.update(lr, seen, step), scope.rule, "update")
+        lr *= self._rates.follow_schedule(index)
+        if not finite:
+            return self._stay(scope, f"(hypergradient, ‖g‖, ‖d‖) = {tuple(seen or ())}")
         if math.isfinite(lr):
             lr = self._rates.clamp(index, lr)
             used = _returned(scope.rule.used(lr, step), scope.rule, "used")
             if math.isfinite(used):
-                return lr, self._rates.clamp(index, used)
+                return lr, used
         return self._stay(scope, f"the rate that {type(scope.rule).__name__} made of {seen}")
 
     def _stay(self, scope: Scope, what: str) -> tuple[float, float]:
@@ -486,15 +499,19 @@ class HypergradientLR:
         probed = weight != 0 and (unknown or (scope.rule.picks_start and not scope.started))
         lr = set_lr(settings, _PROBE if probed else lr)
         direction = direction_of(self.optimizer, settings, lr)
-        step.groups.append(_GroupStep(lr, weight, direction, moved, probed))
+        discount = (
+            _returned(scope.rule.discount(self.step_count + 1), scope.rule, "discount")
+            if self._rule.long_horizon
+            else 0.0
+        )
+        step.groups.append(_GroupStep(lr, weight, direction, moved, probed, discount))
         self._last[index].moved = set()  # their directions are overwritten here, and known again once the step is done
         for p in moved:
-            g = self._gradient(settings, p)
             if direction.copies:
                 copy = self.optimizer.state.get(p, {}).get(DIRECTION)
                 fits = copy is not None and (copy.shape, copy.dtype, copy.device) == (p.shape, p.dtype, p.device)
                 step.kept[p] = copy if fits else torch.empty_like(p)
-                direction.keep(step.kept[p], p, g)
+                direction.keep(step.kept[p], p, self._gradient(settings, p))
             if probed:
                 step.before[p] = p.clone(memory_format=torch.preserve_format)
 
@@ -506,12 +523,19 @@ class HypergradientLR:
             scope.lr, scope.used, scope.last = lr, used, seen
         self._settle(step)
         if any(group.probed for group in step.groups):
-            self._rescale(step)
+            try:
+                self._rescale(step)
+            except BaseException:
+                for p, before in step.before.items():
+                    p.copy_(before)
+                for settings, restore in zip(self.optimizer.param_groups, step.restore, strict=True):
+                    set_lr(settings, restore)
+                raise
         for known, last, group in zip(self._rates.groups, self._last, step.groups, strict=True):
             known.lr = group.lr
             last.weight, last.direction, last.moved = group.weight, group.direction, set(group.moved)
-            if group.moved:
-                self._rates.scopes[known.scope].started = True
+            scope = self._rates.scopes[known.scope]
+            scope.started |= bool(group.moved) and group.weight != 0 and not (scope.rule.picks_start and group.probed)
         if self._rule.long_horizon:
             self._discount(step)
         if self._rates.under_schedule:
@@ -538,14 +562,22 @@ class HypergradientLR:
         """Replace steps at the rate of the probe by steps at the rate that they should have had."""
         state = self.optimizer.state
         for i, scope in enumerate(self._rates.scopes):
-            members = [g for known, g in zip(self._rates.groups, step.groups, strict=True) if known.scope == i]
-            if scope.rule.picks_start and not scope.started and any(group.moved for group in members):
+            probed = [
+                g for known, g in zip(self._rates.groups, step.groups, strict=True) if known.scope == i and g.probed
+            ]
+            if scope.rule.picks_start and not scope.started:
                 d_squared = sum(
-                    float(squared_norm(g.direction.read(p, state[p]))) * g.weight**2 for g in members for p in g.moved
+                    float(squared_norm(g.direction.read(p, state[p]))) * g.weight**2 for g in probed for p in g.moved
                 )
-                p_squared = sum(float(squared_norm(step.before[p])) for g in members for p in g.moved if g.probed)
-                start = _returned(scope.rule.start(math.sqrt(p_squared), math.sqrt(d_squared)), scope.rule, "start")
-                scope.lr = scope.used = self._rates.clamp(i, start)
+                p_squared = sum(float(squared_norm(step.before[p])) for g in probed for p in g.moved)
+                if d_squared:  # else there is no direction yet to take a first step in
+                    start = scope.rule.start(math.sqrt(p_squared), math.sqrt(d_squared))
+                    lr = _returned(start, scope.rule, "start")
+                    if not math.isfinite(lr):
+                        raise ValueError(f"{type(scope.rule).__name__}.start must return a finite number, got {lr}")
+                    scope.lr = lr
+                    scope.lr = scope.used = self._rates.clamp(i, lr)
+                    scope.started = True
         effective = self._rates.effective([scope.used for scope in self._rates.scopes])
         for group, settings, (lr, _) in zip(step.groups, self.optimizer.param_groups, effective, strict=True):
             if not group.probed:
@@ -561,18 +593,16 @@ class HypergradientLR:
 
     def _discount(self, step: _Step) -> None:
         """``D_t = μ_t D_{t-1} + d_t``, each direction weighted as its group's rate follows the scope's."""
-        for known, group, settings in zip(self._rates.groups, step.groups, self.optimizer.param_groups, strict=True):
-            rule = self._rates.scopes[known.scope].rule
-            discount = _returned(rule.discount(self.step_count), rule, "discount")
+        for group, settings in zip(step.groups, self.optimizer.param_groups, strict=True):
             for p in settings["params"]:
                 state = self.optimizer.state.get(p, {})
                 if DISCOUNTED in state:
-                    state[DISCOUNTED].mul_(discount)
+                    state[DISCOUNTED] = widen(state[DISCOUNTED]).mul_(group.discount)
             for p in group.moved:
                 state = self.optimizer.state[p]
                 d = group.direction.read(p, state)
                 if DISCOUNTED not in state or state[DISCOUNTED].shape != d.shape:
-                    state[DISCOUNTED] = torch.zeros_like(as_real(p))
+                    state[DISCOUNTED] = widen(torch.zeros_like(as_real(p)))
                 state[DISCOUNTED].add_(d, alpha=group.weight)
                 state.pop(DIRECTION, None)
 

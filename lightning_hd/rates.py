@@ -18,10 +18,15 @@ class Scope:
     rule: Rule
     lr: float = 0.0  # α_t
     used: float = 0.0  # γ_t, the rate of the last step: α_t itself but for rules with a transition
-    reference: float = 1.0  # the configured rate (the highest scheduled one), so that the scale is used / reference
+    reference: float = 1.0  # what α would be without learning
     from_zero: bool = False  # configured at 0: there is no ratio to keep, the groups count as equal, the reference is 1
     started: bool = False  # whether a step has been taken
     last: Observation | None = None
+
+    @property
+    def scale(self) -> float:
+        """The learned scale."""
+        return self.used / self.reference
 
 
 @dataclass
@@ -32,24 +37,24 @@ class Group:
     lr: float  # effective learning rate of the last step
     base: float = 0.0  # what the configuration, or the scheduler, gives the group
     join: float = 1.0  # for a group added in mid-training: what makes it join at its configured rate
+    zero: bool = False  # configured at 0, so that no clamp shall move it
 
     @property
-    def configured(self) -> float:
+    def unscaled(self) -> float:
         """The group's rate at a scale of 1."""
         return self.base * self.join
 
 
 class Rates:
-    """Effective learning rates of an optimizer's parameter groups.
+    """Effective learning rates of an optimizer's parameter groups: what is configured or scheduled times a scale.
 
-    The rate of a group is ``configured / reference · α``: ``α`` is the scope's learned rate, ``reference`` what it
-    would be without learning, namely the largest rate configured in the scope or, with a scheduler, the largest that
-    the schedule has reached.
+    The learned rate ``α`` of a scope is the scale times a reference: the largest rate that is configured in the scope
+    or, where it is higher, the largest that its schedule has reached.
 
     Args:
         optimizer: The optimizer.
         rule: The rule, of which each scope gets a copy.
-        kind: ``"global"`` or ``"group"``.
+        kind: ``"global"``: one scope; ``"group"``: one for each parameter group.
         min_lr: Lower clamp on the effective rates.
         max_lr: Upper clamp.
 
@@ -77,70 +82,81 @@ class Rates:
                 f"{type(self.optimizer).__name__} has {len(settings)} parameter groups, {len(self.groups)} at its last "
                 "step: groups can be added but not removed while its learning rate is tuned"
             )
-        stale: set[int] = set()
-        if self._is_scheduled() != self.under_schedule:
-            self.under_schedule = not self.under_schedule
-            stale.update(range(len(self.scopes)))
+        scheduled = self._is_scheduled()
+        self._check_rates(scheduled)
+        fresh = set(range(len(self.scopes))) if scheduled != self.under_schedule else set()
+        self.under_schedule = scheduled
         for i in range(len(self.groups), len(settings)):
             group = Group(scope=i if self.kind == "group" else 0, lr=get_lr(settings[i]))
             self.groups.append(group)
             if group.scope == len(self.scopes):
                 self.scopes.append(Scope(self._rule.bind(is_normalized(self.optimizer))))
-                stale.add(group.scope)
+                fresh.add(group.scope)
             elif not self._join(group):
-                stale.add(group.scope)
+                fresh.add(group.scope)
         for group, group_settings in zip(self.groups, settings, strict=True):
-            if self.under_schedule:
+            if scheduled:
                 group.base = get_lr(group_settings)
-            elif get_lr(group_settings) != group.lr:
-                stale.add(group.scope)
-        if stale and self.kind == "group":
-            self._check_tensors()
-        for scope in stale:
+            elif get_lr(group_settings) != group.lr and group.scope not in fresh:
+                written = [
+                    get_lr(s) != g.lr for g, s in zip(self.groups, settings, strict=True) if g.scope == group.scope
+                ]
+                if all(written):
+                    fresh.add(group.scope)
+                else:
+                    self._write(group, get_lr(group_settings))
+        for scope in fresh:
             self._anchor(scope)
 
-    def follow_schedule(self, rates: list[tuple[float, float]]) -> list[tuple[float, float]]:
-        """Let the references, and the rates, rise with the schedule: the rule works on the rate at its peak."""
-        followed = []
-        for i, (scope, (lr, used)) in enumerate(zip(self.scopes, rates, strict=True)):
-            peak = max(abs(group.configured) for group in self._members(i))
-            factor = peak / scope.reference if peak and scope.from_zero else max(1.0, peak / abs(scope.reference))
+    def follow_schedule(self, index: int) -> float:
+        """Let a scope's reference, and its rate, rise with the schedule: the rule works on the rate at its peak.
+
+        Returns:
+            The factor by which they rose.
+        """
+        scope = self.scopes[index]
+        peak = max(abs(group.unscaled) for group in self._members(index)) if self.under_schedule else 0.0
+        factor = peak / scope.reference if peak and scope.from_zero else max(1.0, peak / abs(scope.reference))
+        if self.under_schedule:
             scope.from_zero = scope.from_zero and not peak
-            self._grow(scope, factor)
-            followed.append((lr * factor, used * factor))
-        return followed
+        self._grow(scope, factor)
+        return factor
 
     def effective(self, used: list[float]) -> list[tuple[float, float]]:
         """For each group its rate, and the derivative of that with respect to the scope's, which is ``used[scope]``.
 
-        The derivative is 0 for a group that is clamped, unless its whole scope is: then it is that without clamps, so
-        that the scope can come back.
+        A group that is clamped does not follow its scope: the derivative is 0. But where all groups of a scope are
+        clamped, it is taken without the clamps, so that the scope can come back.
         """
         rates, clamped = [], []
         for group in self.groups:
             reference = self.scopes[group.scope].reference
             free = used[group.scope]
-            if group.configured != reference:
-                free = group.configured * (free / reference)
-            frozen = group.configured == 0 and not self.under_schedule  # configured so: no clamp shall thaw it
+            if group.unscaled != reference:
+                free = group.unscaled * (free / reference)
+            frozen = group.zero and group.base == 0
             lr = 0.0 if frozen else min(max(free, self._min_lr), self._max_lr)
-            rates.append((lr, group.configured / reference))
+            rates.append((lr, group.unscaled / reference))
             clamped.append(lr != free)
-        inside = {group.scope for group, out in zip(self.groups, clamped, strict=True) if group.configured and not out}
+        inside = {group.scope for group, out in zip(self.groups, clamped, strict=True) if group.base and not out}
         return [
             (lr, 0.0 if out and group.scope in inside else weight)
             for group, (lr, weight), out in zip(self.groups, rates, clamped, strict=True)
         ]
 
-    def clamp(self, scope: int, lr: float) -> float:
-        """A scope's rate, no further out than where all of its groups are clamped."""
-        weights = [
-            abs(group.configured / self.scopes[scope].reference) for group in self._members(scope) if group.configured
-        ] or [1.0]
+    def clamp(self, index: int, lr: float) -> float:
+        """A scope's rate, no further out than where all of its groups are clamped.
+
+        Under a schedule only the way there is barred: a schedule that leaves the clamps must not move the scale.
+        """
+        scope = self.scopes[index]
+        weights = [abs(group.unscaled / scope.reference) for group in self._members(index) if group.base]
+        if not weights:
+            return scope.lr
+        low = min(self._min_lr / weight for weight in weights)
         high = max(self._max_lr / weight for weight in weights)
-        # A schedule that goes down must not drive the scale up: below, its peak counts.
-        peak = max(weights) if self.under_schedule else 1.0
-        low = min(self._min_lr / (weight / peak) for weight in weights)
+        if self.under_schedule:
+            low, high = min(low, scope.lr), max(high, scope.lr)
         return min(max(lr, low), high)
 
     def _is_scheduled(self) -> bool:
@@ -149,24 +165,21 @@ class Rates:
         return any("initial_lr" in settings for settings in self.optimizer.param_groups)
 
     def _members(self, scope: int) -> list[Group]:
-        return [group for group in self.groups if group.scope == scope]
+        return self.groups[scope : scope + 1] if self.kind == "group" else self.groups
+
+    def _configured(self, settings: dict[str, Any]) -> float:
+        return float(settings.get("initial_lr", settings["lr"]) if self.under_schedule else settings["lr"])
 
     def _anchor(self, index: int) -> None:
         """Start a scope from the rates that its groups are configured with now."""
         scope = self.scopes[index]
         configured = []
-        for i, (group, settings) in enumerate(zip(self.groups, self.optimizer.param_groups, strict=True)):
-            if group.scope != index:
-                continue
-            group.lr = group.base = get_lr(settings)
-            group.join = 1.0
-            lr = float(settings.get("initial_lr", group.lr)) if self.under_schedule else group.lr
-            for value in (lr, group.lr):
-                if not math.isfinite(value) or value < 0 <= self._min_lr:
-                    allowed = "a finite number" + ("" if self._min_lr < 0 else " of at least 0 (or pass min_lr=None)")
-                    name = f"lr of {type(self.optimizer).__name__} param_groups[{i}]"
-                    raise ValueError(f"{name} must be {allowed}, got {value}")
-            configured.append(lr)
+        for group, settings in zip(self.groups, self.optimizer.param_groups, strict=True):
+            if group.scope == index:
+                configured.append(self._configured(settings))
+                group.lr = group.base = get_lr(settings)
+                group.join = 1.0
+                group.zero = configured[-1] == 0
         reference = max(configured, key=abs)
         scope.from_zero = reference == 0
         scope.reference = reference or 1.0
@@ -179,13 +192,31 @@ class Rates:
             scope.rule.check_start(scope.lr)
 
     def _join(self, group: Group) -> bool:
-        """Let a group that was added in mid-training join its scope at its configured rate; ``False``: from scratch."""
+        """Let a group that was added in mid-training join its scope; ``False``: the scope must start from scratch.
+
+        It joins at its configured rate, except that a scope which stands at 0, held there by the clamp, takes it along
+        from there.
+        """
         scope = self.scopes[group.scope]
         group.base = group.lr
+        group.zero = group.lr == 0
         if scope.used:
             group.join = scope.reference / scope.used
-            self._grow(scope, max(1.0, abs(group.configured / scope.reference)))  # α is the largest rate
-        return bool(scope.used) or self.under_schedule
+            self._grow(scope, max(1.0, abs(group.unscaled / scope.reference)))  # α is the largest rate
+        return self.under_schedule or not (scope.from_zero and scope.used == 0)
+
+    def _write(self, group: Group, lr: float) -> None:
+        """Take over a rate that was written into some groups of a scope: the others keep theirs."""
+        scope = self.scopes[group.scope]
+        group.zero = lr == 0
+        if scope.used:
+            group.base, group.join = lr / scope.scale, 1.0
+        elif group.base:  # at 0, held there by the clamp, there is no ratio to tell: the scope comes back as a whole
+            scope.lr = scope.used = scope.reference * (lr / group.unscaled)
+        else:
+            group.base, scope.lr, scope.used = lr, scope.reference, scope.reference
+        group.lr = lr
+        self._grow(scope, max(1.0, abs(group.unscaled / scope.reference)))
 
     @staticmethod
     def _grow(scope: Scope, factor: float) -> None:
@@ -193,6 +224,17 @@ class Rates:
         scope.reference *= factor
         scope.lr *= factor
         scope.used *= factor
+
+    def _check_rates(self, scheduled: bool) -> None:
+        settings = self.optimizer.param_groups
+        for i, group_settings in enumerate(settings):
+            lr = get_lr(group_settings)
+            if not math.isfinite(lr) or (lr < 0 <= self._min_lr and not scheduled):
+                allowed = "a finite number" + ("" if self._min_lr < 0 else " of at least 0 (or pass min_lr=None)")
+                name = f"lr of {type(self.optimizer).__name__} param_groups[{i}]"
+                raise ValueError(f"{name} must be {allowed}, got {lr}")
+        if self.kind == "group" and len(settings) > len(self.groups):
+            self._check_tensors()
 
     def _check_tensors(self) -> None:
         tensors = [settings["lr"] for settings in self.optimizer.param_groups if isinstance(settings["lr"], Tensor)]
@@ -217,7 +259,9 @@ class Rates:
                 }
                 for scope in self.scopes
             ],
-            "groups": [{"lr": group.lr, "base": group.base, "join": group.join} for group in self.groups],
+            "groups": [
+                {"lr": group.lr, "base": group.base, "join": group.join, "zero": group.zero} for group in self.groups
+            ],
         }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -239,7 +283,13 @@ class Rates:
             for scope, saved in zip(self.scopes, saved_scopes, strict=True)
         ]
         groups = [
-            Group(group.scope, *(check_number(key, saved[key]) for key in ("lr", "base", "join")))
+            Group(
+                group.scope,
+                check_number("lr", saved["lr"]),
+                check_number("base", saved["base"]),
+                check_number("join", saved["join"]),
+                bool(saved["zero"]),
+            )
             for group, saved in zip(self.groups, saved_groups, strict=True)
         ]
         for scope, saved in zip(scopes, saved_scopes, strict=True):

@@ -59,7 +59,7 @@ def totals(parts: Sequence[Tensor], weights: Sequence[float]) -> tuple[float, fl
         weights: ``w`` for each parameter, the derivative of its group's rate with respect to the scope's.
 
     Returns:
-        The three sums as Python floats: the one place where the host waits for the device.
+        The three sums as Python floats.
     """
     device = parts[0].device
     table = torch.stack([part.to(device) for part in parts])

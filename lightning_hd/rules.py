@@ -99,12 +99,13 @@ class Rule(ABC):
         return copy.deepcopy(self)
 
     def state_dict(self) -> dict[str, Any]:
-        """The numbers that the rule object holds (and 0-dim tensors), by attribute name."""
-        return {name: value for name, value in vars(self).items() if isinstance(value, (int, float, Tensor))}
+        """The numbers and tensors that the rule object holds, by attribute name; override it for anything else."""
+        held = {name: value for name, value in vars(self).items() if isinstance(value, (int, float, Tensor))}
+        return copy.deepcopy(held)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Take over what :meth:`state_dict` returned."""
-        vars(self).update(state_dict)
+        vars(self).update(copy.deepcopy(state_dict))
 
 
 @dataclass
@@ -155,7 +156,8 @@ class Additive(_PaperRule):
             for optimizers whose steps are proportional to the gradient (SGD with or without momentum) and 1e-7 for all
             others (the paper's Adam).
         limit_lr: ``α_∞`` of the paper's transition to a fixed rate, ``γ_t = δ(t) α_t + (1 - δ(t)) α_∞`` (Section 5):
-            step ``t`` is taken with ``γ_t`` while ``α_t`` goes on as without it. ``None``: no transition.
+            step ``t`` is taken with ``γ_t`` while ``α_t`` goes on as without it. With a scheduler, it is the limit at
+            the schedule's peak. ``None``: no transition.
         weight: ``δ(t)``, a function of the step (counted from 1) with ``δ(1) = 1`` that goes to 0.
 
     Raises:

@@ -494,10 +494,54 @@ def test_a_checkpoint_of_another_rule_or_number_of_optimizers_is_refused(tmp_pat
         make_trainer(tmp_path, HypergradientDescent("multiplicative"), max_epochs=2).fit(
             Reference(), ckpt_path=tmp_path / "last.ckpt"
         )
-    hd = HypergradientDescent()
-    hd.load_state_dict({"optimizers": []})
+
+    class Confused(HypergradientDescent):
+        def on_train_start(self, *arguments: Any) -> None:
+            self.load_state_dict({"optimizers": []})
+            super().on_train_start(*arguments)
+
     with pytest.raises(ValueError, match="state of 0 optimizers, but configure_optimizers returned 1"):
-        make_trainer(tmp_path, hd).fit(Reference())
+        make_trainer(tmp_path, Confused()).fit(Reference())
+
+
+@pytest.mark.parametrize("entry", ["validate", "test"])
+def test_a_checkpoint_that_is_validated_does_not_leak_into_a_fresh_fit(tmp_path: Path, entry: str) -> None:
+    class Evaluated(Reference):
+        def validation_step(self, batch: Any, batch_idx: int) -> None:
+            self.log("val_loss", reference.torch_loss(self.network, *batch))
+
+        test_step = validation_step
+        val_dataloader = test_dataloader = Reference.train_dataloader
+
+    trainer = make_trainer(tmp_path, HypergradientDescent("multiplicative"))
+    trainer.fit(Evaluated())
+    trainer.save_checkpoint(tmp_path / "last.ckpt")
+    hd = HypergradientDescent("multiplicative")
+    trainer = make_trainer(tmp_path, hd, max_steps=3)
+    getattr(trainer, entry)(Evaluated(), ckpt_path=tmp_path / "last.ckpt")
+    trainer.fit(Evaluated())
+    assert hd.lrs["lr-SGD"][0] == 0.01
+
+
+def test_a_state_loaded_while_training_is_gone_on_from(tmp_path: Path) -> None:
+    hd = HypergradientDescent("multiplicative")
+
+    class Rewind(Callback):
+        def on_train_batch_end(self, trainer: Trainer, *_: Any) -> None:
+            if trainer.global_step == 10:
+                self.saved = copy.deepcopy((trainer.optimizers[0].state_dict(), hd.state_dict()))
+            if trainer.global_step == 20:
+                trainer.optimizers[0].load_state_dict(self.saved[0])
+                hd.load_state_dict(self.saved[1])
+
+    trainer = make_trainer(tmp_path, hd, Rewind(), max_steps=30)
+    trainer.fit(Reference())
+    lrs = hd.lrs["lr-SGD"]
+    assert abs(lrs[20] / lrs[9] - 1) < 0.1
+    assert abs(lrs[20] / lrs[19] - 1) > 0.1
+    trainer.save_checkpoint(tmp_path / "last.ckpt")
+    saved = torch.load(tmp_path / "last.ckpt", weights_only=True)["callbacks"]["HypergradientDescent"]
+    assert saved["optimizers"][0]["rates"]["groups"][0]["lr"] == lrs[-1]
 
 
 def test_the_callback_can_be_copied_and_pickled(tmp_path: Path) -> None:

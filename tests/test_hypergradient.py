@@ -618,6 +618,37 @@ def test_a_start_of_its_own_does_not_depend_on_the_configured_rate(cls: Any, set
         assert same(network, ends[0][1])
 
 
+@pytest.mark.parametrize(("second", "expected"), [(1.0, 0.01 * 1.1), (0.0, 0.005)])
+def test_a_start_of_its_own_waits_for_a_schedule_and_for_a_direction(second: float, expected: float) -> None:
+    p = nn.Parameter(torch.ones(4, dtype=torch.float64))
+    optimizer = SGD([p], lr=7.0)
+    scheduler = lr_scheduler.LambdaLR(optimizer, lambda t: min(t, 1))
+    hd = HypergradientLR(optimizer, LongHorizon())
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        for gradient in (1.0, second, 2.0):  # the schedule is 0 in the first step
+            p.grad = torch.full_like(p, gradient)
+            optimizer.step()
+            scheduler.step()
+    assert hd.lrs == [pytest.approx(expected)]
+
+
+@pytest.mark.parametrize("value", [math.nan, "0.1"])
+def test_a_start_that_is_no_number_is_named_and_nothing_moves(value: Any) -> None:
+    class Broken(LongHorizon):
+        def start(self, param_norm: float, direction_norm: float) -> float:
+            return value  # type: ignore[no-any-return]
+
+    p = nn.Parameter(torch.ones(4))
+    optimizer = SGD([p], lr=0.1)
+    HypergradientLR(optimizer, Broken())
+    p.grad = torch.ones(4)
+    with pytest.raises((ValueError, TypeError), match=r"Broken\.start must return a"):
+        optimizer.step()
+    assert torch.equal(p, torch.ones(4))
+    assert optimizer.param_groups[0]["lr"] == 0.1
+
+
 class Cooling(Rule):
     """A rule that learns a number."""
 

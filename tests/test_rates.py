@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import SGD, Adam, AdamW, Optimizer, RMSprop, lr_scheduler
 
-from lightning_hd import HypergradientLR
+from lightning_hd import Additive, HypergradientLR
 from tests import reference
 from tests.test_hypergradient import alternate, check_resuming, observed, run, trajectory
 
@@ -353,18 +353,117 @@ def test_a_group_configured_at_zero_stays_there() -> None:
     assert b.item() == 1
 
 
-@pytest.mark.parametrize("clamped", [False, True])
-def test_a_group_added_at_a_rate_of_zero_joins_at_its_own(clamped: bool) -> None:
+def test_a_group_added_to_one_configured_at_zero_joins_at_its_own_rate() -> None:
     a, b = (nn.Parameter(torch.ones(1, dtype=torch.float64)) for _ in range(2))
-    optimizer = SGD([a], lr=0.1 if clamped else 0.0)
-    hd = HypergradientLR(optimizer, hypergrad_lr=1.0 if clamped else 0.0)
-    alternate(a, optimizer, [1.0, -1.0, -0.0])
-    assert hd.lrs == [0.0]
+    optimizer = SGD([a], lr=0.0)
+    hd = HypergradientLR(optimizer, hypergrad_lr=0)
+    alternate(a, optimizer, [1.0, 1.0])
     optimizer.add_param_group({"params": [b], "lr": 0.5})
     b.grad = torch.ones_like(b)
-    alternate(a, optimizer, [0.0])
+    alternate(a, optimizer, [1.0])
     assert hd.lrs == [0.0, 0.5]
     assert b.item() == 0.5
+
+
+@pytest.mark.parametrize("event", ["nothing", "group added", "rate written"])
+def test_a_scope_that_touches_the_clamp_comes_back_as_a_whole(event: str) -> None:
+    a, b, c = (nn.Parameter(torch.ones(1, dtype=torch.float64)) for _ in range(3))
+    optimizer = SGD([{"params": [a], "lr": 0.1}, {"params": [b], "lr": 0.2}], lr=1.0)
+    hd = HypergradientLR(optimizer, hypergrad_lr=0.5)
+    for sign in (1.0, -1.0):
+        b.grad = torch.full_like(b, sign)
+        alternate(a, optimizer, [sign])
+    assert hd.lrs == [0.0, 0.0]
+    if event == "group added":
+        optimizer.add_param_group({"params": [c], "lr": 0.3})
+    if event == "rate written":
+        optimizer.param_groups[0]["lr"] = 0.01
+    for _ in range(3):
+        b.grad = torch.full_like(b, -0.1)
+        alternate(a, optimizer, [-0.1])
+    assert hd.lrs[1] == pytest.approx(2 * hd.lrs[0])
+    assert hd.lrs[0] > (0.01 if event == "rate written" else 0)
+    if event == "group added":
+        assert hd.lrs[2] == pytest.approx(3 * hd.lrs[0])
+
+
+def test_a_rate_written_into_one_of_several_groups_leaves_the_others() -> None:
+    network = reference.torch_network()
+    p = list(network.parameters())
+    optimizer = SGD([{"params": p[:2], "lr": 0.01}, {"params": p[2:], "lr": 0.02}], lr=1.0)
+    hd = HypergradientLR(optimizer, "multiplicative", 0.1)
+    run(network, optimizer, range(5))
+    first, second = hd.lrs
+    optimizer.param_groups[0]["lr"] = 0.3
+    run(network, optimizer, range(5, 6))
+    factor = 1 + 0.1 * observed(hd).cosine
+    assert hd.lrs == [pytest.approx(0.3 * factor), pytest.approx(second * factor)]
+    assert first != 0.01
+
+
+@pytest.mark.parametrize("limits", [{"min_lr": 0.01}, {"max_lr": 0.05}, {"min_lr": 0.01, "max_lr": 0.05}])
+@pytest.mark.parametrize("name", ["one cycle", "cosine", "lambda", "restarts"])
+def test_clamps_cut_a_schedule_off_and_leave_its_scale(name: str, limits: dict[str, Any]) -> None:
+    make = {**SCHEDULERS, "restarts": lambda o: lr_scheduler.CosineAnnealingWarmRestarts(o, T_0=7)}[name]
+    network = reference.torch_network()
+    optimizer = SGD(network.parameters(), lr=0.1)
+    scheduler = make(optimizer)
+    hd = HypergradientLR(optimizer, hypergrad_lr=0, **limits)
+    for step in range(29):
+        scheduled = optimizer.param_groups[0]["lr"]
+        run(network, optimizer, range(step, step + 1))
+        expected = min(max(scheduled, limits.get("min_lr", 0.0)), limits.get("max_lr", math.inf))
+        assert hd.lrs == [expected]
+        assert hd.scales == [1.0]
+        scheduler.step()
+
+
+def test_a_schedule_does_not_thaw_a_group_configured_at_zero() -> None:
+    a, b = (nn.Parameter(torch.ones(1)) for _ in range(2))
+    optimizer = SGD([{"params": [a], "lr": 0.1}, {"params": [b], "lr": 0.0}], lr=1.0)
+    lr_scheduler.ExponentialLR(optimizer, 0.9)
+    hd = HypergradientLR(optimizer, hypergrad_lr=0, min_lr=0.01)
+    b.grad = torch.ones(1)
+    alternate(a, optimizer, [1.0])
+    assert hd.lrs == [0.1, 0.0]
+
+
+def test_the_transition_under_a_rising_schedule_ends_at_the_limit_at_its_peak() -> None:
+    network = reference.torch_network()
+    optimizer = SGD(network.parameters(), lr=0.1)
+    scheduler = lr_scheduler.LambdaLR(optimizer, lambda t: min(1 + t, 5) if t < 10 else 2.5)
+    hd = HypergradientLR(optimizer, Additive(0.0, limit_lr=0.05))
+    lrs = []
+    for step in range(12):
+        run(network, optimizer, range(step, step + 1))
+        lrs += hd.lrs
+        scheduler.step()
+    peaks = [0.1 * min(t, 5) for t in range(1, 13)]
+    schedule = [*peaks[:10], 0.25, 0.25]
+    assert lrs == pytest.approx(
+        [
+            s / peak * (peak / t**2 + 0.05 * (1 - 1 / t**2))
+            for t, (s, peak) in enumerate(zip(schedule, peaks, strict=True), start=1)
+        ]
+    )
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+@pytest.mark.parametrize("scheduled", [False, True])
+def test_a_rate_that_is_not_finite_is_refused_at_every_step(scheduled: bool, value: float) -> None:
+    a, b = (nn.Parameter(torch.ones(1)) for _ in range(2))
+    optimizer = SGD([a], lr=0.1)
+    if scheduled:
+        lr_scheduler.LambdaLR(optimizer, lambda _: 1.0)
+    hd = HypergradientLR(optimizer)
+    alternate(a, optimizer, [1.0])
+    optimizer.add_param_group({"params": [b], "lr": value})
+    b.grad = torch.ones(1)
+    for _ in range(2):
+        with pytest.raises(ValueError, match=r"lr of SGD param_groups\[1\] must be a finite number"):
+            optimizer.step()
+    assert hd.lrs[0] == 0.1
+    assert b.item() == 1
 
 
 def test_resuming_with_a_scheduler_that_leaves_no_mark() -> None:
