@@ -40,8 +40,11 @@ def products(g: Tensor, d: Tensor | None) -> Tensor:
     if g.dtype != d.dtype:
         dtype = torch.promote_types(g.dtype, d.dtype)
         g, d = g.to(dtype), d.to(dtype)
-    pieces = zip(torch.split(g.flatten(), _PIECE), torch.split(d.flatten(), _PIECE), strict=True)
-    dot = torch.stack([torch.sum(a * b, dtype=exact) for a, b in pieces]).sum()
+    if g.numel() <= _PIECE:
+        dot = torch.sum(g * d, dtype=exact)
+    else:
+        pieces = zip(torch.split(g.flatten(), _PIECE), torch.split(d.flatten(), _PIECE), strict=True)
+        dot = torch.stack([torch.sum(a * b, dtype=exact) for a, b in pieces]).sum()
     return torch.stack([dot, squared_norm(g, exact), squared_norm(d, exact)])
 
 
