@@ -285,8 +285,9 @@ class HypergradientLR:
         return {**vars(self), "_handles": bool(self._handles), "_step": None, "_step_frame": None}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        vars(self).update(state)
-        if self._handles:  # torch leaves the hooks behind when it copies an optimizer
+        attached = state.pop("_handles")
+        vars(self).update(state, _handles=[])
+        if attached:  # torch leaves the hooks behind when it copies an optimizer
             self._check_free()
             self._attach()
 
@@ -383,7 +384,15 @@ class HypergradientLR:
 
     @torch.no_grad()
     def _tune(self) -> None:
-        """The gradients are there: observe, set the rates, keep what the directions will need."""
+        """The gradients are there: prepare the update, or leave all as it was."""
+        try:
+            self._prepare()
+        except BaseException:
+            self._abandon_step()
+            raise
+
+    def _prepare(self) -> None:
+        """Observe, set the rates, keep what the directions will need."""
         # A fused optimizer under a GradScaler unscales inside of its step, and skips it where an inf was found: the
         # scaler tells it so by these two attributes, which exist during the step only.
         found_inf = getattr(self.optimizer, "found_inf", None)
@@ -404,13 +413,8 @@ class HypergradientLR:
                 "the scheduled learning rate is 0, and no scale changes that: unless it rises, nothing is learned",
             )
         self._step = _Step(rates, observations, restore=[get_lr(settings) for settings in groups])
-        try:
-            effective = self._rates.effective([used for _, used in rates])
-            for i, (lr, weight) in enumerate(effective):
-                self._set_out(self._step, i, with_gradient[i], lr, weight)
-        except BaseException:
-            self._abandon_step()
-            raise
+        for i, (lr, weight) in enumerate(self._rates.effective([used for _, used in rates])):
+            self._set_out(self._step, i, with_gradient[i], lr, weight)
 
     def _sync(self) -> None:
         self._rates.sync()
@@ -545,17 +549,20 @@ class HypergradientLR:
     def _settle(self, step: _Step) -> None:
         """Put the copies that the directions need into the optimizer's state.
 
-        An optimizer that has a state, but none for this parameter yet, left it alone in this step; it may take anything
-        that it finds there later for its own.
+        But not where the optimizer, having a state for other parameters, has none for this one and did not move it: it
+        will make one later, and may take anything that it finds there for its own.
         """
         state = self.optimizer.state
         stateful = any(isinstance(own, dict) and own.keys() - {DIRECTION, DISCOUNTED} for own in state.values())
         for group in step.groups:
-            if isinstance(group.direction, Measured) and stateful:
-                group.moved = [p for p in group.moved if state.get(p, {}).keys() - {DIRECTION, DISCOUNTED}]
-            for p in group.moved:
-                if p in step.kept:
-                    group.direction.settle(step.kept[p], p, state[p])
+            for p in group.moved.copy():
+                if p not in step.kept:
+                    continue
+                group.direction.settle(step.kept[p], p, state.get(p, {}))
+                own = state.get(p, {}).keys() - {DIRECTION, DISCOUNTED}
+                if isinstance(group.direction, Measured) and stateful and not own and not step.kept[p].any():
+                    group.moved = [q for q in group.moved if q is not p]
+                else:
                     state[p][DIRECTION] = step.kept[p]
 
     def _rescale(self, step: _Step) -> None:

@@ -875,6 +875,29 @@ def test_an_optimizer_that_makes_its_state_late() -> None:
     )  # the second turn of the second: twice the gradient
 
 
+@pytest.mark.parametrize("lr", [0.0, 0.5])
+def test_an_optimizer_with_a_state_for_some_parameters_only(lr: float) -> None:
+    class Mixed(Optimizer):
+        """Momentum for the first parameter, none for the second."""
+
+        @torch.no_grad()
+        def step(self, closure: Any = None) -> None:  # type: ignore[override]
+            a, b = self.param_groups[0]["params"]
+            self.state[a].setdefault("buffer", torch.zeros_like(a)).mul_(0.5).add_(a.grad)
+            a.sub_(self.state[a]["buffer"], alpha=self.param_groups[0]["lr"])
+            b.sub_(b.grad, alpha=self.param_groups[0]["lr"])
+
+    params = [nn.Parameter(torch.ones(2, dtype=torch.float64)) for _ in range(2)]
+    optimizer = Mixed(params, {"lr": lr})
+    hd = HypergradientLR(optimizer, hypergrad_lr=0)
+    for _ in range(2):
+        for p in params:
+            p.grad = torch.ones_like(p)
+        optimizer.step()
+    assert observed(hd).hypergradient == pytest.approx(-4)
+    assert [p[0].item() for p in params] == [1 - 2.5 * lr, 1 - 2 * lr]
+
+
 def test_a_wrapper_that_imitates_the_optimizer() -> None:
     from lightning.fabric import Fabric
 
@@ -903,9 +926,14 @@ def test_a_copy_goes_on_as_the_original(how: str) -> None:
     everything = (network, optimizer, hd)
     twin, other, engine = copy.deepcopy(everything) if how == "deepcopy" else pickle.loads(pickle.dumps(everything))
     assert engine.optimizer is other
+    assert engine.attached
     expected = trajectory(network, optimizer, hd, range(5, 10))
     assert trajectory(twin, other, engine, range(5, 10)) == expected
     assert same(network, twin)
+    hd.detach()
+    released = copy.deepcopy(hd)
+    assert not released.attached
+    released.detach()
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
