@@ -1,7 +1,6 @@
 """HypergradientDescent: the Lightning callback. Hooks stand in the order in which the Trainer calls them."""
 
 import math
-from functools import partial
 from typing import Any, Literal
 
 import torch
@@ -212,12 +211,12 @@ class _Tracker:
         self._recorded = engine.step_count
         self._seen = engine.step_count
         self.has_news = False
-        self._handle: RemovableHandle = engine.optimizer.register_step_post_hook(partial(_record, self))
+        self._handle: RemovableHandle = engine.optimizer.register_step_post_hook(self.record)
 
     def detach(self) -> None:
         self._handle.remove()
 
-    def record(self) -> None:
+    def record(self, *_: Any) -> None:
         """Called after every call of ``optimizer.step``, which need not have been a step of the engine."""
         if self._engine.step_count == self._recorded:
             return
@@ -259,10 +258,6 @@ class _Tracker:
         self._means.clear()
         self.has_news = False
         return metrics
-
-
-def _record(tracker: _Tracker, *_: Any) -> None:
-    tracker.record()
 
 
 def _check_strategy(trainer: Trainer) -> None:

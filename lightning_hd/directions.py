@@ -42,7 +42,7 @@ from torch.optim import (
 from lightning_hd.reduction import as_real, widen
 
 DIRECTION = "hd_direction"
-"""Key in ``optimizer.state[p]`` of the copy of ``d_{t-1}``, for the families that need one."""
+"""Key in ``optimizer.state[p]`` of the copy that the families without ``d_{t-1}`` in the optimizer's state keep."""
 
 _COUPLED: tuple[type[Optimizer] | None, ...] = (SGD, Adam, ASGD, Adadelta, Adagrad, Adamax, NAdam, RAdam, RMSprop)
 """Optimizers whose ``weight_decay`` adds ``λ θ`` to the gradient, unless the group says ``decoupled_weight_decay``."""
@@ -66,7 +66,7 @@ class Direction(ABC):
         raise NotImplementedError(f"{type(self).__name__} keeps no copy")
 
     def settle(self, copy: Tensor, p: Tensor, state: dict[str, Any]) -> None:
-        """After the update: turn what was kept into ``d_t``, in place."""
+        """After the update: turn what was kept into what :meth:`read` needs, in place."""
         raise NotImplementedError(f"{type(self).__name__} keeps no copy")
 
     @abstractmethod

@@ -153,20 +153,14 @@ class HypergradientLR:
         min_lr: float | None = 0.0,
         max_lr: float | None = None,
     ) -> None:
-        self._rule = check_arguments(rule, hypergrad_lr, scope, min_lr, max_lr)
+        self._rule, low, high = check_arguments(rule, hypergrad_lr, scope, min_lr, max_lr)
         check_optimizer(optimizer)
         self.optimizer = unwrap(optimizer)
         self.scope = scope
         self.step_count = 0
         self.nonfinite_steps = 0
         self._check_free()
-        self._rates = Rates(
-            self.optimizer,
-            self._rule,
-            scope,
-            -math.inf if min_lr is None else float(min_lr),
-            math.inf if max_lr is None else float(max_lr),
-        )
+        self._rates = Rates(self.optimizer, self._rule, scope, low, high)
         self._last = [_Last() for _ in self._rates.groups]
         self._step_frame: FrameType | None = None
         self._step: _Step | None = None
@@ -425,9 +419,8 @@ class HypergradientLR:
         parts, weights = [], []
         directions = False
         vanished = False
-        for group, last, settings in zip(self._rates.groups, self._last, self.optimizer.param_groups, strict=True):
-            if group.scope != scope:
-                continue
+        for i in self._rates.members(scope):
+            last, settings = self._last[i], self.optimizer.param_groups[i]
             vanished |= isinstance(last.direction, Measured) and last.direction.lr * last.weight != 0
             for p in settings["params"]:
                 if p.grad is not None:
@@ -532,8 +525,7 @@ class HypergradientLR:
             except BaseException:
                 for p, before in step.before.items():
                     p.copy_(before)
-                for settings, restore in zip(self.optimizer.param_groups, step.restore, strict=True):
-                    set_lr(settings, restore)
+                self._give_back_rates(step)
                 raise
         for known, last, group in zip(self._rates.groups, self._last, step.groups, strict=True):
             known.lr = group.lr
@@ -543,8 +535,11 @@ class HypergradientLR:
         if self._rule.long_horizon:
             self._discount(step)
         if self._rates.under_schedule:
-            for settings, restore in zip(self.optimizer.param_groups, step.restore, strict=True):
-                set_lr(settings, restore)
+            self._give_back_rates(step)
+
+    def _give_back_rates(self, step: _Step) -> None:
+        for settings, restore in zip(self.optimizer.param_groups, step.restore, strict=True):
+            set_lr(settings, restore)
 
     def _settle(self, step: _Step) -> None:
         """Put the copies that the directions need into the optimizer's state.
@@ -553,25 +548,25 @@ class HypergradientLR:
         will make one later, and may take anything that it finds there for its own.
         """
         state = self.optimizer.state
-        stateful = any(isinstance(own, dict) and own.keys() - {DIRECTION, DISCOUNTED} for own in state.values())
+        late = any(isinstance(group.direction, Measured) for group in step.groups) and any(
+            isinstance(own, dict) and own.keys() - {DIRECTION, DISCOUNTED} for own in state.values()
+        )
         for group in step.groups:
-            for p in group.moved.copy():
-                if p not in step.kept:
-                    continue
+            if not group.direction.copies:
+                continue
+            candidates, group.moved = group.moved, []
+            for p in candidates:
                 group.direction.settle(step.kept[p], p, state.get(p, {}))
                 own = state.get(p, {}).keys() - {DIRECTION, DISCOUNTED}
-                if isinstance(group.direction, Measured) and stateful and not own and not step.kept[p].any():
-                    group.moved = [q for q in group.moved if q is not p]
-                else:
+                if not (late and isinstance(group.direction, Measured) and not own and not step.kept[p].any()):
                     state[p][DIRECTION] = step.kept[p]
+                    group.moved.append(p)
 
     def _rescale(self, step: _Step) -> None:
         """Replace steps at the rate of the probe by steps at the rate that they should have had."""
         state = self.optimizer.state
         for i, scope in enumerate(self._rates.scopes):
-            probed = [
-                g for known, g in zip(self._rates.groups, step.groups, strict=True) if known.scope == i and g.probed
-            ]
+            probed = [step.groups[j] for j in self._rates.members(i) if step.groups[j].probed]
             if scope.rule.picks_start and not scope.started:
                 d_squared = sum(
                     float(squared_norm(g.direction.read(p, state[p]))) * g.weight**2 for g in probed for p in g.moved
@@ -623,8 +618,8 @@ class HypergradientLR:
 
 def check_arguments(
     rule: str | Rule, hypergrad_lr: float | None, scope: str, min_lr: float | None, max_lr: float | None
-) -> Rule:
-    """The rule that is asked for, once all arguments are found to be in order.
+) -> tuple[Rule, float, float]:
+    """The rule and the two clamps that are asked for, once all arguments are found to be in order.
 
     Raises:
         TypeError: An argument is of the wrong type.
@@ -636,7 +631,7 @@ def check_arguments(
     high = math.inf if max_lr is None else check_number("max_lr", max_lr)
     if low > high:
         raise ValueError(f"min_lr must not be above max_lr, got min_lr={min_lr!r} and max_lr={max_lr!r}")
-    return make_rule(rule, hypergrad_lr)
+    return make_rule(rule, hypergrad_lr), low, high
 
 
 def _returned(value: Any, rule: Rule, method: str) -> float:

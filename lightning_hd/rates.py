@@ -98,15 +98,16 @@ class Rates:
             if scheduled:
                 group.base = get_lr(group_settings)
             elif get_lr(group_settings) != group.lr and group.scope not in fresh:
-                written = [
-                    get_lr(s) != g.lr for g, s in zip(self.groups, settings, strict=True) if g.scope == group.scope
-                ]
-                if all(written):
+                if all(get_lr(settings[i]) != self.groups[i].lr for i in self.members(group.scope)):
                     fresh.add(group.scope)
                 else:
                     self._write(group, get_lr(group_settings))
         for scope in fresh:
             self._anchor(scope)
+
+    def members(self, scope: int) -> range:
+        """The indices of a scope's parameter groups."""
+        return range(scope, scope + 1) if self.kind == "group" else range(len(self.groups))
 
     def follow_schedule(self, index: int) -> float:
         """Let a scope's reference, and its rate, rise with the schedule: the rule works on the rate at its peak.
@@ -114,11 +115,12 @@ class Rates:
         Returns:
             The factor by which they rose.
         """
+        if not self.under_schedule:
+            return 1.0
         scope = self.scopes[index]
-        peak = max(abs(group.unscaled) for group in self._members(index)) if self.under_schedule else 0.0
+        peak = max(abs(self.groups[i].unscaled) for i in self.members(index))
         factor = peak / scope.reference if peak and scope.from_zero else max(1.0, peak / abs(scope.reference))
-        if self.under_schedule:
-            scope.from_zero = scope.from_zero and not peak
+        scope.from_zero = scope.from_zero and not peak
         self._grow(scope, factor)
         return factor
 
@@ -150,7 +152,8 @@ class Rates:
         Under a schedule only the way there is barred: a schedule that leaves the clamps must not move the scale.
         """
         scope = self.scopes[index]
-        weights = [abs(group.unscaled / scope.reference) for group in self._members(index) if group.base]
+        members = [self.groups[i] for i in self.members(index)]
+        weights = [abs(group.unscaled / scope.reference) for group in members if group.base]
         if not weights:
             return scope.lr
         low = min(self._min_lr / weight for weight in weights)
@@ -164,9 +167,6 @@ class Rates:
             return self.scheduled
         return any("initial_lr" in settings for settings in self.optimizer.param_groups)
 
-    def _members(self, scope: int) -> list[Group]:
-        return self.groups[scope : scope + 1] if self.kind == "group" else self.groups
-
     def _configured(self, settings: dict[str, Any]) -> float:
         return float(settings.get("initial_lr", settings["lr"]) if self.under_schedule else settings["lr"])
 
@@ -174,20 +174,20 @@ class Rates:
         """Start a scope from the rates that its groups are configured with now."""
         scope = self.scopes[index]
         configured = []
-        for group, settings in zip(self.groups, self.optimizer.param_groups, strict=True):
-            if group.scope == index:
-                configured.append(self._configured(settings))
-                group.lr = group.base = get_lr(settings)
-                group.join = 1.0
-                group.zero = configured[-1] == 0
+        for i in self.members(index):
+            group, settings = self.groups[i], self.optimizer.param_groups[i]
+            configured.append(self._configured(settings))
+            group.lr = group.base = get_lr(settings)
+            group.join = 1.0
+            group.zero = configured[-1] == 0
         reference = max(configured, key=abs)
         scope.from_zero = reference == 0
         scope.reference = reference or 1.0
         scope.lr = scope.used = scope.reference
         if scope.from_zero and not self.under_schedule:
             scope.lr = scope.used = 0.0
-            for group in self._members(index):
-                group.base = 1.0
+            for i in self.members(index):
+                self.groups[i].base = 1.0
         if not scope.rule.picks_start and not scope.started:
             scope.rule.check_start(scope.lr)
 
