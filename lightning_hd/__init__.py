@@ -2,7 +2,7 @@
 
 from lightning_hd.callback import HypergradientDescent
 from lightning_hd.hypergradient import HypergradientLR
-from lightning_hd.rules import Additive, Multiplicative, Observation, Rule
+from lightning_hd.rules import Additive, Auto, Multiplicative, Observation, Rule
 
-__all__ = ["Additive", "HypergradientDescent", "HypergradientLR", "Multiplicative", "Observation", "Rule"]
+__all__ = ["Additive", "Auto", "HypergradientDescent", "HypergradientLR", "Multiplicative", "Observation", "Rule"]
 __version__ = "0.1.0.dev0"

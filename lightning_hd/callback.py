@@ -32,7 +32,8 @@ class HypergradientDescent(Callback):
     - ``hypergradient/scale-Adam``: the learned scale, that rate over the configured or scheduled one, of each scope, as
       are the following;
     - ``hypergradient/value-Adam``: the hypergradient, averaged over the steps since it was last logged;
-    - ``hypergradient/cosine-Adam``: the cosine between new gradient and last direction, averaged likewise.
+    - ``hypergradient/cosine-Adam``: the cosine between new gradient and last direction, averaged likewise;
+    - ``hypergradient/brakes-Adam``: how often the rule has backed off from an overshoot, with a rule that does.
 
     The part behind the dash follows ``LearningRateMonitor``: ``Adam-1`` for a second Adam, ``Adam/pg1`` or ``Adam/``
     and the group's ``name`` where there are several groups. The learning rates are in ``trainer.callback_metrics``
@@ -42,10 +43,11 @@ class HypergradientDescent(Callback):
     arXiv 1703.04782).
 
     Args:
-        rule: ``"additive"`` or ``"multiplicative"``, the two rules of the paper, or a :class:`~lightning_hd.Rule`
-            object.
-        hypergrad_lr: ``β`` of the rule; ``None``: the rule's default. With 0, training is the same, bit for bit, as
-            without the callback.
+        rule: ``"auto"``, which has nothing to tune and does not depend on the configured rate (see
+            :class:`~lightning_hd.Auto`); ``"additive"`` or ``"multiplicative"``, the two rules of the paper; or a
+            :class:`~lightning_hd.Rule` object.
+        hypergrad_lr: ``β`` of the paper's rules; ``None``: the rule's default. With 0, training is the same, bit for
+            bit, as without the callback.
         scope: ``"global"``: one scale for all parameter groups of an optimizer, whose ratios stay as configured;
             ``"group"``: one for each.
         min_lr: Lower clamp on the effective learning rate; ``None``: unclamped, as in the paper.
@@ -68,7 +70,7 @@ class HypergradientDescent(Callback):
 
     def __init__(
         self,
-        rule: str | Rule = "additive",
+        rule: str | Rule = "auto",
         hypergrad_lr: float | None = None,
         scope: Literal["global", "group"] = "global",
         min_lr: float | None = 0.0,
@@ -253,6 +255,7 @@ class _Tracker:
         names = group_names(self._name, self._engine.optimizer) if by_group else [self._name]
         metrics = self.lr_metrics()
         metrics |= {tag("scale", name): scale for name, scale in zip(names, scales, strict=False)}
+        metrics |= {tag("brakes", name): float(n) for name, n in zip(names, self._engine.brakes, strict=False) if n}
         for (quantity, i), mean in self._means.items():
             metrics[tag(quantity, names[i])] = float(mean.compute())
         self._means.clear()

@@ -2,6 +2,7 @@
 
 import inspect
 import itertools
+import logging
 import math
 import warnings
 import weakref
@@ -36,6 +37,8 @@ DISCOUNTED = "hd_discounted"
 _PROBE = 2.0**-6
 """The rate of a step whose direction is wanted before its rate is known, or where the rate is 0. A power of two, so
 that dividing by it is exact; small enough for every optimizer to be linear, large enough not to vanish in rounding."""
+
+_log = logging.getLogger(__name__)
 
 _attached: "weakref.WeakSet[Optimizer]" = weakref.WeakSet()
 
@@ -82,9 +85,11 @@ class HypergradientLR:
     .. math:: h_t = \frac{\partial f(\theta_{t-1})}{\partial \alpha} = -g_t \cdot d_{t-1},
 
     ``g_t`` being the new gradient and ``d_{t-1}`` the direction of the last update, ``θ_{t-1} = θ_{t-2} - α d_{t-1}``.
+    The default rule (:class:`~lightning_hd.Auto`) takes it with respect to all steps of a long horizon.
     Source: "Online Learning Rate Adaptation with Hypergradient Descent" (Baydin et al., ICLR 2018, arXiv 1703.04782),
-    Section 3. The cost is two or three passes over gradients and directions a step, and, for SGD without momentum,
-    Nesterov's and optimizers that have no formula in :mod:`lightning_hd.directions`, one copy of the parameters' size.
+    Section 3. The cost is two or three passes over gradients and directions a step, and one buffer of the parameters'
+    size; with the paper's rules that is for SGD without momentum, Nesterov's and optimizers that have no formula in
+    :mod:`lightning_hd.directions` only.
 
     ``g_t`` is the gradient that the optimizer sees: after clipping and unscaling, with L2 (coupled) weight decay, with
     its sign flipped under ``maximize=True``. (Step hooks run in the order in which they are registered: one that
@@ -102,8 +107,9 @@ class HypergradientLR:
 
     Args:
         optimizer: Any :class:`torch.optim.Optimizer` whose step is linear in its learning rate.
-        rule: ``"additive"``, ``"multiplicative"``, or a :class:`~lightning_hd.Rule` object (which is copied).
-        hypergrad_lr: ``β`` of the rule; ``None``: the rule's default.
+        rule: ``"auto"`` (:class:`~lightning_hd.Auto`), ``"additive"`` or ``"multiplicative"`` (the paper's), or a
+            :class:`~lightning_hd.Rule` object (which is copied).
+        hypergrad_lr: ``β`` of the paper's rules; ``None``: the rule's default.
         scope: ``"global"``: one ``α`` for all parameter groups, whose configured ratios stay as they are (``α`` is the
             largest of their rates; groups all configured at 0 count as equal). ``"group"``: an ``α`` for each.
         min_lr: Lower clamp on the effective learning rate of every group; ``None``: unclamped, as in the paper, and
@@ -117,6 +123,8 @@ class HypergradientLR:
         scales: The learned scale of each scope: its rate over the configured one.
         last: What the last step told (:class:`~lightning_hd.Observation`), for each scope.
         step_count: Number of optimizer steps since it was built (or since the run whose state was loaded began).
+        brakes: How often the rule of each scope has backed off from an overshoot. Each time is told to the logger
+            ``lightning_hd.hypergradient``, at the level INFO.
         nonfinite_steps: Number of steps that left the rate as it was because a number was not finite.
         scheduled: Whether ``param_groups[i]["lr"]`` belongs to a scheduler between steps. ``None``: found out from the
             groups' ``initial_lr``, which all schedulers of ``torch.optim.lr_scheduler`` but ``ReduceLROnPlateau`` set;
@@ -147,7 +155,7 @@ class HypergradientLR:
     def __init__(
         self,
         optimizer: Optimizer,
-        rule: str | Rule = "additive",
+        rule: str | Rule = "auto",
         hypergrad_lr: float | None = None,
         scope: Literal["global", "group"] = "global",
         min_lr: float | None = 0.0,
@@ -180,6 +188,11 @@ class HypergradientLR:
     def scales(self) -> list[float]:
         """The learned scale of each scope: its last rate over the configured one (over 1 where that is 0)."""
         return [scope.scale for scope in self._rates.scopes]
+
+    @property
+    def brakes(self) -> list[int]:
+        """How often the rule of each scope has backed off from an overshoot."""
+        return [scope.rule.brakes for scope in self._rates.scopes]
 
     @property
     def last(self) -> list[Observation | None]:
@@ -468,7 +481,10 @@ class HypergradientLR:
         lr = scope.lr
         finite = seen is None or all(map(math.isfinite, seen))
         if seen is not None and finite:
+            brakes = scope.rule.brakes
             lr = _returned(scope.rule.update(lr, seen, step), scope.rule, "update")
+            if scope.rule.brakes > brakes:
+                self._tell_of_brake(seen, scope.lr, lr)
         lr *= self._rates.follow_schedule(index)
         if not finite:
             return self._stay(scope, f"(hypergradient, ‖g‖, ‖d‖) = {tuple(seen or ())}")
@@ -478,6 +494,14 @@ class HypergradientLR:
             if math.isfinite(used):
                 return lr, used
         return self._stay(scope, f"the rate that {type(scope.rule).__name__} made of {seen}")
+
+    def _tell_of_brake(self, seen: Observation, before: float, after: float) -> None:
+        if _is_rank_zero():
+            _log.info(
+                "HypergradientLR(%s): step %d: the gradient's norm leapt to %.3g, so the learning rate backs off from "
+                "%.3g to %.3g",
+                *(type(self.optimizer).__name__, self.step_count + 1, seen.grad_norm, before, after),
+            )
 
     def _stay(self, scope: Scope, what: str) -> tuple[float, float]:
         self.nonfinite_steps += 1
@@ -573,10 +597,10 @@ class HypergradientLR:
                 )
                 p_squared = sum(float(squared_norm(step.before[p])) for g in probed for p in g.moved)
                 if d_squared:  # else there is no direction yet to take a first step in
-                    start = scope.rule.start(math.sqrt(p_squared), math.sqrt(d_squared))
-                    lr = _returned(start, scope.rule, "start")
+                    first = scope.rule.first_lr(math.sqrt(p_squared), math.sqrt(d_squared))
+                    lr = _returned(first, scope.rule, "first_lr")
                     if not math.isfinite(lr):
-                        raise ValueError(f"{type(scope.rule).__name__}.start must return a finite number, got {lr}")
+                        raise ValueError(f"{type(scope.rule).__name__}.first_lr must return a finite number, got {lr}")
                     scope.lr = lr
                     scope.lr = scope.used = self._rates.clamp(i, lr)
                     scope.started = True
@@ -610,8 +634,7 @@ class HypergradientLR:
 
     def _warn(self, kind: str, message: str) -> None:
         """Warn once of each kind of thing, on rank zero."""
-        distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
-        if kind not in self._warned and not (distributed and torch.distributed.get_rank()):
+        if kind not in self._warned and _is_rank_zero():
             warnings.warn(f"HypergradientLR({type(self.optimizer).__name__}): {message}", RuntimeWarning, stacklevel=2)
         self._warned.add(kind)
 
@@ -639,6 +662,11 @@ def _returned(value: Any, rule: Rule, method: str) -> float:
     if isinstance(value, str) or not hasattr(value, "__float__"):
         raise TypeError(f"{type(rule).__name__}.{method} must return a number, got {value!r}")
     return float(value)
+
+
+def _is_rank_zero() -> bool:
+    distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
+    return not (distributed and torch.distributed.get_rank())
 
 
 def _calling_frame() -> FrameType | None:

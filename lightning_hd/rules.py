@@ -1,15 +1,17 @@
 """Rules: how the learning rate follows the hypergradient. Scalars in, scalars out.
 
-The source of the rules is Section 3 of "Online Learning Rate Adaptation with Hypergradient Descent" (Baydin, Cornish,
-Martínez Rubio, Schmidt, Wood; ICLR 2018; arXiv 1703.04782), called "the paper" below.
+The source of the additive and the multiplicative rule is Section 3 of "Online Learning Rate Adaptation with
+Hypergradient Descent" (Baydin, Cornish, Martínez Rubio, Schmidt, Wood; ICLR 2018; arXiv 1703.04782), called "the paper"
+below. The rule "auto" is this project's own.
 """
 
 import copy
 import math
+import sys
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 from torch import Tensor
 
@@ -47,11 +49,12 @@ class Rule(ABC):
     arithmetic alone, without branches, a rule works for 0-dim tensors as well as for floats.
 
     Attributes:
-        long_horizon: Class attribute. ``True``: the hypergradient is taken with respect to the discounted sum of
-            directions ``D_t = μ_t D_{t-1} + d_t`` (see :meth:`discount`), for which one parameter-sized buffer is kept,
-            instead of the last direction alone. Default: ``False``.
-        picks_start: Class attribute. ``True``: the first learning rate comes from :meth:`start`, and the configured one
-            sets the ratios between groups only. Default: ``False``.
+        long_horizon: ``True``: the hypergradient is taken with respect to the discounted sum of directions
+            ``D_t = μ_t D_{t-1} + d_t`` (see :meth:`discount`), for which one parameter-sized buffer is kept, instead of
+            the last direction alone. Default: ``False``.
+        picks_start: ``True``: the first learning rate comes from :meth:`first_lr`, and the configured one sets the
+            ratios between groups only. Default: ``False``.
+        brakes: How often the rule has backed off from an overshoot; whoever calls :meth:`update` reports each rise.
 
     Example::
 
@@ -61,8 +64,9 @@ class Rule(ABC):
         ...         return lr * (1.01 if seen.cosine > 0 else 0.99)
     """
 
-    long_horizon: ClassVar[bool] = False
-    picks_start: ClassVar[bool] = False
+    long_horizon = False
+    picks_start = False
+    brakes = 0
 
     @abstractmethod
     def update(self, lr: float, seen: Observation, step: int) -> float:
@@ -82,7 +86,7 @@ class Rule(ABC):
         """``μ_t`` of the discounted sum of directions, for a rule with :attr:`long_horizon`."""
         raise NotImplementedError(f"{type(self).__name__} has a long horizon and must say how it discounts")
 
-    def start(self, param_norm: float, direction_norm: float) -> float:
+    def first_lr(self, param_norm: float, direction_norm: float) -> float:
         """The first rate ``α_1`` from ``‖θ_0‖`` and ``‖d_1‖``, for a rule with :attr:`picks_start`."""
         raise NotImplementedError(f"{type(self).__name__} picks its first rate and must say which")
 
@@ -106,6 +110,160 @@ class Rule(ABC):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Take over what :meth:`state_dict` returned."""
         vars(self).update(copy.deepcopy(state_dict))
+
+
+@dataclass
+class Auto(Rule):
+    r"""The default, which has nothing to tune: a long horizon, steps on the logarithm of the rate, and a brake.
+
+    The paper's hypergradient asks whether the last step alone should have been longer, so gradient noise makes it
+    shrink the rate too soon. This rule asks it of all steps of a long horizon, which grows with the run:
+
+    .. math::
+
+        D_t &= μ_t D_{t-1} + d_t, \qquad μ_t = 1 - 1 / \max(H, t / 2) \\
+        c_t &= \cos(g_t, D_{t-1}), \qquad S_t = κ S_{t-1} + c_t^2 \\
+        \log α_t &= \log α_{t-1} + \mathrm{clip}(c_t (1 ± r) / \sqrt{S_t})
+
+    Noise along directions of high curvature is forgotten within the horizon, slow progress along those of low curvature
+    adds up. The cosine has no scale, so neither has the rule; ``S`` makes its steps as in AdaGrad. The first rate is a
+    small part of the parameters, ``α_1 = ρ ‖θ_0‖ / ‖d_1‖``, so the configured one only sets the ratios between groups.
+
+    The horizon is blind to an instability: steps to and fro cancel in it. So the rule brakes where the norm of the
+    gradient leaps: where ``log ‖g_t‖`` exceeds its running mean by more than what is usual, ``log α`` falls by the
+    excess (1 at most).
+
+    The source is this project: the constants come from experiments on small networks (``tests/benchmarks``), and
+    training is not sensitive to them but where said so. One buffer of the parameters' size is kept.
+
+    Args:
+        start: ``"automatic"``, or ``"configured"``: start from the rate that the optimizer is configured with. The
+            climb from there is slow, some 10 % a step.
+        horizon: ``H``, in steps: the horizon of the first steps. Below 100 the rule turns greedy.
+        growth: The horizon as a part of the steps taken, once that is longer than ``horizon``.
+        memory: ``κ``, with which the squares of the cosine are forgotten.
+        optimism: ``r``, by how much a cosine counts for more where it asks for a larger rate, and for less where it
+            asks for a smaller one: a longer step is useful beyond the horizon, too. With 0, rates fall too early.
+        first_step: ``ρ``, the length of the first step over that of the parameters.
+        cap: Largest change of ``log α`` in a step, at the start.
+        careful_from: From this multiple of ``α_1`` on, ``careful_cap`` applies: where steps are long enough to do harm,
+            some must be taken at each rate before the next, for harm to show.
+        careful_cap: Largest change of ``log α`` in a step from there on.
+        spike: Least ratio of a gradient norm to its running (geometric) mean at which the rule brakes.
+        spike_sigmas: Braking also needs a rise by this many standard deviations of such rises, so that small batches
+            do not brake for no fault of the rate. With 4, instabilities were missed.
+
+    Attributes:
+        brakes: How often it has braked.
+
+    Raises:
+        TypeError: An argument is not a number.
+        ValueError: An argument is out of range.
+    """
+
+    start: Literal["automatic", "configured"] = "automatic"
+    horizon: float = 300.0
+    growth: float = 0.5
+    memory: float = 0.999
+    optimism: float = 0.1
+    first_step: float = 1e-4
+    cap: float = 0.5
+    careful_from: float = 30.0
+    careful_cap: float = 0.1
+    spike: float = 2.5
+    spike_sigmas: float = 3.0
+
+    long_horizon = True
+
+    def __post_init__(self) -> None:
+        if self.start not in ("automatic", "configured"):
+            raise ValueError(f"start must be 'automatic' or 'configured', got {self.start!r}")
+        self.picks_start = self.start == "automatic"
+        for name, low, high in (
+            ("horizon", 1.0, math.inf),
+            ("growth", 0.0, math.inf),
+            ("memory", 0.0, 1.0),
+            ("optimism", 0.0, 1.0),
+            ("first_step", sys.float_info.min, math.inf),
+            ("cap", 0.0, math.inf),
+            ("careful_from", 0.0, math.inf),
+            ("careful_cap", 0.0, math.inf),
+            ("spike", 1.0, math.inf),
+            ("spike_sigmas", 0.0, math.inf),
+        ):
+            setattr(self, name, check_number(name, getattr(self, name), low, high))
+        self.brakes = 0
+        self._first_lr = 0.0  # α_1; 0 where it is the configured one
+        self._squares = 0.0  # S_t
+        self._norms = 0  # how many gradient norms were seen
+        self._norm_mean = 0.0  # running mean of log ‖g‖, before the correction for its start at 0
+        self._norm_square = 0.0  # and of the squared rises above it
+
+    def first_lr(self, param_norm: float, direction_norm: float) -> float:
+        """``α_1 = ρ ‖θ_0‖ / ‖d_1‖``; with ``ρ / ‖d_1‖`` where the parameters are all zero."""
+        self._first_lr = self.first_step * (param_norm or 1.0) / direction_norm
+        return self._first_lr
+
+    def discount(self, step: int) -> float:
+        """``μ_t = 1 - 1 / max(H, t / 2)``."""
+        return 1 - 1 / max(self.horizon, self.growth * step)
+
+    def update(self, lr: float, seen: Observation, step: int) -> float:
+        """``log α_t`` from ``log α_{t-1}``, the cosine, and the norm of the gradient. A zero gradient tells nothing."""
+        if seen.grad_norm == 0:
+            return lr
+        cap = self.cap if lr < self.careful_from * self._first_lr else self.careful_cap
+        cosine = seen.cosine * (1 + math.copysign(self.optimism, seen.cosine))
+        self._squares = self.memory * self._squares + cosine**2
+        change = cosine / math.sqrt(self._squares) if self._squares else 0.0
+        excess = self._excess(math.log(seen.grad_norm))
+        if excess > 0:
+            self.brakes += 1
+            return lr * math.exp(-min(excess, 1.0))
+        return lr * math.exp(min(max(change, -cap), cap))
+
+    def _excess(self, log_norm: float) -> float:
+        """By how much ``log ‖g_t‖`` exceeds what is usual; takes it into account for the next step."""
+        excess = 0.0
+        if self._norms >= 2:
+            rise = log_norm - self._norm_mean / (1 - _NORM_MEMORY**self._norms)
+            rises = self._norms - 2
+            variance = self._norm_square / (1 - _RISE_MEMORY**rises) if rises else 0.0
+            usual = max(math.log(self.spike), self.spike_sigmas * math.sqrt(variance))
+            self._norm_square = _running(self._norm_square, min(max(rise, 0.0), usual) ** 2, _RISE_MEMORY)
+            excess = rise - usual
+        self._norms += 1
+        self._norm_mean = _running(self._norm_mean, log_norm, _NORM_MEMORY)
+        return excess
+
+    def check_start(self, lr: float) -> None:
+        """Raise :class:`ValueError` for a configured rate of 0, which a product never leaves."""
+        if lr == 0:
+            raise ValueError(
+                "rule 'auto' with start='configured' cannot leave a learning rate of 0: configure a positive lr in the "
+                "optimizer, or use start='automatic'"
+            )
+
+    def state_dict(self) -> dict[str, Any]:
+        """What it has learned; not its constants, which may be others after a restart."""
+        return {name: getattr(self, name) for name in _LEARNED}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Take over what :meth:`state_dict` returned; :class:`KeyError` where something is missing."""
+        vars(self).update({name: type(getattr(self, name))(state_dict[name]) for name in _LEARNED})
+
+
+_LEARNED = ("brakes", "_first_lr", "_squares", "_norms", "_norm_mean", "_norm_square")
+
+_NORM_MEMORY = 0.9
+"""With which gradient norms are forgotten: an overshoot grows within some ten steps."""
+
+_RISE_MEMORY = 0.99
+"""With which the usual size of their rises is forgotten."""
+
+
+def _running(mean: float, value: float, memory: float) -> float:
+    return memory * mean + (1 - memory) * value
 
 
 @dataclass
@@ -214,7 +372,7 @@ class Multiplicative(_PaperRule):
         return 0.1
 
 
-RULES: dict[str, type[_PaperRule]] = {"additive": Additive, "multiplicative": Multiplicative}
+PAPER_RULES: dict[str, type[_PaperRule]] = {"additive": Additive, "multiplicative": Multiplicative}
 
 
 def make_rule(rule: str | Rule, hypergrad_lr: float | None) -> Rule:
@@ -222,7 +380,7 @@ def make_rule(rule: str | Rule, hypergrad_lr: float | None) -> Rule:
 
     Raises:
         TypeError: ``rule`` is neither a name nor a :class:`Rule`.
-        ValueError: No rule has that name, or ``hypergrad_lr`` comes beside a rule object that carries its own.
+        ValueError: No rule has that name, or ``hypergrad_lr`` comes beside a rule that has none or carries its own.
     """
     if isinstance(rule, Rule):
         if hypergrad_lr is not None:
@@ -231,19 +389,27 @@ def make_rule(rule: str | Rule, hypergrad_lr: float | None) -> Rule:
                 "itself"
             )
         return rule
+    names = ["auto", *PAPER_RULES]
     if not isinstance(rule, str):
-        raise TypeError(f"rule must be one of {sorted(RULES)} or a Rule object, got {rule!r}")
-    if rule not in RULES:
-        raise ValueError(f"rule must be one of {sorted(RULES)} or a Rule object, got {rule!r}")
-    return RULES[rule](hypergrad_lr=hypergrad_lr)
+        raise TypeError(f"rule must be one of {names} or a Rule object, got {rule!r}")
+    if rule not in names:
+        raise ValueError(f"rule must be one of {names} or a Rule object, got {rule!r}")
+    if rule in PAPER_RULES:
+        return PAPER_RULES[rule](hypergrad_lr=hypergrad_lr)
+    if hypergrad_lr is not None:
+        raise ValueError(
+            f"hypergrad_lr={hypergrad_lr} has no effect on rule='auto', which has nothing to tune: leave it out, or "
+            "choose rule='additive' or rule='multiplicative'"
+        )
+    return Auto()
 
 
-def check_number(name: str, value: float, minimum: float = -math.inf) -> float:
-    """``value`` as a finite float that is at least ``minimum``.
+def check_number(name: str, value: float, minimum: float = -math.inf, maximum: float = math.inf) -> float:
+    """``value`` as a finite float from ``minimum`` to ``maximum``.
 
     Raises:
         TypeError: It is not a real number.
-        ValueError: It is not finite, or below ``minimum``.
+        ValueError: It is not finite, or out of range.
     """
     try:
         if isinstance(value, (bool, str, Tensor)):
@@ -251,7 +417,8 @@ def check_number(name: str, value: float, minimum: float = -math.inf) -> float:
         number = float(value)
     except (TypeError, ValueError):
         raise TypeError(f"{name} must be a number, got {value!r}") from None
-    if not math.isfinite(number) or number < minimum:
+    if not math.isfinite(number) or not minimum <= number <= maximum:
         bound = "" if minimum == -math.inf else f" of at least {minimum:g}"
+        bound += "" if maximum == math.inf else f" and at most {maximum:g}"
         raise ValueError(f"{name} must be a finite number{bound}, got {value!r}")
     return number

@@ -143,7 +143,7 @@ def test_trajectory_is_the_papers(method: str, rule: str, tmp_path: Path) -> Non
 @pytest.mark.parametrize("accumulate", [1, 3])
 def test_without_hypergrad_lr_training_is_the_same_bit_for_bit(tmp_path: Path, accumulate: int) -> None:
     plain, attached = Digits(Adam, 1e-3), Digits(Adam, 1e-3)
-    for module, callbacks in ((plain, []), (attached, [HypergradientDescent(hypergrad_lr=0)])):
+    for module, callbacks in ((plain, []), (attached, [HypergradientDescent(rule="additive", hypergrad_lr=0)])):
         make_trainer(tmp_path, *callbacks, accumulate_grad_batches=accumulate, gradient_clip_val=0.5, max_epochs=2).fit(
             module
         )
@@ -175,7 +175,7 @@ def test_a_rate_that_is_far_too_small_is_repaired(
 
 
 def test_tags_steps_and_values_in_the_event_file(tmp_path: Path) -> None:
-    hd = HypergradientDescent(hypergrad_lr=1e-3)
+    hd = HypergradientDescent(rule="additive", hypergrad_lr=1e-3)
     observer = Observer(hd)
     make_trainer(
         tmp_path, hd, observer, logger=TensorBoardLogger(tmp_path), log_every_n_steps=7, precision="64-true"
@@ -199,7 +199,7 @@ def test_tags_steps_and_values_in_the_event_file(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(("every", "steps"), [(50, range(49, 200, 50)), (0, []), (None, range(9, 200, 10))])
 def test_the_logging_interval(tmp_path: Path, every: int | None, steps: Sequence[int]) -> None:
-    hd = HypergradientDescent(log_every_n_steps=every)
+    hd = HypergradientDescent(rule="additive", log_every_n_steps=every)
     make_trainer(tmp_path, hd, logger=TensorBoardLogger(tmp_path), log_every_n_steps=10).fit(Reference())
     if len(steps):
         assert list(scalars(tmp_path, "hypergradient/lr-SGD")) == list(steps)
@@ -209,7 +209,7 @@ def test_the_logging_interval(tmp_path: Path, every: int | None, steps: Sequence
 
 def test_every_logger_of_the_trainer_is_served(tmp_path: Path) -> None:
     loggers = [TensorBoardLogger(tmp_path / "tb"), CSVLogger(tmp_path / "csv")]
-    make_trainer(tmp_path, HypergradientDescent(), logger=loggers, log_every_n_steps=10).fit(Reference())
+    make_trainer(tmp_path, HypergradientDescent(rule="additive"), logger=loggers, log_every_n_steps=10).fit(Reference())
     assert len(scalars(tmp_path / "tb", "hypergradient/lr-SGD")) == 20
     (file,) = (tmp_path / "csv").rglob("metrics.csv")
     with file.open() as lines:
@@ -218,7 +218,7 @@ def test_every_logger_of_the_trainer_is_served(tmp_path: Path) -> None:
 
 
 def test_accumulated_batches_are_one_step(tmp_path: Path) -> None:
-    hd = HypergradientDescent()
+    hd = HypergradientDescent(rule="additive")
     make_trainer(tmp_path, hd, logger=TensorBoardLogger(tmp_path), log_every_n_steps=2, accumulate_grad_batches=5).fit(
         Reference()
     )
@@ -232,9 +232,9 @@ def test_manual_optimization_that_steps_now_and_then_is_logged_at_every_interval
             if batch_idx % 4 == 0:
                 super().training_step(batch, batch_idx)
 
-    make_trainer(tmp_path, HypergradientDescent(), logger=TensorBoardLogger(tmp_path), log_every_n_steps=10).fit(
-        NowAndThen()
-    )
+    make_trainer(
+        tmp_path, HypergradientDescent(rule="additive"), logger=TensorBoardLogger(tmp_path), log_every_n_steps=10
+    ).fit(NowAndThen())
     assert list(scalars(tmp_path, "hypergradient/lr-Adam")) == list(range(9, 200, 10))
 
 
@@ -243,7 +243,7 @@ def test_names_of_groups_follow_the_learning_rate_monitor(tmp_path: Path) -> Non
         p = list(network.parameters())
         return Adam([{"params": p[:2], "lr": 0.01}, {"params": p[2:], "lr": 0.02, "name": "head"}])
 
-    hd, monitor = HypergradientDescent(scope="group"), LearningRateMonitor()
+    hd, monitor = HypergradientDescent(rule="additive", scope="group"), LearningRateMonitor()
     make_trainer(tmp_path, hd, monitor, logger=TensorBoardLogger(tmp_path), log_every_n_steps=20).fit(
         Reference(configure)
     )
@@ -257,7 +257,7 @@ def test_names_of_groups_follow_the_learning_rate_monitor(tmp_path: Path) -> Non
 
 def test_rates_are_in_callback_metrics_and_in_the_progress_bar_if_asked(tmp_path: Path) -> None:
     for asked in (False, True):
-        hd = HypergradientDescent(prog_bar=asked)
+        hd = HypergradientDescent(rule="additive", prog_bar=asked)
         trainer = make_trainer(tmp_path, hd)
         trainer.fit(Reference())
         assert float(trainer.callback_metrics["hypergradient/lr-SGD"]) == pytest.approx(hd.lrs["lr-SGD"][-1])
@@ -291,7 +291,7 @@ def test_numbers_that_are_not_finite_are_not_averaged(tmp_path: Path) -> None:
             for p in self.parameters():  # what SGD has made of it
                 p.data.nan_to_num_(0.0)
 
-    hd = HypergradientDescent()
+    hd = HypergradientDescent(rule="additive")
     with pytest.warns(RuntimeWarning, match="not a finite number"):
         make_trainer(tmp_path, hd, logger=TensorBoardLogger(tmp_path), log_every_n_steps=5).fit(Spoiled())
     assert hd.engines[0].nonfinite_steps == 2  # the gradient, and the direction that it became
@@ -340,7 +340,7 @@ def test_several_optimizers_in_manual_optimization(tmp_path: Path) -> None:
 
 
 def test_clipped_gradients_are_what_counts(tmp_path: Path) -> None:
-    hd = HypergradientDescent()
+    hd = HypergradientDescent(rule="additive")
     make_trainer(tmp_path, hd, gradient_clip_val=0.01).fit(Reference())
     (seen,) = hd.engines[0].last
     assert seen is not None
@@ -473,7 +473,7 @@ def test_resuming_is_exact(tmp_path: Path, method: str, when: str) -> None:
 
 
 def test_a_checkpoint_is_of_plain_numbers_and_serves_with_and_without_the_callback(tmp_path: Path) -> None:
-    trainer = make_trainer(tmp_path, HypergradientDescent())
+    trainer = make_trainer(tmp_path, HypergradientDescent(rule="additive"))
     trainer.fit(Reference())
     trainer.save_checkpoint(tmp_path / "with.ckpt")
     checkpoint = torch.load(tmp_path / "with.ckpt", weights_only=True)
@@ -568,25 +568,25 @@ def test_the_callback_can_be_copied_and_pickled(tmp_path: Path) -> None:
 )
 def test_a_bad_argument_is_named(arguments: dict[str, Any], error: type[Exception], words: str) -> None:
     with pytest.raises(error, match=words):
-        HypergradientDescent(**arguments)
+        HypergradientDescent(rule="additive", **arguments)
 
 
 def test_what_cannot_be_tuned_is_refused_before_the_first_step(tmp_path: Path) -> None:
     module = Reference(lambda network: torch.optim.LBFGS(network.parameters()))
     before = copy.deepcopy(module)
     with pytest.raises(TypeError, match="LBFGS has no learning rate to tune"):
-        make_trainer(tmp_path, HypergradientDescent()).fit(module)
+        make_trainer(tmp_path, HypergradientDescent(rule="additive")).fit(module)
     assert same(before, module)
 
     module = Reference()
     module.table = nn.Embedding(3, 2, sparse=True)
     with pytest.raises(TypeError, match="module 'table' has sparse gradients"):
-        make_trainer(tmp_path, HypergradientDescent()).fit(module)
+        make_trainer(tmp_path, HypergradientDescent(rule="additive")).fit(module)
 
     for strategy in (ModelParallelStrategy(), DeepSpeedStrategy.__new__(DeepSpeedStrategy)):
         trainer: Any = SimpleNamespace(strategy=strategy)
         with pytest.raises(TypeError, match=f"does not support {type(strategy).__name__}"):
-            HypergradientDescent().on_train_start(trainer, module)
+            HypergradientDescent(rule="additive").on_train_start(trainer, module)
 
 
 def test_an_error_in_the_second_optimizer_releases_the_first(tmp_path: Path) -> None:
@@ -595,7 +595,7 @@ def test_an_error_in_the_second_optimizer_releases_the_first(tmp_path: Path) -> 
         Adam(module.parts[0].parameters()),
         torch.optim.Rprop(module.parts[1].parameters()),
     ]
-    trainer = make_trainer(tmp_path, HypergradientDescent())
+    trainer = make_trainer(tmp_path, HypergradientDescent(rule="additive"))
     with pytest.raises(TypeError, match="Rprop has no learning rate to tune"):
         trainer.fit(module)
     assert not trainer.optimizers[0]._optimizer_step_pre_hooks
@@ -606,12 +606,12 @@ def test_the_callback_twice_is_an_error(tmp_path: Path) -> None:
         pass
 
     with pytest.raises(RuntimeError, match="more than one stateful callback"):
-        make_trainer(tmp_path, HypergradientDescent(), HypergradientDescent())
+        make_trainer(tmp_path, HypergradientDescent(rule="additive"), HypergradientDescent(rule="additive"))
     with pytest.raises(RuntimeError, match=r"has a HypergradientLR .* already"):
-        make_trainer(tmp_path, HypergradientDescent(), Mine()).fit(Reference())
+        make_trainer(tmp_path, HypergradientDescent(rule="additive"), Mine()).fit(Reference())
 
 
 @pytest.mark.filterwarnings("ignore:.*returned .None.*")
 def test_a_module_without_an_optimizer_is_told(tmp_path: Path) -> None:
     with pytest.warns(UserWarning, match="no learning rate to tune"):
-        make_trainer(tmp_path, HypergradientDescent()).fit(Reference(lambda _: None))
+        make_trainer(tmp_path, HypergradientDescent(rule="additive")).fit(Reference(lambda _: None))

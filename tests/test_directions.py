@@ -215,7 +215,7 @@ def check_hypergradients(
 @pytest.mark.parametrize(("cls", "settings"), AUTOGRAD_CASES)
 def test_hypergradient_is_the_autograd_derivative_of_the_next_loss(cls: Any, settings: dict[str, Any]) -> None:
     optimizer = cls(parameters(), lr=LR, **settings)
-    hd = HypergradientLR(optimizer, hypergrad_lr=0)
+    hd = HypergradientLR(optimizer, rule="additive", hypergrad_lr=0)
     check_hypergradients(optimizer, hd, 6, lambda step: derivative_by_autograd(optimizer, settings, step), 1e-6)
 
 
@@ -223,7 +223,7 @@ def test_hypergradient_is_the_autograd_derivative_of_the_next_loss(cls: Any, set
 @pytest.mark.parametrize("lr", [LR, 0.0])
 def test_hypergradient_is_the_finite_difference_of_the_next_loss(cls: Any, settings: dict[str, Any], lr: float) -> None:
     optimizer = cls(parameters(), lr=lr, **settings)
-    hd = HypergradientLR(optimizer, hypergrad_lr=0)
+    hd = HypergradientLR(optimizer, rule="additive", hypergrad_lr=0)
     # ASGD moves by a rate that it made of the learning rate one step ahead: only its first step follows it at once.
     steps = 2 if cls is torch.optim.ASGD else 6
     check_hypergradients(

@@ -105,7 +105,7 @@ def test_additive_rule_goes_negative_only_without_a_clamp() -> None:
     for min_lr in (None, 0.0):
         w = nn.Parameter(torch.ones(1, dtype=torch.float64))
         optimizer = SGD([w], lr=0.6)
-        hd = HypergradientLR(optimizer, hypergrad_lr=0.5, min_lr=min_lr)
+        hd = HypergradientLR(optimizer, rule="additive", hypergrad_lr=0.5, min_lr=min_lr)
         for _ in range(2):  # f = w²: the first step overshoots, so the rate falls by 0.5 · 2 · 0.4
             optimizer.zero_grad()
             w.square().sum().backward()
@@ -115,8 +115,10 @@ def test_additive_rule_goes_negative_only_without_a_clamp() -> None:
     assert ends == {None: pytest.approx(0.6 - 0.5 * 2 * 0.4), 0.0: pytest.approx(0.2)}
     w = nn.Parameter(torch.ones(1))
     optimizer = SGD([w], lr=0.9)
-    hd = HypergradientLR(optimizer, hypergrad_lr=1.0, min_lr=None)
-    clamped = HypergradientLR(twin := SGD([v := nn.Parameter(torch.ones(1))], lr=0.9), hypergrad_lr=1.0)
+    hd = HypergradientLR(optimizer, rule="additive", hypergrad_lr=1.0, min_lr=None)
+    clamped = HypergradientLR(
+        twin := SGD([v := nn.Parameter(torch.ones(1))], lr=0.9), rule="additive", hypergrad_lr=1.0
+    )
     for _ in range(2):
         for p, o in ((w, optimizer), (v, twin)):
             o.zero_grad()
@@ -181,7 +183,7 @@ def test_without_hypergrad_lr_training_is_the_same_bit_for_bit(name: str, lr: fl
                 p.copy_(torch.linspace(-1, 1, p.numel()).view_as(p))
         optimizer = CLASSES[name](network.parameters(), lr=lr)  # type: ignore[call-arg]
         if attached:
-            HypergradientLR(optimizer, hypergrad_lr=0)
+            HypergradientLR(optimizer, rule="additive", hypergrad_lr=0)
         run(network, optimizer, range(20))
         networks.append(network)
     assert same(*networks)
@@ -215,7 +217,10 @@ def test_a_complex_parameter_is_two_real_ones(cls: Any, settings: dict[str, Any]
 def test_a_parameter_without_a_gradient_contributes_nothing(cls: Any, settings: dict[str, Any]) -> None:
     a, b, b_alone = (nn.Parameter(torch.full((3,), 2.0, dtype=torch.float64)) for _ in range(3))
     optimizer, alone = cls([a, b], lr=0.01, **settings), cls([b_alone], lr=0.01, **settings)
-    hd, hd_alone = HypergradientLR(optimizer, hypergrad_lr=0), HypergradientLR(alone, hypergrad_lr=0)
+    hd, hd_alone = (
+        HypergradientLR(optimizer, rule="additive", hypergrad_lr=0),
+        HypergradientLR(alone, rule="additive", hypergrad_lr=0),
+    )
 
     def step(*with_gradient: Tensor) -> None:
         for p in (a, b, b_alone):
@@ -242,7 +247,7 @@ def test_a_parameter_without_a_gradient_contributes_nothing(cls: Any, settings: 
 def test_a_step_without_any_gradient_changes_nothing() -> None:
     p = nn.Parameter(torch.ones(3))
     optimizer = SGD([p], lr=0.1)
-    hd = HypergradientLR(optimizer)
+    hd = HypergradientLR(optimizer, rule="additive")
     optimizer.step()
     optimizer.step()
     assert hd.lrs == [0.1]
@@ -310,7 +315,7 @@ def test_a_number_that_is_not_finite_leaves_the_rate_and_is_reported_once(cls: A
 def test_a_rate_that_would_overflow_stays() -> None:
     p = nn.Parameter(torch.ones(1, dtype=torch.float64))
     optimizer = SGD([p], lr=1.0)
-    hd = HypergradientLR(optimizer, hypergrad_lr=1e300)
+    hd = HypergradientLR(optimizer, rule="additive", hypergrad_lr=1e300)
     for grad in (1e10, 1e10):
         p.grad = torch.full_like(p, grad)
         with warnings.catch_warnings():
@@ -403,7 +408,7 @@ def test_detach_leaves_no_trace(cls: Any, settings: dict[str, Any], scheduled: b
         return network, optimizer
 
     network, optimizer = build()
-    hd = HypergradientLR(optimizer, hypergrad_lr=0)
+    hd = HypergradientLR(optimizer, rule="additive", hypergrad_lr=0)
     run(network, optimizer, range(5))
     hd.detach()
     hd.detach()  # once more does no harm
@@ -416,7 +421,7 @@ def test_detach_leaves_no_trace(cls: Any, settings: dict[str, Any], scheduled: b
     run(network, optimizer, range(5, 10))
     run(plain, twin, range(5, 10))
     assert same(network, plain)
-    HypergradientLR(optimizer)  # can be attached anew
+    HypergradientLR(optimizer, rule="additive")  # can be attached anew
 
 
 @pytest.mark.parametrize(
@@ -435,7 +440,7 @@ def test_detach_leaves_no_trace(cls: Any, settings: dict[str, Any], scheduled: b
 def test_parameter_sized_copies(cls: Any, settings: dict[str, Any], copies: int) -> None:
     network = reference.torch_network()
     optimizer = cls(network.parameters(), lr=0.01, **settings)
-    HypergradientLR(optimizer)
+    HypergradientLR(optimizer, rule="additive")
     run(network, optimizer, range(3))
     for p in network.parameters():
         extra = [t for key, t in optimizer.state.get(p, {}).items() if key.startswith("hd_")]
@@ -445,7 +450,7 @@ def test_parameter_sized_copies(cls: Any, settings: dict[str, Any], copies: int)
 def test_the_engine_dies_with_its_optimizer() -> None:
     network = reference.torch_network()
     optimizer = SGD(network.parameters(), lr=0.01)
-    hd = HypergradientLR(optimizer)
+    hd = HypergradientLR(optimizer, rule="additive")
     run(network, optimizer, range(2))
     ghost = weakref.ref(hd)
     del hd, optimizer
@@ -455,13 +460,13 @@ def test_the_engine_dies_with_its_optimizer() -> None:
 
 def test_a_second_engine_on_the_same_optimizer_is_an_error() -> None:
     optimizer = SGD([nn.Parameter(torch.ones(1))], lr=0.1)
-    first = HypergradientLR(optimizer)
+    first = HypergradientLR(optimizer, rule="additive")
     with pytest.raises(RuntimeError, match=r"this SGD has a HypergradientLR .* already"):
-        HypergradientLR(optimizer)
+        HypergradientLR(optimizer, rule="additive")
     other = SGD([nn.Parameter(torch.ones(1))], lr=0.1)
-    HypergradientLR(other)  # another optimizer may have its own
+    HypergradientLR(other, rule="additive")  # another optimizer may have its own
     first.detach()
-    HypergradientLR(optimizer)
+    HypergradientLR(optimizer, rule="additive")
 
 
 # ---------------------------------------------------------------------- saving and loading
@@ -510,7 +515,9 @@ def test_resuming_is_exact(cls: Any, settings: dict[str, Any], rule: str, scope:
 def test_a_state_of_another_layout_is_refused() -> None:
     def engine(groups: int = 1, **arguments: Any) -> HypergradientLR:
         return HypergradientLR(
-            SGD([{"params": [nn.Parameter(torch.ones(1))]} for _ in range(groups)], lr=0.1), **arguments
+            SGD([{"params": [nn.Parameter(torch.ones(1))]} for _ in range(groups)], lr=0.1),
+            rule="additive",
+            **arguments,
         )
 
     saved = engine().state_dict()
@@ -523,7 +530,7 @@ def test_a_state_of_another_layout_is_refused() -> None:
     with pytest.raises(ValueError, match="damaged"):
         engine().load_state_dict({**saved, "rates": {"scopes": [], "groups": [{"lr": 0.1}]}})
     with pytest.raises(ValueError, match="optimizer='SGD', this HypergradientLR 'Adam'"):
-        HypergradientLR(Adam([nn.Parameter(torch.ones(1))])).load_state_dict(saved)
+        HypergradientLR(Adam([nn.Parameter(torch.ones(1))]), rule="additive").load_state_dict(saved)
     for other in ({}, None, SGD([nn.Parameter(torch.ones(1))]).state_dict()):
         with pytest.raises(ValueError, match=r"not what HypergradientLR\.state_dict"):
             engine().load_state_dict(other)  # type: ignore[arg-type]
@@ -546,7 +553,7 @@ def test_a_lost_direction_costs_one_observation_and_is_told() -> None:
 def test_a_step_that_vanishes_in_rounding_is_told() -> None:
     p = nn.Parameter(torch.ones(3))
     optimizer = RMSprop([p], lr=1e-12)
-    HypergradientLR(optimizer)
+    HypergradientLR(optimizer, rule="additive")
     p.grad = torch.ones(3)
     optimizer.step()
     with pytest.warns(RuntimeWarning, match="vanished in the rounding"):
@@ -566,7 +573,7 @@ class LongHorizon(Rule):
     def discount(self, step: int) -> float:
         return 1 - 1 / (step + 1)
 
-    def start(self, param_norm: float, direction_norm: float) -> float:
+    def first_lr(self, param_norm: float, direction_norm: float) -> float:
         return 0.01 * param_norm / direction_norm
 
     def update(self, lr: float, seen: Observation, step: int) -> float:
@@ -636,14 +643,14 @@ def test_a_start_of_its_own_waits_for_a_schedule_and_for_a_direction(second: flo
 @pytest.mark.parametrize("value", [math.nan, "0.1"])
 def test_a_start_that_is_no_number_is_named_and_nothing_moves(value: Any) -> None:
     class Broken(LongHorizon):
-        def start(self, param_norm: float, direction_norm: float) -> float:
+        def first_lr(self, param_norm: float, direction_norm: float) -> float:
             return value  # type: ignore[no-any-return]
 
     p = nn.Parameter(torch.ones(4))
     optimizer = SGD([p], lr=0.1)
     HypergradientLR(optimizer, Broken())
     p.grad = torch.ones(4)
-    with pytest.raises((ValueError, TypeError), match=r"Broken\.start must return a"):
+    with pytest.raises((ValueError, TypeError), match=r"Broken\.first_lr must return a"):
         optimizer.step()
     assert torch.equal(p, torch.ones(4))
     assert optimizer.param_groups[0]["lr"] == 0.1
@@ -704,7 +711,7 @@ def optimizers_to_refuse() -> Iterator[Any]:
 @pytest.mark.parametrize(("optimizer", "error", "words"), optimizers_to_refuse())
 def test_an_optimizer_that_cannot_be_tuned_is_refused(optimizer: Any, error: type[Exception], words: str) -> None:
     with pytest.raises(error, match=words):
-        HypergradientLR(optimizer)
+        HypergradientLR(optimizer, rule="additive")
 
 
 @pytest.mark.parametrize(
@@ -728,9 +735,9 @@ def test_an_optimizer_that_cannot_be_tuned_is_refused(optimizer: Any, error: typ
 def test_a_bad_argument_is_named(arguments: dict[str, Any], error: type[Exception], words: str) -> None:
     optimizer = SGD([nn.Parameter(torch.ones(1))], lr=0.1)
     with pytest.raises(error, match=words):
-        HypergradientLR(optimizer, **arguments)
+        HypergradientLR(optimizer, rule="additive", **arguments)
     assert not optimizer._optimizer_step_pre_hooks
-    HypergradientLR(optimizer)  # nothing was left behind
+    HypergradientLR(optimizer, rule="additive")  # nothing was left behind
 
 
 def test_the_multiplicative_rule_refuses_to_start_from_zero() -> None:
@@ -741,7 +748,7 @@ def test_the_multiplicative_rule_refuses_to_start_from_zero() -> None:
 def test_a_sparse_gradient_is_refused_before_the_first_update() -> None:
     table = nn.Embedding(5, 3, sparse=True)
     optimizer = SGD(table.parameters(), lr=0.1)
-    HypergradientLR(optimizer)
+    HypergradientLR(optimizer, rule="additive")
     before = table.weight.detach().clone()
     table(torch.tensor([1, 2])).sum().backward()
     with pytest.raises(TypeError, match=r"shape \(5, 3\) .* sparse gradients are not supported"):
@@ -762,7 +769,7 @@ def test_an_optimizer_that_moves_before_its_closure_is_refused() -> None:
 
     p = nn.Parameter(torch.ones(2))
     optimizer = SharpnessAware([p], {"lr": 0.1})
-    HypergradientLR(optimizer)
+    HypergradientLR(optimizer, rule="additive")
     with pytest.raises(TypeError, match="SharpnessAware moves the parameters before it evaluates its closure"):
         optimizer.step(lambda: None)
 
@@ -807,7 +814,7 @@ def test_a_scheduler_that_goes_on_after_a_failed_update_is_told(monkeypatch: pyt
 def test_a_parameter_that_changes_its_shape(cls: Any) -> None:
     p = nn.Parameter(torch.ones(3))
     optimizer = cls([p], lr=0.1)
-    hd = HypergradientLR(optimizer, hypergrad_lr=0)
+    hd = HypergradientLR(optimizer, rule="additive", hypergrad_lr=0)
     alternate(p, optimizer, [1.0, 1.0])
     p.grad = None
     p.data = torch.ones(5)
@@ -823,7 +830,7 @@ def test_a_parameter_that_changes_its_shape(cls: Any) -> None:
 def test_a_conjugate_gradient() -> None:
     p = nn.Parameter(torch.ones(2, dtype=torch.complex64))
     optimizer = SGD([p], lr=0.1)
-    hd = HypergradientLR(optimizer, hypergrad_lr=0)
+    hd = HypergradientLR(optimizer, rule="additive", hypergrad_lr=0)
     for _ in range(2):
         p.grad = torch.tensor([1 + 2j, 3j]).conj()
         assert p.grad.is_conj()
@@ -840,7 +847,7 @@ def test_detach_from_an_optimizer_with_a_state_of_its_own_kind() -> None:
 
     p = nn.Parameter(torch.ones(1))
     optimizer = Counting([p], lr=0.1)
-    hd = HypergradientLR(optimizer)
+    hd = HypergradientLR(optimizer, rule="additive")
     alternate(p, optimizer, [1.0, 1.0])
     hd.detach()
     assert dict(optimizer.state) == {"steps": 7}
@@ -865,7 +872,7 @@ def test_an_optimizer_that_makes_its_state_late() -> None:
 
     params = [nn.Parameter(torch.ones(2)) for _ in range(3)]
     optimizer = Blockwise(params, {"lr": 0.1})
-    hd = HypergradientLR(optimizer, hypergrad_lr=0)
+    hd = HypergradientLR(optimizer, rule="additive", hypergrad_lr=0)
     for _ in range(6):
         for p in params:
             p.grad = torch.ones(2)
@@ -889,7 +896,7 @@ def test_an_optimizer_with_a_state_for_some_parameters_only(lr: float) -> None:
 
     params = [nn.Parameter(torch.ones(2, dtype=torch.float64)) for _ in range(2)]
     optimizer = Mixed(params, {"lr": lr})
-    hd = HypergradientLR(optimizer, hypergrad_lr=0)
+    hd = HypergradientLR(optimizer, rule="additive", hypergrad_lr=0)
     for _ in range(2):
         for p in params:
             p.grad = torch.ones_like(p)
@@ -908,7 +915,7 @@ def test_a_wrapper_that_imitates_the_optimizer() -> None:
     hd = HypergradientLR(wrapped, "multiplicative", 0.1)
     assert hd.optimizer is optimizer
     with pytest.raises(RuntimeError, match="already"):
-        HypergradientLR(optimizer)
+        HypergradientLR(optimizer, rule="additive")
     for x, y in reference.torch_batches()[:3]:
         wrapped.zero_grad()
         fabric.backward(reference.torch_loss(module, x, y))
@@ -941,7 +948,7 @@ def test_a_copy_goes_on_as_the_original(how: str) -> None:
 def test_narrow_parameters(cls: Any, dtype: torch.dtype) -> None:
     p = nn.Parameter(torch.zeros(4, dtype=dtype))
     optimizer = cls([p], lr=1e-5)
-    hd = HypergradientLR(optimizer, hypergrad_lr=0)
+    hd = HypergradientLR(optimizer, rule="additive", hypergrad_lr=0)
     alternate(p, optimizer, [1.0] * 4)
     assert hd.nonfinite_steps == 0
     assert observed(hd).cosine == pytest.approx(1.0, rel=1e-3)
@@ -950,7 +957,7 @@ def test_narrow_parameters(cls: Any, dtype: torch.dtype) -> None:
 def test_a_zero_gradient_is_no_vanished_step() -> None:
     p = nn.Parameter(torch.ones(3))
     optimizer = RMSprop([p], lr=0.1)
-    HypergradientLR(optimizer)
+    HypergradientLR(optimizer, rule="additive")
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         alternate(p, optimizer, [1.0, 1.0, 0.0, 1.0])

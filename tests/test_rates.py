@@ -19,12 +19,12 @@ from tests.test_hypergradient import alternate, check_resuming, observed, run, t
 def test_clamps_bound_the_rate_that_is_used() -> None:
     network = reference.torch_network()
     optimizer = SGD(network.parameters(), lr=0.01)
-    hd = HypergradientLR(optimizer, hypergrad_lr=0.01, max_lr=0.03)
+    hd = HypergradientLR(optimizer, rule="additive", hypergrad_lr=0.01, max_lr=0.03)
     lrs = [lr for (lr,) in trajectory(network, optimizer, hd, range(100))]
     assert max(lrs) == 0.03
     network = reference.torch_network()
     optimizer = SGD(network.parameters(), lr=0.001)
-    hd = HypergradientLR(optimizer, min_lr=0.02)
+    hd = HypergradientLR(optimizer, rule="additive", min_lr=0.02)
     run(network, optimizer, range(1))
     assert hd.lrs == [0.02]
 
@@ -85,7 +85,7 @@ def test_hypergradient_of_several_groups_is_the_finite_difference_in_the_shared_
     optimizer = AdamW(
         [{"params": p[:2], "lr": 0.01}, {"params": p[2:], "lr": 0.04, "weight_decay": 0.0}], weight_decay=0.1
     )
-    hd = HypergradientLR(optimizer, hypergrad_lr=0)
+    hd = HypergradientLR(optimizer, rule="additive", hypergrad_lr=0)
     run(network, optimizer, range(2))
     difference = (loss_after(1 + 1e-4) - loss_after(1 - 1e-4)) / (2 * 1e-4 * 0.04)  # α is the largest rate
     assert observed(hd).hypergradient == pytest.approx(difference, rel=1e-6)
@@ -234,7 +234,7 @@ def test_hypergradient_under_a_schedule_is_the_finite_difference_in_the_scale() 
     network = reference.torch_network()
     optimizer = SGD(network.parameters(), lr=0.1)
     lr_scheduler.LambdaLR(optimizer, lambda _: 0.5)
-    hd = HypergradientLR(optimizer, hypergrad_lr=0)
+    hd = HypergradientLR(optimizer, rule="additive", hypergrad_lr=0)
     run(network, optimizer, range(2))
     assert hd.lrs == [0.05]
     difference = (loss_after(1 + 1e-5) - loss_after(1 - 1e-5)) / (2 * 1e-5 * 0.1)
@@ -245,7 +245,7 @@ def test_a_schedule_of_a_zero_rate_is_told() -> None:
     network = reference.torch_network()
     optimizer = SGD(network.parameters(), lr=0.0)
     lr_scheduler.LambdaLR(optimizer, lambda _: 1.0)
-    HypergradientLR(optimizer)
+    HypergradientLR(optimizer, rule="additive")
     with pytest.warns(RuntimeWarning, match="the scheduled learning rate is 0"):
         run(network, optimizer, range(2))
 
@@ -253,7 +253,7 @@ def test_a_schedule_of_a_zero_rate_is_told() -> None:
 def test_a_removed_group_is_named() -> None:
     a, b = nn.Parameter(torch.ones(1)), nn.Parameter(torch.ones(1))
     optimizer = SGD([{"params": [a]}, {"params": [b]}], lr=0.1)
-    HypergradientLR(optimizer)
+    HypergradientLR(optimizer, rule="additive")
     del optimizer.param_groups[1]
     a.grad = torch.ones(1)
     with pytest.raises(RuntimeError, match="groups can be added but not removed"):
@@ -263,13 +263,13 @@ def test_a_removed_group_is_named() -> None:
 def test_groups_with_rates_of_their_own_must_not_share_a_tensor() -> None:
     groups = [{"params": [nn.Parameter(torch.ones(1))]} for _ in range(2)]
     with pytest.raises(ValueError, match="scope='group' needs a learning rate of its own for each group"):
-        HypergradientLR(Adam(groups, lr=torch.tensor(0.1)), scope="group")
+        HypergradientLR(Adam(groups, lr=torch.tensor(0.1)), rule="additive", scope="group")
 
 
 @pytest.mark.parametrize(("key", "value"), [("lr", math.nan), ("used", None), ("reference", "0.1")])
 def test_a_state_with_a_damaged_number_is_refused(key: str, value: Any) -> None:
     optimizer = SGD([nn.Parameter(torch.ones(1))], lr=0.1)
-    hd = HypergradientLR(optimizer)
+    hd = HypergradientLR(optimizer, rule="additive")
     saved = hd.state_dict()
     saved["rates"]["scopes"][0][key] = value
     with pytest.raises(ValueError, match=f"damaged.*{key} must be a"):
@@ -335,7 +335,7 @@ def test_a_negative_clamp_holds_for_every_group() -> None:
 def test_a_clamped_group_does_not_move_with_the_scope() -> None:
     a, b = (nn.Parameter(torch.ones(1, dtype=torch.float64)) for _ in range(2))
     optimizer = SGD([{"params": [a], "lr": 0.1}, {"params": [b], "lr": 1.0}], lr=1.0)
-    hd = HypergradientLR(optimizer, hypergrad_lr=0, max_lr=0.2)
+    hd = HypergradientLR(optimizer, rule="additive", hypergrad_lr=0, max_lr=0.2)
     for _ in range(2):
         b.grad = torch.ones_like(b)
         alternate(a, optimizer, [1.0])
@@ -346,7 +346,7 @@ def test_a_clamped_group_does_not_move_with_the_scope() -> None:
 def test_a_group_configured_at_zero_stays_there() -> None:
     a, b = (nn.Parameter(torch.ones(1)) for _ in range(2))
     optimizer = SGD([{"params": [a], "lr": 0.1}, {"params": [b], "lr": 0.0}], lr=1.0)
-    hd = HypergradientLR(optimizer, min_lr=0.01)
+    hd = HypergradientLR(optimizer, rule="additive", min_lr=0.01)
     b.grad = torch.ones(1)
     alternate(a, optimizer, [1.0, 1.0])
     assert hd.lrs[1] == 0
@@ -356,7 +356,7 @@ def test_a_group_configured_at_zero_stays_there() -> None:
 def test_a_group_added_to_one_configured_at_zero_joins_at_its_own_rate() -> None:
     a, b = (nn.Parameter(torch.ones(1, dtype=torch.float64)) for _ in range(2))
     optimizer = SGD([a], lr=0.0)
-    hd = HypergradientLR(optimizer, hypergrad_lr=0)
+    hd = HypergradientLR(optimizer, rule="additive", hypergrad_lr=0)
     alternate(a, optimizer, [1.0, 1.0])
     optimizer.add_param_group({"params": [b], "lr": 0.5})
     b.grad = torch.ones_like(b)
@@ -369,7 +369,7 @@ def test_a_group_added_to_one_configured_at_zero_joins_at_its_own_rate() -> None
 def test_a_scope_that_touches_the_clamp_comes_back_as_a_whole(event: str) -> None:
     a, b, c = (nn.Parameter(torch.ones(1, dtype=torch.float64)) for _ in range(3))
     optimizer = SGD([{"params": [a], "lr": 0.1}, {"params": [b], "lr": 0.2}], lr=1.0)
-    hd = HypergradientLR(optimizer, hypergrad_lr=0.5)
+    hd = HypergradientLR(optimizer, rule="additive", hypergrad_lr=0.5)
     for sign in (1.0, -1.0):
         b.grad = torch.full_like(b, sign)
         alternate(a, optimizer, [sign])
@@ -408,7 +408,7 @@ def test_clamps_cut_a_schedule_off_and_leave_its_scale(name: str, limits: dict[s
     network = reference.torch_network()
     optimizer = SGD(network.parameters(), lr=0.1)
     scheduler = make(optimizer)
-    hd = HypergradientLR(optimizer, hypergrad_lr=0, **limits)
+    hd = HypergradientLR(optimizer, rule="additive", hypergrad_lr=0, **limits)
     for step in range(29):
         scheduled = optimizer.param_groups[0]["lr"]
         run(network, optimizer, range(step, step + 1))
@@ -422,7 +422,7 @@ def test_a_schedule_does_not_thaw_a_group_configured_at_zero() -> None:
     a, b = (nn.Parameter(torch.ones(1)) for _ in range(2))
     optimizer = SGD([{"params": [a], "lr": 0.1}, {"params": [b], "lr": 0.0}], lr=1.0)
     lr_scheduler.ExponentialLR(optimizer, 0.9)
-    hd = HypergradientLR(optimizer, hypergrad_lr=0, min_lr=0.01)
+    hd = HypergradientLR(optimizer, rule="additive", hypergrad_lr=0, min_lr=0.01)
     b.grad = torch.ones(1)
     alternate(a, optimizer, [1.0])
     assert hd.lrs == [0.1, 0.0]
@@ -455,7 +455,7 @@ def test_a_rate_that_is_not_finite_is_refused_at_every_step(scheduled: bool, val
     optimizer = SGD([a], lr=0.1)
     if scheduled:
         lr_scheduler.LambdaLR(optimizer, lambda _: 1.0)
-    hd = HypergradientLR(optimizer)
+    hd = HypergradientLR(optimizer, rule="additive")
     alternate(a, optimizer, [1.0])
     optimizer.add_param_group({"params": [b], "lr": value})
     b.grad = torch.ones(1)
@@ -484,7 +484,7 @@ def test_a_schedule_that_starts_at_zero_and_rises() -> None:
     scheduler = lr_scheduler.CyclicLR(optimizer, base_lr=0.0, max_lr=0.1, step_size_up=5, cycle_momentum=False)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        hd = HypergradientLR(optimizer, hypergrad_lr=0)
+        hd = HypergradientLR(optimizer, rule="additive", hypergrad_lr=0)
         for step in range(10):
             scheduled = optimizer.param_groups[0]["lr"]
             run(network, optimizer, range(step, step + 1))

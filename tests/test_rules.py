@@ -99,4 +99,4 @@ def test_a_rule_that_promises_more_must_keep_it() -> None:
     with pytest.raises(NotImplementedError, match="Promise has a long horizon"):
         Promise().discount(1)
     with pytest.raises(NotImplementedError, match="Promise picks its first rate"):
-        Promise().start(1.0, 1.0)
+        Promise().first_lr(1.0, 1.0)

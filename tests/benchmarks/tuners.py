@@ -1,0 +1,164 @@
+"""The methods: grids of rates, the rules of lightning_hd, and tuners from packages of others, at their own defaults."""
+
+import functools
+import importlib.util
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+from torch.optim import SGD, Adam, Optimizer
+
+from lightning_hd import HypergradientLR
+
+BASES: dict[str, Callable[..., Optimizer]] = {
+    "SGD": SGD,
+    "Nesterov": functools.partial(SGD, momentum=0.9, nesterov=True),
+    "Adam": Adam,
+}
+
+RULE = "auto"
+"""The rule under test."""
+RULE_RATE = 1e-3
+"""The rate that it is configured with, which should not matter."""
+OTHER_RATES = (0.0, 1e-8, 1.0, 1e3)
+"""Rates from which it should do the very same."""
+PAPER_RATES = (1e-5, 1e-3, 1e-1)
+
+GRID = {"SGD": (-5, 2), "Nesterov": (-7, 0), "Adam": (-7, -2)}
+"""The range of each grid, by the index of the rate: see :func:`grid_rate`. The end is not in it."""
+
+
+def grid_rate(index: int) -> float:
+    """Rates a factor of √10 apart."""
+    return float(10 ** (index / 2))
+
+
+@dataclass
+class Tuning:
+    """What a method gives the training loop."""
+
+    optimizer: Optimizer
+    rate: Callable[[], float]  # that of the last step
+    after_step: Callable[[], object] = lambda: None
+    evaluated: nn.Module | None = None  # validated in the place of the network that is trained
+
+
+@dataclass(frozen=True)
+class Method:
+    """A way to set the learning rate.
+
+    Args:
+        start: Makes it for a network, a base optimizer and a configured rate.
+        rates: The rates to try for each base optimizer it is for; ``None``: the grid.
+        package: Of the ``bench`` extra; by the name it is imported with.
+        cosine: Whether torch's cosine annealing goes on top.
+    """
+
+    start: Callable[[nn.Module, str, float], Tuning]
+    rates: Mapping[str, Sequence[float]] | None
+    package: str | None = None
+    cosine: bool = False
+
+    @property
+    def optimizers(self) -> Sequence[str]:
+        """The base optimizers that it is for."""
+        return list(BASES) if self.rates is None else list(self.rates)
+
+    def missing(self) -> list[str]:
+        """Its package, if it is not installed."""
+        return [self.package] if self.package and importlib.util.find_spec(self.package) is None else []
+
+
+def constant(network: nn.Module, base: str, rate: float) -> Tuning:
+    optimizer = BASES[base](network.parameters(), lr=rate)
+    return Tuning(optimizer, lambda: float(optimizer.param_groups[0]["lr"]))
+
+
+def hypergradient(network: nn.Module, base: str, rate: float, rule: str) -> Tuning:
+    optimizer = BASES[base](network.parameters(), lr=rate)
+    engine = HypergradientLR(optimizer, rule=rule)
+    return Tuning(optimizer, lambda: engine.lrs[0])
+
+
+def prodigy(network: nn.Module, base: str, rate: float) -> Tuning:
+    from prodigyopt import Prodigy
+
+    optimizer: Optimizer = Prodigy(network.parameters(), lr=rate)
+    (group,) = optimizer.param_groups
+    return Tuning(optimizer, lambda: float(group["d"] * group["lr"]))
+
+
+def d_adaptation(network: nn.Module, base: str, rate: float) -> Tuning:
+    from dadaptation import DAdaptAdam, DAdaptSGD
+
+    makers: dict[str, Callable[..., Optimizer]] = {
+        "SGD": DAdaptSGD,
+        "Nesterov": functools.partial(DAdaptSGD, momentum=0.9),
+        "Adam": DAdaptAdam,
+    }
+    optimizer = makers[base](network.parameters(), lr=rate)
+    (group,) = optimizer.param_groups
+    return Tuning(optimizer, lambda: float(group["d"] * group["lr"] / group.get("g0_norm", 1.0)))
+
+
+def mechanic(network: nn.Module, base: str, rate: float) -> Tuning:
+    from mechanic_pytorch import mechanize
+
+    # It derives a class from the optimizer's, so it takes the class itself.
+    settings: dict[str, Any] = {"momentum": 0.9, "nesterov": True} if base == "Nesterov" else {}
+    optimizer: Optimizer = mechanize(Adam if base == "Adam" else SGD)(network.parameters(), lr=rate, **settings)
+    (group,) = optimizer.param_groups
+    state: Mapping[Any, Any] = optimizer.state
+    return Tuning(optimizer, lambda: float(state["_mechanic"]["s"].sum() * group["lr"]))
+
+
+def dog(network: nn.Module, base: str, rate: float) -> Tuning:
+    """Validated, as the package asks, by its average of the iterates."""
+    from dog import DoG, PolynomialDecayAverager
+
+    optimizer: Optimizer = DoG(network.parameters(), lr=rate)
+    averager = PolynomialDecayAverager(network)
+    (group,) = optimizer.param_groups
+    return Tuning(optimizer, lambda: float(group["eta"][0]), averager.step, averager.averaged_model)
+
+
+def schedule_free(network: nn.Module, base: str, rate: float) -> Tuning:
+    from schedulefree import AdamWScheduleFree, SGDScheduleFree
+
+    makers: dict[str, Callable[..., Optimizer]] = {"SGD": SGDScheduleFree, "Adam": AdamWScheduleFree}
+    optimizer = makers[base](network.parameters(), lr=rate)
+    (group,) = optimizer.param_groups
+    return Tuning(optimizer, lambda: float(group["scheduled_lr"]))
+
+
+def rule_method(rule: str, rates: Sequence[float], cosine: bool = False) -> Method:
+    """One of lightning_hd's rules, for all base optimizers."""
+    return Method(functools.partial(hypergradient, rule=rule), dict.fromkeys(BASES, rates), cosine=cosine)
+
+
+def methods(rule: str) -> dict[str, Method]:
+    """All methods by name; that of the rule under test is its own."""
+    one = dict.fromkeys(BASES, (1.0,))
+    adam, sgd = {"Adam": (1.0,)}, {"SGD": (1.0,)}
+    return {
+        "constant": Method(constant, None),
+        "cosine": Method(constant, None, cosine=True),
+        "additive": rule_method("additive", PAPER_RATES),
+        "multiplicative": rule_method("multiplicative", PAPER_RATES),
+        "prodigy": Method(prodigy, adam, "prodigyopt"),
+        "prodigy+cosine": Method(prodigy, adam, "prodigyopt", cosine=True),
+        "mechanic": Method(mechanic, one, "mechanic_pytorch"),
+        "mechanic+cosine": Method(mechanic, one, "mechanic_pytorch", cosine=True),
+        "d-adaptation": Method(d_adaptation, one, "dadaptation"),
+        "dog": Method(dog, sgd, "dog"),
+        "schedule-free": Method(schedule_free, {"SGD": (1.0,), "Adam": (0.0025,)}, "schedulefree"),
+        **({} if rule in ("additive", "multiplicative") else {rule: rule_method(rule, (RULE_RATE,))}),
+        f"{rule}+cosine": rule_method(rule, (RULE_RATE,), cosine=True),
+    }
+
+
+def check_rule(rule: str) -> None:
+    """Raise :class:`ValueError` where lightning_hd has no such rule."""
+    HypergradientLR(SGD([torch.zeros(1, requires_grad=True)], lr=1.0), rule=rule).detach()
