@@ -77,11 +77,11 @@ def fit(name: str, lr: float, epochs: int, logs: Path, callback: HypergradientDe
     return {key: float(trainer.callback_metrics[key]) for key in ("val_accuracy", "val_loss")}
 
 
-def draw(lrs: list[float], path: Path) -> None:
+def draw(lrs: list[float], configured: float, path: Path) -> None:
     """The learning rate of every step."""
     figure, axes = plt.subplots(figsize=(7, 3), layout="constrained")
     axes.semilogy(lrs)
-    axes.set(xlabel="step", ylabel="learning rate", title=f"SGD with momentum on digits, from a rate of {lrs[0]:g}")
+    axes.set(xlabel="step", ylabel="learning rate", title=f"SGD with momentum on digits, configured at {configured:g}")
     axes.grid(alpha=0.3)
     figure.savefig(path, dpi=110)
 
@@ -89,7 +89,7 @@ def draw(lrs: list[float], path: Path) -> None:
 def main() -> None:
     """Both runs, and the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--lr", type=float, default=1e-5, help="initial learning rate (default: %(default)s)")
+    parser.add_argument("--lr", type=float, default=1e-5, help="configured learning rate (default: %(default)s)")
     parser.add_argument("--epochs", type=int, default=25, help="default: %(default)s")
     parser.add_argument("--logs", type=Path, default=Path("runs"), help="folder of the event files (default: runs)")
     parser.add_argument("--figure", type=Path, help="also draw the learning rate into this file")
@@ -102,12 +102,12 @@ def main() -> None:
     tuned = fit("hypergradient", arguments.lr, arguments.epochs, arguments.logs, callback)
     (lrs,) = callback.lrs.values()
 
-    print(f"\n{'':22}{'val accuracy':>14}{'val loss':>12}{'first lr':>12}{'last lr':>12}")
+    print(f"\n{'':22}{'val accuracy':>14}{'val loss':>12}{'configured':>12}{'last lr':>12}")
     for name, metrics, last in (("without", plain, arguments.lr), ("HypergradientDescent", tuned, lrs[-1])):
         print(f"{name:22}{metrics['val_accuracy']:14.3f}{metrics['val_loss']:12.3f}{arguments.lr:12.1e}{last:12.1e}")
     print(f"\nThe curves: tensorboard --logdir {arguments.logs / 'quickstart'}")
     if arguments.figure:
-        draw(lrs, arguments.figure)
+        draw(lrs, arguments.lr, arguments.figure)
 
 
 if __name__ == "__main__":

@@ -123,7 +123,7 @@ class Auto(Rule):
 
         D_t &= μ_t D_{t-1} + d_t, \qquad μ_t = 1 - 1 / \max(H, t / 2) \\
         c_t &= \cos(g_t, D_{t-1}), \qquad S_t = κ S_{t-1} + c_t^2 \\
-        \log α_t &= \log α_{t-1} + \mathrm{clip}(c_t (1 ± r) / \sqrt{S_t})
+        \log α_t &= \log α_{t-1} + \mathrm{clip}(c_t (1 ± r_t) / \sqrt{S_t}), \qquad r_t = r \min(1, n / t)
 
     Noise along directions of high curvature is forgotten within the horizon, slow progress along those of low curvature
     adds up. The cosine has no scale, so neither has the rule; ``S`` makes its steps as in AdaGrad. The first rate is a
@@ -133,17 +133,20 @@ class Auto(Rule):
     gradient leaps: where ``log ‖g_t‖`` exceeds its running mean by more than what is usual, ``log α`` falls by the
     excess (1 at most).
 
-    The source is this project: the constants come from experiments on small networks (``tests/benchmarks``), and
-    training is not sensitive to them but where said so. One buffer of the parameters' size is kept.
+    The source is this project: the constants come from experiments on small networks (``tests/benchmarks``). One buffer
+    of the parameters' size is kept.
 
     Args:
         start: ``"automatic"``, or ``"configured"``: start from the rate that the optimizer is configured with. The
             climb from there is slow, some 10 % a step.
         horizon: ``H``, in steps: the horizon of the first steps. Below 100 the rule turns greedy.
         growth: The horizon as a part of the steps taken, once that is longer than ``horizon``.
-        memory: ``κ``, with which the squares of the cosine are forgotten.
+        memory: ``κ``, with which the squares of the cosine are forgotten. With 0.995 the rate is restless enough for
+            some runs to collapse.
         optimism: ``r``, by how much a cosine counts for more where it asks for a larger rate, and for less where it
-            asks for a smaller one: a longer step is useful beyond the horizon, too. With 0, rates fall too early.
+            asks for a smaller one: early in a run, a longer step is useful beyond the horizon, too. With 0, rates fall
+            too early in short runs.
+        optimistic_steps: ``n``, after which optimism fades. Where it stays, rates end too high in small batches.
         first_step: ``ρ``, the length of the first step over that of the parameters.
         cap: Largest change of ``log α`` in a step, at the start.
         careful_from: From this multiple of ``α_1`` on, ``careful_cap`` applies: where steps are long enough to do harm,
@@ -165,7 +168,8 @@ class Auto(Rule):
     horizon: float = 300.0
     growth: float = 0.5
     memory: float = 0.999
-    optimism: float = 0.1
+    optimism: float = 0.2
+    optimistic_steps: float = 100.0
     first_step: float = 1e-4
     cap: float = 0.5
     careful_from: float = 30.0
@@ -184,6 +188,7 @@ class Auto(Rule):
             ("growth", 0.0, math.inf),
             ("memory", 0.0, 1.0),
             ("optimism", 0.0, 1.0),
+            ("optimistic_steps", 0.0, math.inf),
             ("first_step", sys.float_info.min, math.inf),
             ("cap", 0.0, math.inf),
             ("careful_from", 0.0, math.inf),
@@ -213,7 +218,8 @@ class Auto(Rule):
         if seen.grad_norm == 0:
             return lr
         cap = self.cap if lr < self.careful_from * self._first_lr else self.careful_cap
-        cosine = seen.cosine * (1 + math.copysign(self.optimism, seen.cosine))
+        optimism = self.optimism * min(1.0, self.optimistic_steps / step)
+        cosine = seen.cosine * (1 + math.copysign(optimism, seen.cosine))
         self._squares = self.memory * self._squares + cosine**2
         change = cosine / math.sqrt(self._squares) if self._squares else 0.0
         excess = self._excess(math.log(seen.grad_norm))

@@ -1,10 +1,11 @@
 """The paper's algorithms in NumPy, float64, written from its formulas: a slow reference that knows nothing of torch.
 
 ``network_loss`` is a network of one tanh layer with its backpropagation by hand; ``train`` runs SGD-HD, SGDN-HD and
-Adam-HD (arXiv 1703.04782, Section 3) on it, with the additive or the multiplicative rule.
+Adam-HD (arXiv 1703.04782, Section 3) on it, with the additive or the multiplicative rule; ``train_auto`` the rule auto,
+written from the docstring of ``lightning_hd.Auto``.
 """
 
-from collections.abc import Generator, Sequence
+from collections.abc import Generator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -97,6 +98,67 @@ def train(
         parameters = [p - lr * d for p, d in zip(parameters, last_d, strict=True)]
         lrs.append(lr)
     return lrs, parameters
+
+
+def faded_mean(values: Sequence[float], memory: float) -> float:
+    """Mean of a series, each number weighted ``memory`` times the one after it."""
+    weights = [memory**age for age in range(len(values))][::-1]
+    return float(np.dot(values, weights) / np.sum(weights))
+
+
+def train_auto(
+    method: str,
+    settings: dict[str, Any] | None = None,
+    weight_decay: float = 0.0,
+    steps: int = STEPS,
+    leaps: Mapping[int, float] | None = None,
+    first_lr: float | None = None,
+) -> tuple[list[float], list[Array], list[int]]:
+    """Learning rate of every step with the rule auto, the parameters after the last, and the steps that braked.
+
+    ``weight_decay`` is decoupled, as in AdamW. ``leaps`` are factors of the loss in some steps. ``first_lr`` is the
+    configured rate, for ``start="configured"``. The sums that the rule keeps are taken over the whole history here.
+    """
+    parameters = initial_parameters()
+    direction = directions(method, settings or {})
+    next(direction)
+    data = batches()
+    lr, first = (first_lr, 0.0) if first_lr is not None else (0.0, 0.0)
+    discounted: list[Array] = []
+    lrs: list[float] = []
+    braked: list[int] = []
+    cosines: list[float] = []
+    logs: list[float] = []
+    rises: list[float] = []
+    for t in range(1, steps + 1):
+        _, g = network_loss(parameters, *data[(t - 1) % len(data)])
+        g = [(leaps or {}).get(t, 1.0) * x for x in g]
+        if t > 1:
+            cosine = dot(g, discounted) / np.sqrt(dot(g, g) * dot(discounted, discounted))
+            optimism = 0.2 * min(1.0, 100 / t)
+            cosines.append(cosine * (1 + optimism if cosine > 0 else 1 - optimism))
+            squares = sum(c**2 * 0.999**age for age, c in enumerate(reversed(cosines)))
+            cap = 0.5 if lr < 30 * first else 0.1
+            change = float(np.clip(cosines[-1] / np.sqrt(squares), -cap, cap))
+            log_norm = 0.5 * np.log(dot(g, g))
+            if len(logs) >= 2:
+                rise = log_norm - faded_mean(logs, 0.9)
+                usual = max(np.log(2.5), 3 * np.sqrt(faded_mean(rises, 0.99)) if rises else 0.0)
+                rises.append(min(max(rise, 0.0), usual) ** 2)
+                if rise > usual:
+                    change = -min(rise - usual, 1.0)
+                    braked.append(t)
+            logs.append(log_norm)
+            lr *= np.exp(change)
+        d = direction.send(g)
+        d = [x + weight_decay * p for x, p in zip(d, parameters, strict=True)]
+        if t == 1 and first_lr is None:
+            lr = first = 1e-4 * np.sqrt(dot(parameters, parameters)) / np.sqrt(dot(d, d))
+        mu = 1 - 1 / max(300.0, t / 2)
+        discounted = [mu * s + x for s, x in zip(discounted, d, strict=True)] if discounted else d
+        parameters = [p - lr * x for p, x in zip(parameters, d, strict=True)]
+        lrs.append(float(lr))
+    return lrs, parameters, braked
 
 
 def torch_network() -> nn.Sequential:

@@ -245,7 +245,7 @@ def test_a_schedule_of_a_zero_rate_is_told() -> None:
     network = reference.torch_network()
     optimizer = SGD(network.parameters(), lr=0.0)
     lr_scheduler.LambdaLR(optimizer, lambda _: 1.0)
-    HypergradientLR(optimizer, rule="additive")
+    HypergradientLR(optimizer)
     with pytest.warns(RuntimeWarning, match="the scheduled learning rate is 0"):
         run(network, optimizer, range(2))
 
@@ -253,7 +253,7 @@ def test_a_schedule_of_a_zero_rate_is_told() -> None:
 def test_a_removed_group_is_named() -> None:
     a, b = nn.Parameter(torch.ones(1)), nn.Parameter(torch.ones(1))
     optimizer = SGD([{"params": [a]}, {"params": [b]}], lr=0.1)
-    HypergradientLR(optimizer, rule="additive")
+    HypergradientLR(optimizer)
     del optimizer.param_groups[1]
     a.grad = torch.ones(1)
     with pytest.raises(RuntimeError, match="groups can be added but not removed"):
@@ -263,13 +263,13 @@ def test_a_removed_group_is_named() -> None:
 def test_groups_with_rates_of_their_own_must_not_share_a_tensor() -> None:
     groups = [{"params": [nn.Parameter(torch.ones(1))]} for _ in range(2)]
     with pytest.raises(ValueError, match="scope='group' needs a learning rate of its own for each group"):
-        HypergradientLR(Adam(groups, lr=torch.tensor(0.1)), rule="additive", scope="group")
+        HypergradientLR(Adam(groups, lr=torch.tensor(0.1)), scope="group")
 
 
 @pytest.mark.parametrize(("key", "value"), [("lr", math.nan), ("used", None), ("reference", "0.1")])
 def test_a_state_with_a_damaged_number_is_refused(key: str, value: Any) -> None:
     optimizer = SGD([nn.Parameter(torch.ones(1))], lr=0.1)
-    hd = HypergradientLR(optimizer, rule="additive")
+    hd = HypergradientLR(optimizer)
     saved = hd.state_dict()
     saved["rates"]["scopes"][0][key] = value
     with pytest.raises(ValueError, match=f"damaged.*{key} must be a"):

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from lightning_hd import Additive, Multiplicative, Observation, Rule
+from lightning_hd import Additive, Auto, Multiplicative, Observation, Rule
 from lightning_hd.rules import make_rule
 
 SEEN = Observation(hypergradient=-6.0, grad_norm=4.0, direction_norm=3.0)
@@ -64,6 +64,7 @@ def test_the_transition_of_section_5() -> None:
 
 
 def test_make_rule() -> None:
+    assert make_rule("auto", None) == Auto()
     assert make_rule("additive", None) == Additive()
     assert make_rule("multiplicative", 0.3) == Multiplicative(0.3)
     own = Additive(0.1)

@@ -22,8 +22,11 @@ class Settings:
     seeds: int = 3
     quick: bool = False
     rule: str = tuners.RULE
+    length: int | None = None  # of all runs; None: the tasks' own
 
     def steps(self, task: str) -> int:
+        if self.length is not None:
+            return self.length
         return tasks.TASKS[task].steps // (2 if self.quick else 1)
 
 

@@ -30,12 +30,7 @@ class Writer(Callback):
 
 def test_rates_are_bitwise_equal_on_both_ranks(tmp_path: Path) -> None:
     trainer = make_trainer(
-        tmp_path,
-        HypergradientDescent(rule="additive"),
-        Writer(tmp_path),
-        strategy="ddp_spawn",
-        devices=2,
-        log_every_n_steps=10,
+        tmp_path, HypergradientDescent(), Writer(tmp_path), strategy="ddp_spawn", devices=2, log_every_n_steps=10
     )
     trainer.fit(Reference())
     first, second = (json.loads((tmp_path / f"rank{rank}.json").read_text()) for rank in range(2))
