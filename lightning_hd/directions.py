@@ -73,6 +73,9 @@ class Direction(ABC):
     def read(self, p: Tensor, state: dict[str, Any]) -> Tensor:
         """``d_t`` of the parameter, at any time after step ``t`` and before the next: real, not to be written to."""
 
+    def correct(self, state: dict[str, Any], lr: float) -> None:  # noqa: B027
+        """Correct what the optimizer derived from its rate, where the step was taken at another than ``lr``."""
+
     def to_dict(self) -> dict[str, Any]:
         """Plain numbers from which :func:`direction_from_dict` builds it again."""
         return {"family": type(self).__name__, **asdict(self)}
@@ -105,6 +108,11 @@ class Gradient(Direction):
     def read(self, p: Tensor, state: dict[str, Any]) -> Tensor:
         """The copy."""
         return as_real(state[DIRECTION])
+
+    def correct(self, state: dict[str, Any], lr: float) -> None:
+        """``η_2`` of ASGD, which is ``lr`` up to the factor of a first step, ``(1 + lambd · lr)^-alpha``."""
+        if "eta" in state:
+            state["eta"].fill_(lr)
 
 
 @dataclass(frozen=True)

@@ -99,9 +99,10 @@ class HypergradientLR:
     With a learning-rate scheduler, the effective rate is the scheduler's value times the learned scale, and
     ``param_groups[i]["lr"]`` holds the scheduler's own value between steps; ``α`` is then the scale times the highest
     rate that the schedule has reached (the configured one at least), so that observations count for less where the
-    schedule has gone down. Without a
-    scheduler, ``param_groups[i]["lr"]`` holds the effective rate, and a value that is written there between two steps
-    becomes the new ``α``.
+    schedule has gone down. A rule that picks its own first rate, as the default does, needs no warm-up: where a
+    schedule rises to a new height, its scale is lowered for ``α`` to stay the same. Without a scheduler,
+    ``param_groups[i]["lr"]`` holds the effective rate, and a value that is written there between two steps becomes the
+    new ``α``.
 
     A step whose gradient, norm or dot product is not finite leaves the rate as it was and is counted.
 
@@ -487,6 +488,7 @@ class HypergradientLR:
                 self._tell_of_brake(seen, scope.lr, lr)
         lr *= self._rates.follow_schedule(index)
         if not finite:
+            self._forget(index, seen)
             return self._stay(scope, f"(hypergradient, ‖g‖, ‖d‖) = {tuple(seen or ())}")
         if math.isfinite(lr):
             lr = self._rates.clamp(index, lr)
@@ -502,6 +504,13 @@ class HypergradientLR:
                 "%.3g to %.3g",
                 *(type(self.optimizer).__name__, self.step_count + 1, seen.grad_norm, before, after),
             )
+
+    def _forget(self, scope: int, seen: Observation | None) -> None:
+        """Drop a sum of directions that is not finite, and would never be again."""
+        if self._rule.long_horizon and seen is not None and not math.isfinite(seen.direction_norm):
+            for i in self._rates.members(scope):
+                for p in self.optimizer.param_groups[i]["params"]:
+                    self.optimizer.state.get(p, {}).pop(DISCOUNTED, None)
 
     def _stay(self, scope: Scope, what: str) -> tuple[float, float]:
         self.nonfinite_steps += 1
@@ -595,6 +604,10 @@ class HypergradientLR:
                 d_squared = sum(
                     float(squared_norm(g.direction.read(p, state[p]))) * g.weight**2 for g in probed for p in g.moved
                 )
+                if not math.isfinite(d_squared):
+                    self._stay(scope, "the first direction, so this step is not taken")
+                    self._hold(step, probed)
+                    continue
                 p_squared = sum(float(squared_norm(step.before[p])) for g in probed for p in g.moved)
                 if d_squared:  # else there is no direction yet to take a first step in
                     first = scope.rule.first_lr(math.sqrt(p_squared), math.sqrt(d_squared))
@@ -611,11 +624,20 @@ class HypergradientLR:
             group.lr = set_lr(settings, lr)
             for p in group.moved:
                 d = group.direction.read(p, state[p])
+                group.direction.correct(state[p], group.lr)
                 p.copy_(step.before[p])
                 if group.lr:
                     as_real(p).copy_(widen(as_real(p)).sub(d, alpha=group.lr))
             if not isinstance(group.direction, Measured):  # that one was measured at the rate of the probe
                 group.direction = direction_of(self.optimizer, settings, group.lr)
+
+    @staticmethod
+    def _hold(step: _Step, groups: list[_GroupStep]) -> None:
+        """Take back the steps of these groups."""
+        for group in groups:
+            for p in group.moved:
+                p.copy_(step.before[p])
+            group.moved = []
 
     def _discount(self, step: _Step) -> None:
         """``D_t = μ_t D_{t-1} + d_t``, each direction weighted as its group's rate follows the scope's."""

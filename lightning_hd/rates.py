@@ -112,8 +112,10 @@ class Rates:
     def follow_schedule(self, index: int) -> float:
         """Let a scope's reference, and its rate, rise with the schedule: the rule works on the rate at its peak.
 
+        The rate of a rule that picks its own does not rise along: it is right for where the schedule was.
+
         Returns:
-            The factor by which they rose.
+            The factor by which the rate rose.
         """
         if not self.under_schedule:
             return 1.0
@@ -121,6 +123,9 @@ class Rates:
         peak = max(abs(self.groups[i].unscaled) for i in self.members(index))
         factor = peak / scope.reference if peak and scope.from_zero else max(1.0, peak / abs(scope.reference))
         scope.from_zero = scope.from_zero and not peak
+        if scope.rule.picks_start:
+            scope.reference = peak if peak and not scope.started else scope.reference * factor
+            return 1.0
         self._grow(scope, factor)
         return factor
 

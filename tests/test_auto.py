@@ -399,8 +399,8 @@ def digits() -> tuple[Tensor, Tensor]:
 
 
 def classifier(bias: bool = True) -> nn.Sequential:
-    # Of 280 runs at batch sizes 16 and 128 from seeds 0 to 9, three did not halve the loss within 250 steps: SGD and
-    # ASGD at 16, which go to the edge of stability there. From seed 1 all of them take it below a quarter.
+    # Of 280 runs at batch sizes 16 and 128 from seeds 0 to 9, five did not halve the loss within 250 steps, all with
+    # ASGD; from seed 1, all of them take it below a third.
     torch.manual_seed(1)
     return nn.Sequential(nn.Linear(64, 64, bias=bias), nn.ReLU(), nn.Linear(64, 10, bias=bias))
 
@@ -458,6 +458,19 @@ def test_every_optimizer_learns_at_every_batch_size(name: str, batch: int) -> No
     assert hd.nonfinite_steps == 0
 
 
+@pytest.mark.parametrize("factor", [1.0, 2.0**20])
+def test_the_second_step_of_asgd_is_as_short_as_the_first(factor: float) -> None:
+    p = nn.Parameter(torch.ones(4, dtype=torch.float64))
+    optimizer = ASGD([p], lr=1.0)
+    HypergradientLR(optimizer)
+    for _ in range(2):
+        before = p.detach().clone()
+        optimizer.zero_grad()
+        (factor * p.square().sum()).backward()
+        optimizer.step()
+        assert norm([p.detach() - before]) < 1e-3 * norm([before])
+
+
 def test_groups_with_and_without_weight_decay_keep_their_ratio() -> None:
     network = classifier()
     groups = [
@@ -512,23 +525,8 @@ def under_schedule(family: str, name: str) -> tuple[list[float], list[float], fl
     return losses, scales, start, whole_loss(network)
 
 
-def cases(*failing: tuple[str, str], reason: str) -> list[Any]:
-    return [
-        pytest.param(family, name, marks=[pytest.mark.xfail(reason=reason)] if (family, name) in failing else [])
-        for family in FAMILIES_UNDER_SCHEDULES
-        for name in SCHEDULES
-    ]
-
-
-@pytest.mark.parametrize(
-    ("family", "name"),
-    cases(
-        ("SGD", "one cycle"),
-        ("heavy ball", "one cycle"),
-        ("SGD", "warmup and decay"),
-        reason="a schedule that rises takes the rate along, beyond what is stable, faster than the rule lowers it",
-    ),
-)
+@pytest.mark.parametrize("name", SCHEDULES)
+@pytest.mark.parametrize("family", FAMILIES_UNDER_SCHEDULES)
 def test_it_learns_under_a_schedule(family: str, name: str) -> None:
     losses, _, start, end = under_schedule(family, name)
     assert np.isfinite(losses).all()
@@ -536,9 +534,8 @@ def test_it_learns_under_a_schedule(family: str, name: str) -> None:
     assert end < 0.5 * start
 
 
-@pytest.mark.parametrize(
-    ("family", "name"), cases(("SGD", "cosine"), reason="the scale of plain SGD rises 14-fold while the cosine falls")
-)
+@pytest.mark.parametrize("name", SCHEDULES)
+@pytest.mark.parametrize("family", FAMILIES_UNDER_SCHEDULES)
 def test_it_does_not_undo_the_decay_of_a_schedule(family: str, name: str) -> None:
     _, scales, _, _ = under_schedule(family, name)
     assert scales[-1] < 10 * np.median(scales[100:200])
@@ -554,12 +551,14 @@ def test_between_steps_the_scheduler_has_its_own_values(family: str, name: str) 
         optimizer = cls(network.parameters(), lr=0.01, **settings)
         scheduler = SCHEDULES[name](optimizer)
         hd = HypergradientLR(optimizer) if tuned else None
-        written = []
-        for step in range(100):
-            run(network, optimizer, range(step, step + 1))
-            written.append(optimizer.param_groups[0]["lr"])
+        written: list[float] = []
+
+        def after(_: int, optimizer: Optimizer = optimizer, scheduler: Any = scheduler, to: Any = written) -> None:
+            to.append(optimizer.param_groups[0]["lr"])
             scheduler.step()
-            written.append(optimizer.param_groups[0]["lr"])
+            to.append(optimizer.param_groups[0]["lr"])
+
+        run(network, optimizer, range(100), after)
         runs.append(written)
     assert runs[0] == runs[1]
     assert hd is not None
@@ -750,7 +749,6 @@ def test_a_group_without_gradients_rests_until_it_gets_some(cls: Any, scope: Any
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf])
 @pytest.mark.parametrize("cls", [SGD, Adam, RMSprop])
-@pytest.mark.xfail(reason="first_lr is asked for a rate although the direction is not finite")
 def test_a_first_gradient_that_is_not_finite_is_waited_out(cls: Any, bad: float) -> None:
     p = nn.Parameter(torch.ones(4))
     optimizer = cls([p], lr=1.0)
@@ -771,7 +769,6 @@ def test_a_first_gradient_that_is_not_finite_is_waited_out(cls: Any, bad: float)
     assert p.isfinite().all()
 
 
-@pytest.mark.xfail(reason="the sum of directions stays not finite for good")
 def test_a_direction_that_is_not_finite_is_forgotten() -> None:
     p = nn.Parameter(torch.ones(4))
     optimizer = SGD([p], lr=1.0)
