@@ -122,8 +122,8 @@ class Auto(Rule):
     .. math::
 
         D_t &= μ_t D_{t-1} + d_t, \qquad μ_t = 1 - 1 / \max(H, t / 2) \\
-        c_t &= \cos(g_t, D_{t-1}), \qquad S_t = κ S_{t-1} + c_t^2 \\
-        \log α_t &= \log α_{t-1} + \mathrm{clip}(c_t (1 ± r_t) / \sqrt{S_t}), \qquad r_t = r \min(1, n / t)
+        c_t &= \cos(g_t, D_{t-1}), \qquad b_t = c_t + r \min(1, n / t) \, |c_t + c_{t-1}| / 2 \\
+        \log α_t &= \log α_{t-1} + \mathrm{clip}(b_t / \sqrt{S_t}), \qquad S_t = κ S_{t-1} + b_t^2
 
     Noise along directions of high curvature is forgotten within the horizon, slow progress along those of low curvature
     adds up. The cosine has no scale, so neither has the rule; ``S`` makes its steps as in AdaGrad. The first rate is a
@@ -143,9 +143,9 @@ class Auto(Rule):
         growth: The horizon as a part of the steps taken, once that is longer than ``horizon``.
         memory: ``κ``, with which the squares of the cosine are forgotten. With 0.995 the rate is restless enough for
             some runs to collapse.
-        optimism: ``r``, by how much a cosine counts for more where it asks for a larger rate, and for less where it
-            asks for a smaller one: early in a run, a longer step is useful beyond the horizon, too. With 0, rates fall
-            too early in short runs.
+        optimism: ``r``, by how much cosines count for more where they ask for a larger rate, and for less where they
+            ask for a smaller one: early in a run, a longer step is useful beyond the horizon, too. With 0, rates fall
+            too early in short runs. It is of the mean of two cosines, for those of an oscillation change signs.
         optimistic_steps: ``n``, after which optimism fades. Where it stays, rates end too high in small batches.
         first_step: ``ρ``, the length of the first step over that of the parameters.
         cap: Largest change of ``log α`` in a step, at the start.
@@ -168,7 +168,7 @@ class Auto(Rule):
     horizon: float = 300.0
     growth: float = 0.5
     memory: float = 0.999
-    optimism: float = 0.2
+    optimism: float = 0.3
     optimistic_steps: float = 100.0
     first_step: float = 1e-4
     cap: float = 0.5
@@ -199,6 +199,7 @@ class Auto(Rule):
             setattr(self, name, check_number(name, getattr(self, name), low, high))
         self.brakes = 0
         self._first_lr = 0.0  # α_1; 0 where it is the configured one
+        self._cosine = 0.0  # c_t
         self._squares = 0.0  # S_t
         self._norms = 0  # how many gradient norms were seen
         self._norm_mean = 0.0  # running mean of log ‖g‖, before the correction for its start at 0
@@ -219,9 +220,10 @@ class Auto(Rule):
             return lr
         cap = self.cap if lr < self.careful_from * self._first_lr else self.careful_cap
         optimism = self.optimism * min(1.0, self.optimistic_steps / step)
-        cosine = seen.cosine * (1 + math.copysign(optimism, seen.cosine))
-        self._squares = self.memory * self._squares + cosine**2
-        change = cosine / math.sqrt(self._squares) if self._squares else 0.0
+        bent = seen.cosine + optimism * abs(seen.cosine + self._cosine) / 2
+        self._cosine = seen.cosine
+        self._squares = self.memory * self._squares + bent**2
+        change = bent / math.sqrt(self._squares) if self._squares else 0.0
         excess = self._excess(math.log(seen.grad_norm))
         if excess > 0:
             self.brakes += 1
@@ -259,7 +261,7 @@ class Auto(Rule):
         vars(self).update({name: type(getattr(self, name))(state_dict[name]) for name in _LEARNED})
 
 
-_LEARNED = ("brakes", "_first_lr", "_squares", "_norms", "_norm_mean", "_norm_square")
+_LEARNED = ("brakes", "_first_lr", "_cosine", "_squares", "_norms", "_norm_mean", "_norm_square")
 
 _NORM_MEMORY = 0.9
 """With which gradient norms are forgotten: an overshoot grows within some ten steps."""

@@ -128,6 +128,7 @@ def train_auto(
     lrs: list[float] = []
     braked: list[int] = []
     cosines: list[float] = []
+    bent: list[float] = []
     logs: list[float] = []
     rises: list[float] = []
     for t in range(1, steps + 1):
@@ -135,11 +136,12 @@ def train_auto(
         g = [(leaps or {}).get(t, 1.0) * x for x in g]
         if t > 1:
             cosine = dot(g, discounted) / np.sqrt(dot(g, g) * dot(discounted, discounted))
-            optimism = 0.2 * min(1.0, 100 / t)
-            cosines.append(cosine * (1 + optimism if cosine > 0 else 1 - optimism))
-            squares = sum(c**2 * 0.999**age for age, c in enumerate(reversed(cosines)))
+            cosines.append(cosine)
+            before = cosines[-2] if len(cosines) > 1 else 0.0
+            bent.append(cosine + 0.3 * min(1.0, 100 / t) * abs((cosine + before) / 2))
+            squares = sum(c**2 * 0.999**age for age, c in enumerate(reversed(bent)))
             cap = 0.5 if lr < 30 * first else 0.1
-            change = float(np.clip(cosines[-1] / np.sqrt(squares), -cap, cap))
+            change = float(np.clip(bent[-1] / np.sqrt(squares), -cap, cap))
             log_norm = 0.5 * np.log(dot(g, g))
             if len(logs) >= 2:
                 rise = log_norm - faded_mean(logs, 0.9)

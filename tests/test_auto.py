@@ -114,10 +114,14 @@ def test_the_first_steps_by_hand() -> None:
         p.grad = torch.tensor([2.0, 0.0], dtype=torch.float64)
         optimizer.step()
         assert hd.lrs == [pytest.approx(alpha, rel=1e-14)], t
-    p.grad = torch.tensor([0.0, 0.5], dtype=torch.float64)
-    optimizer.step()
-    assert observed(hd).cosine == 0
-    assert hd.lrs == [pytest.approx(alpha, rel=1e-14)], "a right angle says nothing"
+    squares = 0.999 * (0.999 * 1.15**2 + 1.3**2) + 0.15**2  # of 1 + 0.3 / 2, 1 + 0.3 and 0 + 0.3 / 2
+    alpha *= math.exp(0.15 / math.sqrt(squares))
+    for _ in range(2):
+        p.grad = torch.tensor([0.0, 0.5], dtype=torch.float64)
+        optimizer.state[p]["hd_discounted"][1] = 0.0
+        optimizer.step()
+        assert observed(hd).cosine == 0
+        assert hd.lrs == [pytest.approx(alpha, rel=1e-14)], "two right angles say nothing"
 
 
 # ---------------------------------------------------------------------- what it does not depend on
@@ -399,8 +403,8 @@ def digits() -> tuple[Tensor, Tensor]:
 
 
 def classifier(bias: bool = True) -> nn.Sequential:
-    # Of 280 runs at batch sizes 16 and 128 from seeds 0 to 9, five did not halve the loss within 250 steps, all with
-    # ASGD; from seed 1, all of them take it below a third.
+    # Of 280 runs at batch sizes 16 and 128 from seeds 0 to 9, one did not halve the loss within 250 steps: ASGD at 16
+    # from seed 5.
     torch.manual_seed(1)
     return nn.Sequential(nn.Linear(64, 64, bias=bias), nn.ReLU(), nn.Linear(64, 10, bias=bias))
 
