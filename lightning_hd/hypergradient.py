@@ -608,7 +608,7 @@ class HypergradientLR:
                     self._stay(scope, "the first direction, so this step is not taken")
                     self._hold(step, probed)
                     continue
-                p_squared = sum(float(squared_norm(step.before[p])) for g in probed for p in g.moved)
+                p_squared = sum(float(squared_norm(as_real(step.before[p]))) for g in probed for p in g.moved)
                 if d_squared:  # else there is no direction yet to take a first step in
                     first = scope.rule.first_lr(math.sqrt(p_squared), math.sqrt(d_squared))
                     lr = _returned(first, scope.rule, "first_lr")

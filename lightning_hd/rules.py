@@ -423,6 +423,8 @@ def check_number(name: str, value: float, minimum: float = -math.inf, maximum: f
         if isinstance(value, (bool, str, Tensor)):
             raise TypeError
         number = float(value)
+    except OverflowError:
+        raise ValueError(f"{name} is too large a number") from None
     except (TypeError, ValueError):
         raise TypeError(f"{name} must be a number, got {value!r}") from None
     if not math.isfinite(number) or not minimum <= number <= maximum:

@@ -748,6 +748,22 @@ def test_a_group_without_gradients_rests_until_it_gets_some(cls: Any, scope: Any
         assert length > 1e-4 * 2
 
 
+def test_a_complex_parameter_is_two_real_ones() -> None:
+    runs = []
+    for convert in (torch.Tensor.clone, torch.view_as_complex):
+        p = nn.Parameter(convert(torch.linspace(1, 2, 8, dtype=torch.float64).view(4, 2)))
+        optimizer = Adam([p])
+        hd = HypergradientLR(optimizer)
+        lrs = []
+        for _ in range(10):
+            optimizer.zero_grad()
+            p.abs().square().sum().backward()
+            optimizer.step()
+            lrs += hd.lrs
+        runs.append(lrs)
+    assert runs[1] == pytest.approx(runs[0], rel=1e-12)
+
+
 # ---------------------------------------------------------------------- numbers that are not finite
 
 
