@@ -99,8 +99,9 @@ class HypergradientLR:
     With a learning-rate scheduler, the effective rate is the scheduler's value times the learned scale, and
     ``param_groups[i]["lr"]`` holds the scheduler's own value between steps; ``α`` is then the scale times the highest
     rate that the schedule has reached (the configured one at least), so that observations count for less where the
-    schedule has gone down. A rule that picks its own first rate, as the default does, needs no warm-up: where a
-    schedule rises to a new height, its scale is lowered for ``α`` to stay the same. Without a scheduler,
+    schedule has gone down. A rule that picks its own first rate, as the default does, needs no warm-up: the configured
+    rate does not count, and where a schedule rises to a new height, the scale is lowered for ``α`` to stay the same.
+    Without a scheduler,
     ``param_groups[i]["lr"]`` holds the effective rate, and a value that is written there between two steps becomes the
     new ``α``.
 

@@ -49,7 +49,8 @@ class Rates:
     """Effective learning rates of an optimizer's parameter groups: what is configured or scheduled times a scale.
 
     The learned rate ``α`` of a scope is the scale times a reference: the largest rate that is configured in the scope
-    or, where it is higher, the largest that its schedule has reached.
+    or, where it is higher, the largest that its schedule has reached. With a rule that picks its own first rate, it is
+    the largest that the schedule has reached since the first step.
 
     Args:
         optimizer: The optimizer.

@@ -334,14 +334,24 @@ def test_a_rate_that_would_overflow_stays() -> None:
     assert hd.nonfinite_steps == 1
 
 
+def failing(*_: Any, **__: Any) -> float:
+    raise OSError("gone")
+
+
+def fail_in_update(optimizer: Optimizer, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A step whose update fails, after the rate was set for it."""
+    cls = type(optimizer)
+    with monkeypatch.context() as patch:
+        patch.setattr(sys.modules[cls.__module__], cls.__name__.lower(), failing)
+        with pytest.raises(OSError, match="gone"):
+            optimizer.step()
+
+
 @pytest.mark.parametrize("scheduled", [False, True])
 @pytest.mark.parametrize("cls", [SGD, Adam, RMSprop])
 def test_a_step_that_raises_leaves_the_rate_of_the_default_rule(
     cls: Any, scheduled: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def failing(*_: Any, **__: Any) -> float:
-        raise OSError("gone")
-
     runs = []
     for fails in (False, True):
         network = reference.torch_network()
@@ -362,10 +372,7 @@ def test_a_step_that_raises_leaves_the_rate_of_the_default_rule(
 
     before = hd.lrs, hd.step_count
     written = optimizer.param_groups[0]["lr"]
-    with monkeypatch.context() as patch:
-        patch.setattr(sys.modules[cls.__module__], cls.__name__.lower(), failing)
-        with pytest.raises(OSError, match="gone"):
-            optimizer.step()  # the update fails, after the rate was set for it
+    fail_in_update(optimizer, monkeypatch)
     assert (hd.lrs, hd.step_count) == before
     run(network, optimizer, range(6, 7))
     assert abs(math.log(hd.lrs[0] / before[0][0])) <= 0.5, "the step counts from the rate before the failed one"
@@ -384,9 +391,6 @@ def test_a_step_that_raises_leaves_the_rate(cls: Any, scheduled: bool, monkeypat
     before = hd.lrs, hd.step_count
     written = optimizer.param_groups[0]["lr"]
 
-    def failing(*_: Any, **__: Any) -> float:
-        raise OSError("gone")
-
     with pytest.raises(OSError, match="gone"):
         optimizer.step(failing)  # the backward pass fails, so nothing has happened
     assert (hd.lrs, hd.step_count) == before
@@ -394,10 +398,7 @@ def test_a_step_that_raises_leaves_the_rate(cls: Any, scheduled: bool, monkeypat
     assert hd.lrs[0] == pytest.approx(before[0][0] * (1 + 0.1 * observed(hd).cosine), rel=1e-12)
 
     before = hd.lrs, hd.step_count
-    with monkeypatch.context() as patch:
-        patch.setattr(sys.modules[cls.__module__], cls.__name__.lower(), failing)
-        with pytest.raises(OSError, match="gone"):
-            optimizer.step()  # the update fails, after the rate was set for it
+    fail_in_update(optimizer, monkeypatch)
     assert (hd.lrs, hd.step_count) == before
     run(network, optimizer, range(6, 7))
     assert (hd.lrs, hd.last) == (before[0], [None]), "what the failed update did is not known"

@@ -94,6 +94,12 @@ def execute(run: Run, rule: str, data: Path) -> Outcome:
     return training.train(problem, tuners.methods(rule)[run.method], run.optimizer, run.rate, run.steps)
 
 
+def start_pool(jobs: int) -> ProcessPoolExecutor:
+    """Workers of one thread each, which share nothing."""
+    os.environ["OMP_NUM_THREADS"] = "1"  # they inherit it
+    return ProcessPoolExecutor(jobs, multiprocessing.get_context("spawn"), start_worker)
+
+
 def start_worker() -> None:
     """One thread each; an interruption is the parent's to handle, and a parent that was killed leaves no worker."""
     torch.set_num_threads(1)
@@ -193,11 +199,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     if args.report_only:
         write_report(settings, load(path), args.out)
         return 0
-    os.environ["OMP_NUM_THREADS"] = "1"  # the workers inherit it
     work = functools.partial(execute, rule=args.rule, data=args.data)
-    context = multiprocessing.get_context("spawn")
     try:
-        with ProcessPoolExecutor(args.jobs, context, start_worker) as pool:
+        with start_pool(args.jobs) as pool:
             results, failed = complete(settings, path, pool, args.jobs, work)
     except KeyboardInterrupt:
         print(

@@ -12,11 +12,9 @@ drawn into ``DIR/length.png`` and written to ``DIR/length.md``.
 import argparse
 import functools
 import math
-import multiprocessing
 import os
 import sys
 from collections.abc import Sequence
-from concurrent.futures import ProcessPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 
@@ -28,9 +26,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # for those who ru
 
 from tests.benchmarks import tasks, tuners
 from tests.benchmarks.figure import PLAIN
-from tests.benchmarks.learning_quality import complete, execute, start_worker
+from tests.benchmarks.learning_quality import complete, execute, start_pool
 from tests.benchmarks.plan import Settings, plan
-from tests.benchmarks.results import Losses, Results, load, select
+from tests.benchmarks.results import Losses, Results, select
 
 LENGTHS = (300, 1_000, 3_000, 10_000, 30_000)
 TASKS = ("digits-16", "tanh", "quadratic")
@@ -90,12 +88,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = parser.parse_args(argv)
     settings = Settings(args.tasks.split(","), list(tuners.BASES), ["constant", tuners.RULE], args.seeds)
     args.out.mkdir(parents=True, exist_ok=True)
-    os.environ["OMP_NUM_THREADS"] = "1"  # the workers inherit it
     work = functools.partial(execute, rule=settings.rule, data=tasks.FASHION)
-    results: Results = load(args.out / "runs.csv")
+    results: Results = {}
     failed = []
     try:
-        with ProcessPoolExecutor(args.jobs, multiprocessing.get_context("spawn"), start_worker) as pool:
+        with start_pool(args.jobs) as pool:
             for length in sorted(map(int, args.lengths.split(","))):
                 of_length = replace(settings, length=length)
                 results, errors = complete(of_length, args.out / "runs.csv", pool, args.jobs, work)
