@@ -74,7 +74,7 @@ class Direction(ABC):
         """``d_t`` of the parameter, at any time after step ``t`` and before the next: real, not to be written to."""
 
     def correct(self, state: dict[str, Any], lr: float) -> None:  # noqa: B027
-        """Correct what the optimizer derived from its rate, where the step was taken at another than ``lr``."""
+        """Correct what the optimizer derived from an earlier rate, for the next step to be taken at ``lr``."""
 
     def to_dict(self) -> dict[str, Any]:
         """Plain numbers from which :func:`direction_from_dict` builds it again."""
@@ -85,14 +85,14 @@ class Direction(ABC):
 class Gradient(Direction):
     """SGD without momentum, SGD with Nesterov's, and ASGD: ``d_t = g_t + μ v_t + λ θ_{t-1}``.
 
-    ASGD moves by a rate ``η_t`` that it derives from the learning rate one step ahead and lets decay; its direction is
-    taken with respect to ``η_t``, which equals the learning rate while that changes slowly and ``lambd · lr · t`` is
-    small.
+    ASGD moves by a rate that decays, ``η_t = lr / (1 + λ lr t)^power``; its direction is taken with respect to ``η_t``,
+    which equals the learning rate while ``λ lr t`` is small.
     """
 
     copies: ClassVar[bool] = True
     nesterov: float = 0.0
     decay: float = 0.0
+    power: float = 0.0
 
     def keep(self, copy: Tensor, p: Tensor, g: Tensor) -> None:
         """``g_t + λ θ_{t-1}``."""
@@ -110,9 +110,9 @@ class Gradient(Direction):
         return as_real(state[DIRECTION])
 
     def correct(self, state: dict[str, Any], lr: float) -> None:
-        """``η_2`` of ASGD, which is ``lr`` up to the factor of a first step, ``(1 + lambd · lr)^-alpha``."""
+        """``η_t`` of ASGD, which it derives at the end of a step from the rate that it has then."""
         if "eta" in state:
-            state["eta"].fill_(lr)
+            state["eta"].fill_(lr / (1 + self.decay * lr * float(state["step"])) ** self.power)
 
 
 @dataclass(frozen=True)
@@ -204,7 +204,7 @@ def direction_of(optimizer: Optimizer, group: dict[str, Any], lr: float) -> Dire
             return HeavyBall()
         return Gradient(nesterov=float(group["momentum"]) if group["nesterov"] else 0.0)
     if family is ASGD:
-        return Gradient(decay=float(group["lambd"]))
+        return Gradient(decay=float(group["lambd"]), power=float(group["alpha"]))
     if family in (Adam, AdamW):
         return AdaptiveMoments(
             lr=lr,

@@ -482,11 +482,9 @@ class HypergradientLR:
         scope, step = self._rates.scopes[index], self.step_count + 1
         lr = scope.lr
         finite = seen is None or all(map(math.isfinite, seen))
+        brakes = scope.rule.brakes
         if seen is not None and finite:
-            brakes = scope.rule.brakes
             lr = _returned(scope.rule.update(lr, seen, step), scope.rule, "update")
-            if scope.rule.brakes > brakes:
-                self._tell_of_brake(seen, scope.lr, lr)
         lr *= self._rates.follow_schedule(index)
         if not finite:
             self._forget(index, seen)
@@ -495,6 +493,8 @@ class HypergradientLR:
             lr = self._rates.clamp(index, lr)
             used = _returned(scope.rule.used(lr, step), scope.rule, "used")
             if math.isfinite(used):
+                if seen is not None and scope.rule.brakes > brakes:
+                    self._tell_of_brake(seen, scope.used, used)
                 return lr, used
         return self._stay(scope, f"the rate that {type(scope.rule).__name__} made of {seen}")
 
@@ -538,6 +538,7 @@ class HypergradientLR:
         step.groups.append(_GroupStep(lr, weight, direction, moved, probed, discount))
         self._last[index].moved = set()  # their directions are overwritten here, and known again once the step is done
         for p in moved:
+            direction.correct(self.optimizer.state.get(p, {}), lr)
             if direction.copies:
                 copy = self.optimizer.state.get(p, {}).get(DIRECTION)
                 fits = copy is not None and (copy.shape, copy.dtype, copy.device) == (p.shape, p.dtype, p.device)

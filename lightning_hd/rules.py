@@ -122,27 +122,36 @@ class Auto(Rule):
     .. math::
 
         D_t &= μ_t D_{t-1} + d_t, \qquad μ_t = 1 - 1 / \max(H, t / 2) \\
-        c_t &= \cos(g_t, D_{t-1}), \qquad b_t = c_t + r \min(1, n / t) \, |c_t + c_{t-1}| / 2 \\
-        \log α_t &= \log α_{t-1} + \mathrm{clip}(b_t / \sqrt{S_t}), \qquad S_t = κ S_{t-1} + b_t^2
+        c_t &= g_t · D_{t-1} / (G_t ‖D_{t-1}‖), \qquad G_t^2 = \text{running mean of } ‖g_t‖^2 \\
+        b_t &= c_t + r \min(1, n / t) \, |c_t + c_{t-1}| / 2 \\
+        \log α_t &= \log α_{t-1} + \mathrm{clip}(\frac{H}{\max(H, t / 2)} \, b_t / \sqrt{S_t}),
+        \qquad S_t = κ S_{t-1} + b_t^2
 
     Noise along directions of high curvature is forgotten within the horizon, slow progress along those of low curvature
-    adds up. The cosine has no scale, so neither has the rule; ``S`` makes its steps as in AdaGrad. The first rate is a
+    adds up. ``c`` is the cosine, but for a gradient that is larger than usual to count for more, as it does in the mean
+    loss: rare large ones are outvoted otherwise. It has no scale, so neither has the rule; ``S`` makes its steps as in
+    AdaGrad, and they shrink as the horizon grows, so that the rate changes in the run's own time. The first rate is a
     small part of the parameters, ``α_1 = ρ ‖θ_0‖ / ‖d_1‖``, so the configured one only sets the ratios between groups.
 
     The horizon is blind to an instability: steps to and fro cancel in it. So the rule brakes where the norm of the
-    gradient leaps: where ``log ‖g_t‖`` exceeds its running mean by more than what is usual, ``log α`` falls by the
-    excess (1 at most).
+    gradient leaps. Where ``log ‖g_t‖`` exceeds its running mean by more than what is usual, by ``e`` (1 at most), the
+    step is taken with ``α_t exp(-e)``, and ``e`` wears off. A leap alone may be a batch like no other; where another
+    follows before that, ``log α`` itself falls by ``e`` times what was left, but no further than to ``α_1``.
 
     The source is this project: the constants come from experiments on small networks (``tests/benchmarks``). One buffer
     of the parameters' size is kept.
 
     Args:
         start: ``"automatic"``, or ``"configured"``: start from the rate that the optimizer is configured with. The
-            climb from there is slow, some 10 % a step.
+            climb from there is slow, 7 % a step at most.
         horizon: ``H``, in steps: the horizon of the first steps. Below 100 the rule turns greedy.
         growth: The horizon as a part of the steps taken, once that is longer than ``horizon``.
         memory: ``κ``, with which the squares of the cosine are forgotten. With 0.995 the rate is restless enough for
             some runs to collapse.
+        norm_horizon: Over how many steps ``G`` is taken at first. With 30, rates rise too late where the gradient
+            vanishes; with 1, where ``c`` is the cosine, they end far too high, then too low, where few batches hold
+            what is to be learned.
+        norm_growth: The same as a part of the steps taken, once that is more.
         optimism: ``r``, by how much cosines count for more where they ask for a larger rate, and for less where they
             ask for a smaller one: early in a run, a longer step is useful beyond the horizon, too. With 0, rates fall
             too early in short runs. It is of the mean of two cosines, for those of an oscillation change signs.
@@ -155,6 +164,7 @@ class Auto(Rule):
         spike: Least ratio of a gradient norm to its running (geometric) mean at which the rule brakes.
         spike_sigmas: Braking also needs a rise by this many standard deviations of such rises, so that small batches
             do not brake for no fault of the rate. With 4, instabilities were missed.
+        release: The part of a brake that is left a step later. With 0.9, instabilities come back too soon.
 
     Attributes:
         brakes: How often it has braked.
@@ -168,14 +178,17 @@ class Auto(Rule):
     horizon: float = 300.0
     growth: float = 0.5
     memory: float = 0.999
+    norm_horizon: float = 10.0
+    norm_growth: float = 0.02
     optimism: float = 0.3
     optimistic_steps: float = 100.0
     first_step: float = 1e-4
     cap: float = 0.5
     careful_from: float = 30.0
-    careful_cap: float = 0.1
+    careful_cap: float = 0.07
     spike: float = 2.5
     spike_sigmas: float = 3.0
+    release: float = 0.95
 
     long_horizon = True
 
@@ -187,6 +200,8 @@ class Auto(Rule):
             ("horizon", 1.0, math.inf),
             ("growth", 0.0, math.inf),
             ("memory", 0.0, 1.0),
+            ("norm_horizon", 1.0, math.inf),
+            ("norm_growth", 0.0, math.inf),
             ("optimism", 0.0, 1.0),
             ("optimistic_steps", 0.0, math.inf),
             ("first_step", sys.float_info.min, math.inf),
@@ -195,15 +210,19 @@ class Auto(Rule):
             ("careful_cap", 0.0, math.inf),
             ("spike", 1.0, math.inf),
             ("spike_sigmas", 0.0, math.inf),
+            ("release", 0.0, _BELOW_1),
         ):
             setattr(self, name, check_number(name, getattr(self, name), low, high))
         self.brakes = 0
         self._first_lr = 0.0  # α_1; 0 where it is the configured one
         self._cosine = 0.0  # c_t
         self._squares = 0.0  # S_t
+        self._brake = 0.0  # what is left of the last brakes
         self._norms = 0  # how many gradient norms were seen
-        self._norm_mean = 0.0  # running mean of log ‖g‖, before the correction for its start at 0
-        self._norm_square = 0.0  # and of the squared rises above it
+        self._norm = 0.0  # G, before the correction for its start at 0
+        self._norm_weight = 0.0  # the square of that correction
+        self._log_mean = 0.0  # running mean of log ‖g‖, before such a correction
+        self._variance: float = (math.log(self.spike) / self.spike_sigmas) ** 2 if self.spike_sigmas else 0.0
 
     def first_lr(self, param_norm: float, direction_norm: float) -> float:
         """``α_1 = ρ ‖θ_0‖ / ‖d_1‖``; with ``ρ / ‖d_1‖`` where the parameters are all zero."""
@@ -218,30 +237,44 @@ class Auto(Rule):
         """``log α_t`` from ``log α_{t-1}``, the cosine, and the norm of the gradient. A zero gradient tells nothing."""
         if seen.grad_norm == 0:
             return lr
-        cap = self.cap if lr < self.careful_from * self._first_lr else self.careful_cap
-        optimism = self.optimism * min(1.0, self.optimistic_steps / step)
-        bent = seen.cosine + optimism * abs(seen.cosine + self._cosine) / 2
-        self._cosine = seen.cosine
-        self._squares = self.memory * self._squares + bent**2
-        change = bent / math.sqrt(self._squares) if self._squares else 0.0
+        change = self._change(seen, step)
         excess = self._excess(math.log(seen.grad_norm))
+        before, self._brake = self._brake, self._brake * self.release
         if excess > 0:
             self.brakes += 1
-            return lr * math.exp(-min(excess, 1.0))
+            excess = min(excess, 1.0)
+            self._brake = max(self._brake, excess)
+            return max(lr * math.exp(-before * excess), min(lr, self._first_lr))
+        cap = self.cap if lr < self.careful_from * self._first_lr else self.careful_cap
         return lr * math.exp(min(max(change, -cap), cap))
+
+    def used(self, lr: float, step: int) -> float:
+        """``α_t``, less what is left of the last brakes."""
+        return lr * math.exp(-self._brake)
+
+    def _change(self, seen: Observation, step: int) -> float:
+        """The change of ``log α`` that the gradient asks for, before it is clipped."""
+        self._norms += 1
+        memory = 1 - 1 / max(self.norm_horizon, self.norm_growth * step)
+        self._norm = math.hypot(math.sqrt(memory) * self._norm, math.sqrt(1 - memory) * seen.grad_norm)
+        self._norm_weight = _running(self._norm_weight, 1.0, memory)
+        cosine = seen.cosine * (seen.grad_norm / self._norm) * math.sqrt(self._norm_weight)
+        optimism = self.optimism * min(1.0, self.optimistic_steps / step)
+        bent = cosine + optimism * abs(cosine + self._cosine) / 2
+        self._cosine = cosine
+        self._squares = self.memory * self._squares + bent**2
+        pace = self.horizon / max(self.horizon, self.growth * step)
+        return pace * bent / math.sqrt(self._squares) if self._squares else 0.0
 
     def _excess(self, log_norm: float) -> float:
         """By how much ``log ‖g_t‖`` exceeds what is usual; takes it into account for the next step."""
         excess = 0.0
-        if self._norms >= 2:
-            rise = log_norm - self._norm_mean / (1 - _NORM_MEMORY**self._norms)
-            rises = self._norms - 2
-            variance = self._norm_square / (1 - _RISE_MEMORY**rises) if rises else 0.0
-            usual = max(math.log(self.spike), self.spike_sigmas * math.sqrt(variance))
-            self._norm_square = _running(self._norm_square, min(max(rise, 0.0), usual) ** 2, _RISE_MEMORY)
+        if self._norms > 2:
+            rise = log_norm - self._log_mean / (1 - _LOG_MEMORY ** (self._norms - 1))
+            usual = max(math.log(self.spike), self.spike_sigmas * math.sqrt(self._variance))
+            self._variance = _running(self._variance, min(max(rise, 0.0), 3 * usual) ** 2, _RISE_MEMORY)
             excess = rise - usual
-        self._norms += 1
-        self._norm_mean = _running(self._norm_mean, log_norm, _NORM_MEMORY)
+        self._log_mean = _running(self._log_mean, log_norm, _LOG_MEMORY)
         return excess
 
     def check_start(self, lr: float) -> None:
@@ -261,13 +294,26 @@ class Auto(Rule):
         vars(self).update({name: type(getattr(self, name))(state_dict[name]) for name in _LEARNED})
 
 
-_LEARNED = ("brakes", "_first_lr", "_cosine", "_squares", "_norms", "_norm_mean", "_norm_square")
+_LEARNED = (
+    "brakes",
+    "_first_lr",
+    "_cosine",
+    "_squares",
+    "_brake",
+    "_norms",
+    "_norm",
+    "_norm_weight",
+    "_log_mean",
+    "_variance",
+)
 
-_NORM_MEMORY = 0.9
-"""With which gradient norms are forgotten: an overshoot grows within some ten steps."""
+_LOG_MEMORY = 0.9
+"""With which logarithms of gradient norms are forgotten: an overshoot grows within some ten steps."""
 
-_RISE_MEMORY = 0.99
-"""With which the usual size of their rises is forgotten."""
+_RISE_MEMORY = 0.995
+"""With which the usual size of their rises is forgotten: slowly, for a series of leaps not to seem usual soon."""
+
+_BELOW_1 = math.nextafter(1.0, 0.0)
 
 
 def _running(mean: float, value: float, memory: float) -> float:

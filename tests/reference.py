@@ -100,9 +100,9 @@ def train(
     return lrs, parameters
 
 
-def faded_mean(values: Sequence[float], memory: float) -> float:
-    """Mean of a series, each number weighted ``memory`` times the one after it."""
-    weights = [memory**age for age in range(len(values))][::-1]
+def faded_mean(values: Sequence[float], memories: Sequence[float]) -> float:
+    """Mean of a series in which each new number comes in with one minus its memory of the numbers before it."""
+    weights = [(1 - memory) * float(np.prod(memories[i + 1 :])) for i, memory in enumerate(memories)]
     return float(np.dot(values, weights) / np.sum(weights))
 
 
@@ -117,7 +117,7 @@ def train_auto(
     """Learning rate of every step with the rule auto, the parameters after the last, and the steps that braked.
 
     ``weight_decay`` is decoupled, as in AdamW. ``leaps`` are factors of the loss in some steps. ``first_lr`` is the
-    configured rate, for ``start="configured"``. The sums that the rule keeps are taken over the whole history here.
+    configured rate, for ``start="configured"``. The means and sums that the rule keeps are taken over the whole history here.
     """
     parameters = initial_parameters()
     direction = directions(method, settings or {})
@@ -130,36 +130,42 @@ def train_auto(
     cosines: list[float] = []
     bent: list[float] = []
     logs: list[float] = []
-    rises: list[float] = []
+    squared_norms: list[float] = []
+    variance, brake = (np.log(2.5) / 3) ** 2, 0.0
     for t in range(1, steps + 1):
         _, g = network_loss(parameters, *data[(t - 1) % len(data)])
         g = [(leaps or {}).get(t, 1.0) * x for x in g]
         if t > 1:
-            cosine = dot(g, discounted) / np.sqrt(dot(g, g) * dot(discounted, discounted))
-            cosines.append(cosine)
+            squared_norms.append(dot(g, g))
+            usual_norm = np.sqrt(faded_mean(squared_norms, [1 - 1 / max(10.0, s / 50) for s in range(2, t + 1)]))
+            cosines.append(dot(g, discounted) / (usual_norm * np.sqrt(dot(discounted, discounted))))
             before = cosines[-2] if len(cosines) > 1 else 0.0
-            bent.append(cosine + 0.3 * min(1.0, 100 / t) * abs((cosine + before) / 2))
+            bent.append(cosines[-1] + 0.3 * min(1.0, 100 / t) * abs((cosines[-1] + before) / 2))
             squares = sum(c**2 * 0.999**age for age, c in enumerate(reversed(bent)))
-            cap = 0.5 if lr < 30 * first else 0.1
-            change = float(np.clip(bent[-1] / np.sqrt(squares), -cap, cap))
+            cap = 0.5 if lr < 30 * first else 0.07
+            change = float(np.clip(min(1.0, 600 / t) * bent[-1] / np.sqrt(squares), -cap, cap))
             log_norm = 0.5 * np.log(dot(g, g))
+            excess = 0.0
             if len(logs) >= 2:
-                rise = log_norm - faded_mean(logs, 0.9)
-                usual = max(np.log(2.5), 3 * np.sqrt(faded_mean(rises, 0.99)) if rises else 0.0)
-                rises.append(min(max(rise, 0.0), usual) ** 2)
+                rise = log_norm - faded_mean(logs, [0.9] * len(logs))
+                usual = max(np.log(2.5), 3 * np.sqrt(variance))
+                variance = 0.995 * variance + 0.005 * min(max(rise, 0.0), 3 * usual) ** 2
                 if rise > usual:
-                    change = -min(rise - usual, 1.0)
+                    excess = min(rise - usual, 1.0)
+                    change = max(-excess * brake, min(0.0, np.log(first / lr)) if first else -np.inf)
                     braked.append(t)
             logs.append(log_norm)
             lr *= np.exp(change)
+            brake = max(0.95 * brake, excess)
         d = direction.send(g)
         d = [x + weight_decay * p for x, p in zip(d, parameters, strict=True)]
         if t == 1 and first_lr is None:
             lr = first = 1e-4 * np.sqrt(dot(parameters, parameters)) / np.sqrt(dot(d, d))
         mu = 1 - 1 / max(300.0, t / 2)
         discounted = [mu * s + x for s, x in zip(discounted, d, strict=True)] if discounted else d
-        parameters = [p - lr * x for p, x in zip(parameters, d, strict=True)]
-        lrs.append(float(lr))
+        used = lr * np.exp(-brake)
+        parameters = [p - used * x for p, x in zip(parameters, d, strict=True)]
+        lrs.append(float(used))
     return lrs, parameters, braked
 
 

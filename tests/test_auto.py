@@ -306,19 +306,45 @@ def test_a_rule_that_is_bound_is_a_copy() -> None:
 # ---------------------------------------------------------------------- the brake
 
 
-def test_it_brakes_where_the_norm_of_the_gradient_leaps() -> None:
+def test_a_leap_alone_is_braked_for_a_while() -> None:
     rule = Auto(start="configured")
-    lrs = feed(rule, [Observation(0.0, norm, 1.0) for norm in (1.0, 1.0, 1.0, 2.4, 10.0, 1e6, 1.0)])
-    assert lrs[:4] == [1.0] * 4
-    assert rule.brakes == 2
+    lrs = feed(rule, [Observation(0.0, norm, 1.0) for norm in (1.0, 1.0, 1.0, 2.4, 8.0)])
+    assert lrs == [1.0] * 5, "α itself stays"
+    assert rule.brakes == 1
     weights = 0.9 ** np.arange(4)[::-1]
     mean = np.dot(weights, [0, 0, 0, math.log(2.4)]) / weights.sum()
-    rises = np.array([0.0, math.log(2.4) ** 2])  # the mean of the norms before was 1
-    sigma = math.sqrt(np.dot(rises, [0.99, 1.0]) / 1.99)
-    excess = math.log(10.0) - mean - max(math.log(2.5), 3 * sigma)
-    assert lrs[4] == pytest.approx(math.exp(-excess), rel=1e-12)
-    assert lrs[5] == pytest.approx(lrs[4] / math.e, rel=1e-12), "by a factor of e at most"
-    assert lrs[6] == lrs[5]
+    variance = (math.log(2.5) / 3) ** 2
+    for rise in (0.0, math.log(2.4)):  # the mean of the norms before was 1
+        variance += 0.005 * (rise**2 - variance)
+    excess = math.log(8.0) - mean - max(math.log(2.5), 3 * math.sqrt(variance))
+    assert 0 < excess < 1
+    for waited in range(200):
+        assert rule.used(1.0, 6) == pytest.approx(math.exp(-excess * 0.95**waited), rel=1e-12)
+        feed(rule, [Observation(0.0, 1.0, 1.0)])
+    assert rule.brakes == 1
+
+
+def test_leaps_in_a_row_lower_the_rate() -> None:
+    rule = Auto(start="configured")
+    calm = [Observation(0.0, 1.0, 1.0)] * 5
+    lrs = feed(rule, [*calm, *(Observation(0.0, norm, 1.0) for norm in (1e3, 1e6, 1e9)), *calm])
+    assert rule.brakes == 3
+    assert lrs[5] == 1.0
+    assert lrs[6] == pytest.approx(math.exp(-1), rel=1e-12), "by a factor of e at most"
+    assert lrs[7] == pytest.approx(math.exp(-2), rel=1e-12)
+    assert lrs[-1] == lrs[7]
+    assert rule.used(lrs[7], 14) == pytest.approx(lrs[7] * math.exp(-(0.95**5)), rel=1e-12)
+
+
+def test_no_brake_takes_it_below_its_first_rate() -> None:
+    rule = Auto()
+    first = rule.first_lr(1.0, 1.0)
+    lr = 20 * first
+    for t, norm in enumerate([1.0] * 5 + [100.0**i for i in range(40)], start=2):
+        lr = rule.update(lr, Observation(0.0, norm, 1.0), t)
+    assert rule.brakes > 10
+    assert lr == first
+    assert rule.update(lr / 2, Observation(0.0, 1e100, 1.0), 50) == lr / 2, "where the cosine has taken it, it stays"
 
 
 def test_it_does_not_brake_before_it_has_seen_two_norms() -> None:
@@ -330,9 +356,10 @@ def test_it_does_not_brake_before_it_has_seen_two_norms() -> None:
 
 def test_a_brake_outweighs_the_cosine() -> None:
     rule = Auto(start="configured")
-    norms = [1.0, 1.0, 1.0, 100.0]
+    norms = [1.0, 1.0, 1.0, 100.0, 10000.0]
     lrs = feed(rule, [Observation(-norm, norm, 1.0) for norm in norms])  # all cosines are 1
-    assert lrs[3] == pytest.approx(lrs[2] / math.e, rel=1e-12)
+    assert lrs[3] == lrs[2]
+    assert lrs[4] == pytest.approx(lrs[3] / math.e, rel=1e-12)
 
 
 def test_a_zero_gradient_tells_it_nothing() -> None:
@@ -344,14 +371,43 @@ def test_a_zero_gradient_tells_it_nothing() -> None:
 
 
 @pytest.mark.parametrize("seed", range(3))
-@pytest.mark.parametrize(("sigma", "fall"), [(0.2, 0.0), (0.5, 0.006), (1.5, 0.015)])
-def test_noise_of_small_batches_seldom_brakes(sigma: float, fall: float, seed: int) -> None:
-    # A heavy tail costs some: per step, log α falls by 0.005 with σ = 0.5, by 0.013 with 1.5.
+@pytest.mark.parametrize("sigma", [0.2, 0.5, 1.5])
+def test_noise_of_small_batches_seldom_brakes(sigma: float, seed: int) -> None:
     rule = Auto(start="configured")
     norms = np.random.default_rng(seed).lognormal(0, sigma, 5000)
     lrs = feed(rule, [Observation(0.0, float(norm), 1.0) for norm in norms])
     assert rule.brakes < 0.03 * len(norms)
-    assert -math.log(lrs[-1]) <= fall * len(norms)
+    assert -math.log(lrs[-1]) < 0.003 * len(norms), "a cosine of 0.1 outweighs that"
+
+
+def rare_events(seed: int) -> tuple[Tensor, Tensor]:
+    """Two classes, 2 % of the points in one of them."""
+    generator = torch.Generator().manual_seed(seed)
+    x = torch.randn(4000, 20, generator=generator)
+    score = x @ torch.randn(20, generator=generator)
+    return x, (score > score.kthvalue(3920).values).float()
+
+
+@pytest.mark.parametrize("name", ["SGD", "Nesterov", "Adam"])
+def test_rare_large_gradients_do_not_starve_it(name: str) -> None:
+    # A batch of 8 has one of the rare class in every seventh step; its gradient is ten times that of the others. The
+    # best constant rates of a grid reach 0.013 to 0.015; the loss of guessing the frequency is 0.098.
+    x, y = rare_events(0)
+    torch.manual_seed(0)
+    network = nn.Sequential(nn.Linear(20, 32), nn.ReLU(), nn.Linear(32, 1))
+    cls, settings = OPTIMIZERS[name]
+    optimizer = cls(network.parameters(), **{"lr": 1e-3, **settings})
+    hd = HypergradientLR(optimizer)
+    generator = torch.Generator().manual_seed(1)
+    for _ in range(2500):
+        chosen = torch.randint(len(x), (8,), generator=generator)
+        optimizer.zero_grad()
+        nn.functional.binary_cross_entropy_with_logits(network(x[chosen]).squeeze(1), y[chosen]).backward()
+        optimizer.step()
+    with torch.no_grad():
+        loss = nn.functional.binary_cross_entropy_with_logits(network(x).squeeze(1), y).item()
+    assert loss < 0.045
+    assert hd.lrs[0] > 1e-3
 
 
 def test_a_brake_is_counted_and_told(caplog: pytest.LogCaptureFixture) -> None:
