@@ -210,7 +210,7 @@ class Auto(Rule):
             ("careful_cap", 0.0, math.inf),
             ("spike", 1.0, math.inf),
             ("spike_sigmas", 0.0, math.inf),
-            ("release", 0.0, _BELOW_1),
+            ("release", 0.0, 1.0),
         ):
             setattr(self, name, check_number(name, getattr(self, name), low, high))
         self.brakes = 0
@@ -312,8 +312,6 @@ _LOG_MEMORY = 0.9
 
 _RISE_MEMORY = 0.995
 """With which the usual size of their rises is forgotten: slowly, for a series of leaps not to seem usual soon."""
-
-_BELOW_1 = math.nextafter(1.0, 0.0)
 
 
 def _running(mean: float, value: float, memory: float) -> float:

@@ -117,7 +117,8 @@ def train_auto(
     """Learning rate of every step with the rule auto, the parameters after the last, and the steps that braked.
 
     ``weight_decay`` is decoupled, as in AdamW. ``leaps`` are factors of the loss in some steps. ``first_lr`` is the
-    configured rate, for ``start="configured"``. The means and sums that the rule keeps are taken over the whole history here.
+    configured rate, for ``start="configured"``. The means and sums that the rule keeps are taken over the whole
+    history here.
     """
     parameters = initial_parameters()
     direction = directions(method, settings or {})
