@@ -70,6 +70,7 @@ class _Step:
 
     rates: list[tuple[float, float]]  # α_t and γ_t of each scope
     observations: list[Observation | None]
+    rules: list[dict[str, Any]]  # what the rules held before
     restore: list[float]  # what param_groups[i]["lr"] held before
     groups: list[_GroupStep] = field(default_factory=list)
     kept: dict[Tensor, Tensor] = field(default_factory=dict)  # what the directions need once the update is done
@@ -376,6 +377,8 @@ class HypergradientLR:
         step, self._step = self._step, None
         if step is None:
             return
+        for scope, rule in zip(self._rates.scopes, step.rules, strict=True):
+            scope.rule.load_state_dict(rule)
         holding = [get_lr(settings) for settings in self.optimizer.param_groups]
         for settings, group, restore, lr in zip(
             self.optimizer.param_groups, step.groups, step.restore, holding, strict=False
@@ -415,13 +418,14 @@ class HypergradientLR:
             check_gradient(p)
         self._sync()
         observations = [self._observe(i) for i in range(len(self._rates.scopes))]
+        rules = [scope.rule.state_dict() for scope in self._rates.scopes]
         rates = [self._next_rate(i, seen) for i, seen in enumerate(observations)]
         if self._rates.under_schedule and all(scope.from_zero for scope in self._rates.scopes):
             self._warn(
                 "zero schedule",
                 "the scheduled learning rate is 0, and no scale changes that: unless it rises, nothing is learned",
             )
-        self._step = _Step(rates, observations, restore=[get_lr(settings) for settings in groups])
+        self._step = _Step(rates, observations, rules, restore=[get_lr(settings) for settings in groups])
         for i, (lr, weight) in enumerate(self._rates.effective([used for _, used in rates])):
             self._set_out(self._step, i, with_gradient[i], lr, weight)
 
@@ -608,7 +612,8 @@ class HypergradientLR:
                 )
                 if not math.isfinite(d_squared):
                     self._stay(scope, "the first direction, so this step is not taken")
-                    self._hold(step, probed)
+                if not math.isfinite(d_squared) or not any(_has_gradient(p) for g in probed for p in g.moved):
+                    self._hold(step, probed)  # without a gradient, weight decay alone would give the scale
                     continue
                 p_squared = sum(float(squared_norm(as_real(step.before[p]))) for g in probed for p in g.moved)
                 if d_squared:  # else there is no direction yet to take a first step in
@@ -686,6 +691,11 @@ def _returned(value: Any, rule: Rule, method: str) -> float:
     if isinstance(value, str) or not hasattr(value, "__float__"):
         raise TypeError(f"{type(rule).__name__}.{method} must return a number, got {value!r}")
     return float(value)
+
+
+def _has_gradient(p: Tensor) -> bool:
+    """Whether there is a gradient other than zero."""
+    return p.grad is not None and bool(p.grad.any())
 
 
 def _is_rank_zero() -> bool:

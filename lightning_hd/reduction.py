@@ -29,7 +29,7 @@ def products(g: Tensor, d: Tensor | None) -> Tensor:
 
     Returns:
         The sums in float64 (float32 on devices without it), on the device of ``g``. Products are taken in float32 at
-        least and accumulated in the dtype of the result.
+        least, for a gradient that is scaled to a norm near 1, and accumulated in the dtype of the result.
     """
     exact = torch.float32 if g.device.type == "mps" else torch.float64
     g = widen(as_real(g))
@@ -40,12 +40,12 @@ def products(g: Tensor, d: Tensor | None) -> Tensor:
     if g.dtype != d.dtype:
         dtype = torch.promote_types(g.dtype, d.dtype)
         g, d = g.to(dtype), d.to(dtype)
-    if g.numel() <= _PIECE:
-        dot = torch.sum(g * d, dtype=exact)
-    else:
-        pieces = zip(torch.split(g.flatten(), _PIECE), torch.split(d.flatten(), _PIECE), strict=True)
-        dot = torch.stack([torch.sum(a * b, dtype=exact) for a, b in pieces]).sum()
-    return torch.stack([dot, squared_norm(g, exact), squared_norm(d, exact)])
+    norm = torch.linalg.vector_norm(g, dtype=exact)
+    exponent = torch.frexp(norm).exponent  # scaling by a power of two is exact
+    scale = torch.ldexp(torch.ones_like(norm), -exponent).to(g.dtype)
+    pieces = zip(torch.split(g.flatten(), _PIECE), torch.split(d.flatten(), _PIECE), strict=True)
+    dot = torch.stack([torch.sum((a * scale).mul_(b), dtype=exact) for a, b in pieces]).sum()
+    return torch.stack([torch.ldexp(dot, exponent), norm.square(), squared_norm(d, exact)])
 
 
 def squared_norm(tensor: Tensor, dtype: torch.dtype = torch.float64) -> Tensor:

@@ -219,7 +219,7 @@ def test_the_scale_of_the_loss_makes_no_difference_to_sgd(settings: dict[str, An
         assert others == steps
         assert all(torch.equal(p, q) for p, q in zip(ends, parameters, strict=True))
         assert other.lrs == [hd.lrs[0] / factor]
-    for factor in (1e6, 1e-6):
+    for factor in (1e6, 1e-6, 1e25, 1e-25):
         others, ends, _ = relative_steps(factor, **settings)
         np.testing.assert_allclose(others, steps, rtol=1e-6)
         for p, q in zip(ends, parameters, strict=True):
@@ -459,8 +459,7 @@ def digits() -> tuple[Tensor, Tensor]:
 
 
 def classifier(bias: bool = True) -> nn.Sequential:
-    # Of 280 runs at batch sizes 16 and 128 from seeds 0 to 9, one did not halve the loss within 250 steps: ASGD at 16
-    # from seed 5.
+    # All of 280 runs at batch sizes 16 and 128 from seeds 0 to 9 halved the loss within 250 steps.
     torch.manual_seed(1)
     return nn.Sequential(nn.Linear(64, 64, bias=bias), nn.ReLU(), nn.Linear(64, 10, bias=bias))
 
@@ -717,6 +716,9 @@ def test_the_first_step_of_a_configured_start_is_that_of_the_optimizer_alone(
         ({"careful_cap": -1.0}, ValueError, "careful_cap must be"),
         ({"spike": 0.9}, ValueError, "spike must be"),
         ({"spike_sigmas": -1.0}, ValueError, "spike_sigmas must be"),
+        ({"norm_horizon": 0.5}, ValueError, "norm_horizon must be"),
+        ({"norm_growth": -1.0}, ValueError, "norm_growth must be"),
+        ({"release": 1.5}, ValueError, "release must be"),
         *(
             ({name: value}, error, f"^{name} must be")
             for name in (
@@ -731,6 +733,9 @@ def test_the_first_step_of_a_configured_start_is_that_of_the_optimizer_alone(
                 "careful_cap",
                 "spike",
                 "spike_sigmas",
+                "norm_horizon",
+                "norm_growth",
+                "release",
             )
             for value, error in ((math.nan, ValueError), (math.inf, ValueError), ("1", TypeError), (None, TypeError))
         ),
@@ -780,6 +785,72 @@ def test_it_waits_for_a_gradient(cls: Any) -> None:
                 assert moved == pytest.approx(1e-4 * 2, rel=1e-6)
     assert hd.brakes == [0]
     assert hd.nonfinite_steps == 0
+
+
+@pytest.mark.parametrize("cls", [Adam, AdamW, RMSprop])
+def test_weight_decay_alone_is_no_first_step(cls: Any) -> None:
+    # AdamW's direction is then λ θ, which would give a first rate of 1e-4 / λ.
+    lrs = []
+    for first in (0.0, 1.0):
+        p = nn.Parameter(torch.ones(4, dtype=torch.float64))
+        optimizer = cls([p], lr=1.0, weight_decay=0.01)
+        hd = HypergradientLR(optimizer)
+        for gradient in (first, 1.0):
+            p.grad = torch.full_like(p, gradient)
+            optimizer.step()
+            if not first:
+                assert torch.equal(p, torch.ones_like(p)) == (gradient == 0)
+        lrs.append(hd.lrs[0])
+    assert lrs[0] < 10 * lrs[1]
+
+
+def test_an_update_that_raised_leaves_no_trace_in_the_rule() -> None:
+    class Failing(SGD):
+        fail = False
+
+        def step(self, closure: Any = None) -> Any:
+            if self.fail:
+                raise OSError("full disk")
+            return super().step(closure)
+
+    p = nn.Parameter(torch.ones(4, dtype=torch.float64))
+    optimizer = Failing([p], lr=1.0)
+    hd = HypergradientLR(optimizer)
+    for t in range(20):
+        p.grad = torch.full_like(p, 30.0 if t == 12 else 1.0)
+        before = hd.state_dict()["rates"]
+        optimizer.fail = t in (7, 12)
+        if optimizer.fail:
+            with pytest.raises(OSError, match="full disk"):
+                optimizer.step()
+            p.grad = None
+            optimizer.fail = False
+            optimizer.step()  # without gradients: only now is it known that the one before came to nothing
+            assert hd.state_dict()["rates"] == before
+        else:
+            optimizer.step()
+
+
+@pytest.mark.parametrize("configured", [0.0, 1e-3, 1e3])
+def test_a_group_that_is_added_without_a_rate_of_its_own_joins_in_proportion(configured: float) -> None:
+    a, b, c = (nn.Parameter(torch.ones(4, dtype=torch.float64)) for _ in range(3))
+    optimizer = SGD([a], lr=configured)
+    hd = HypergradientLR(optimizer)
+
+    def step() -> None:
+        for p in (a, b, c):
+            p.grad = torch.ones_like(p)
+        optimizer.step()
+
+    for _ in range(9):
+        step()
+    optimizer.add_param_group({"params": [b]})
+    step()
+    assert hd.lrs[0] == hd.lrs[1]
+    assert optimizer.param_groups[1]["lr"] == hd.lrs[1]
+    optimizer.add_param_group({"params": [c], "lr": hd.lrs[0] / 10})  # as a callback does that unfreezes layers
+    step()
+    assert hd.lrs[0] == hd.lrs[1] == pytest.approx(10 * hd.lrs[2], rel=1e-12)
 
 
 @pytest.mark.parametrize("scope", ["global", "group"])
