@@ -1,7 +1,7 @@
 """How good the rule "auto" is in short and in long runs.
 
     pip install -e ".[bench]"
-    python tests/benchmarks/length.py            # about 15 minutes on two cores
+    python tests/benchmarks/length.py            # about 90 minutes on two cores; 25 without the longest
 
 For each length of the run, from 300 to 30,000 steps, the training loss (mean over the last eighth of the steps) of the
 rule over that of the best constant rate of a grid for that length, a factor of √10 apart. Below 1 is better than the
