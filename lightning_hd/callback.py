@@ -5,7 +5,7 @@ from typing import Any, Literal
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.strategies import DDPStrategy, DeepSpeedStrategy, SingleDeviceStrategy
+from lightning.pytorch.strategies import DDPStrategy, DeepSpeedStrategy, ModelParallelStrategy, SingleDeviceStrategy
 from lightning.pytorch.strategies.xla import XLAStrategy
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import nn
@@ -156,6 +156,8 @@ class HypergradientDescent(Callback):
         # The axis stands still while gradients are accumulated, but goes on in manual optimization without a step.
         manual = not pl_module.automatic_optimization and any(tracker.has_news for tracker in self._trackers)
         if (stepped or manual) and every and (step + 1) % every == 0:
+            for engine in self.engines:
+                engine.check_agreement()
             metrics = {key: value for tracker in self._trackers for key, value in tracker.collect().items()}
             for logger in trainer.loggers:
                 logger.log_metrics(metrics, step=step)
@@ -264,11 +266,11 @@ class _Tracker:
 
 
 def _check_strategy(trainer: Trainer) -> None:
-    supported = isinstance(trainer.strategy, (SingleDeviceStrategy, DDPStrategy))
+    supported = isinstance(trainer.strategy, (SingleDeviceStrategy, DDPStrategy, ModelParallelStrategy))
     if not supported or isinstance(trainer.strategy, (DeepSpeedStrategy, XLAStrategy)):  # both are subclasses of DDP's
         raise TypeError(
             f"HypergradientDescent does not support {type(trainer.strategy).__name__}: its dot products would see a "
-            "part of the parameters only. Use strategy='ddp' or a single device"
+            "part of the parameters only. Use strategy='ddp', ModelParallelStrategy (fully_shard) or a single device"
         )
 
 

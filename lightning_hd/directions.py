@@ -21,7 +21,7 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
-from torch.distributed.tensor import DTensor
+from torch.distributed.fsdp import FlatParameter
 from torch.optim import (
     ASGD,
     LBFGS,
@@ -287,7 +287,7 @@ def check_optimizer(optimizer: Optimizer) -> None:
 
     Raises:
         TypeError: It is not a :class:`torch.optim.Optimizer`, its step is not linear in its rate, or its parameters
-            are sharded.
+            are flat (FullyShardedDataParallel).
         ValueError: It has no parameter group, or a group without ``lr``.
     """
     if not isinstance(optimizer, Optimizer):
@@ -303,5 +303,8 @@ def check_optimizer(optimizer: Optimizer) -> None:
     for i, group in enumerate(optimizer.param_groups):
         if "lr" not in group:
             raise ValueError(f"optimizer {name} has no 'lr' in param_groups[{i}]: there is no learning rate to tune")
-        if any(isinstance(p, DTensor) for p in group["params"]):
-            raise TypeError(f"optimizer {name} has sharded parameters (DTensor), which are not supported")
+        if any(isinstance(p, FlatParameter) for p in group["params"]):
+            raise TypeError(
+                f"optimizer {name} has flat parameters (FullyShardedDataParallel), which are not supported: shard the "
+                "model with torch.distributed.fsdp.fully_shard"
+            )

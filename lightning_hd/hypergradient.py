@@ -13,6 +13,8 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor
+from torch.distributed import ProcessGroup
+from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
@@ -28,7 +30,7 @@ from lightning_hd.directions import (
     unwrap,
 )
 from lightning_hd.rates import Rates, Scope, get_lr, set_lr
-from lightning_hd.reduction import as_real, products, squared_norm, totals, widen
+from lightning_hd.reduction import Ranks, as_real, local, products, shards, squared_norm, totals, widen
 from lightning_hd.rules import Observation, Rule, check_number, make_rule
 
 DISCOUNTED = "hd_discounted"
@@ -118,6 +120,10 @@ class HypergradientLR:
         min_lr: Lower clamp on the effective learning rate of every group; ``None``: unclamped, as in the paper, and
             the additive rule may go below zero.
         max_lr: Upper clamp; ``None``: unclamped.
+        process_group: The processes that train this model together, each with a copy (DDP) or with shards (DTensor
+            parameters, as of ``fully_shard`` and tensor parallelism): hypergradients are summed over them, in one
+            ``all_reduce`` a step, and the rates are equal bit for bit. ``None``: the default group, where
+            ``torch.distributed`` is initialized; for models that train apart, give each a group of its own.
 
     Attributes:
         optimizer: The optimizer.
@@ -138,7 +144,8 @@ class HypergradientLR:
             argument is of the wrong type. In the first step: a gradient is sparse, or the optimizer moves the
             parameters before it evaluates its closure (SAM).
         ValueError: An argument or a configured rate is out of range.
-        RuntimeError: The optimizer has a :class:`HypergradientLR` already.
+        RuntimeError: The optimizer has a :class:`HypergradientLR` already. In the first step: the processes do not
+            tune the same (on every one of them).
 
     Example::
 
@@ -163,9 +170,12 @@ class HypergradientLR:
         scope: Literal["global", "group"] = "global",
         min_lr: float | None = 0.0,
         max_lr: float | None = None,
+        process_group: ProcessGroup | None = None,
     ) -> None:
         self._rule, low, high = check_arguments(rule, hypergrad_lr, scope, min_lr, max_lr)
         check_optimizer(optimizer)
+        self._ranks = Ranks(process_group)
+        self._compared = False
         self.optimizer = unwrap(optimizer)
         self.scope = scope
         self.step_count = 0
@@ -417,7 +427,8 @@ class HypergradientLR:
         for p in itertools.chain.from_iterable(with_gradient):
             check_gradient(p)
         self._sync()
-        observations = [self._observe(i) for i in range(len(self._rates.scopes))]
+        self._compare()
+        observations = self._observe()
         rules = [scope.rule.state_dict() for scope in self._rates.scopes]
         rates = [self._next_rate(i, seen) for i, seen in enumerate(observations)]
         if self._rates.under_schedule and all(scope.from_zero for scope in self._rates.scopes):
@@ -433,31 +444,85 @@ class HypergradientLR:
         self._rates.sync()
         self._last += [_Last() for _ in self._rates.groups[len(self._last) :]]
 
-    def _observe(self, scope: int) -> Observation | None:
-        """The hypergradient of one scope, from the last step's directions and this step's gradients."""
-        parts, weights = [], []
-        directions = False
-        vanished = False
+    def _compare(self) -> None:
+        """Before the first step: raise on all ranks where they do not tune the same, rather than wait forever."""
+        if self._compared:
+            return
+        self._compared = True
+        own = {
+            "optimizer": type(self.optimizer).__name__,
+            "rule": (type(self._rule).__name__, _constants(self._rule)),
+            "scope": self.scope,
+            "step_count": self.step_count,
+            "lrs": self.lrs,
+            "shapes of parameters": [
+                [tuple(p.shape) for p in settings["params"]] for settings in self.optimizer.param_groups
+            ],
+        }
+        for rank, other in enumerate(everyone := self._ranks.gather(own)):
+            for key, value in other.items():
+                if value != everyone[0][key]:
+                    raise RuntimeError(
+                        f"HypergradientLR({own['optimizer']}): the processes do not tune the same: {key} is "
+                        f"{everyone[0][key]} on rank 0 and {value} on rank {rank}. Give models that train apart a "
+                        "process_group each"
+                    )
+
+    def check_agreement(self) -> None:
+        """Compare the learning rates of all processes of the group; to be called on each of them.
+
+        Raises:
+            RuntimeError: They are not equal bit for bit, which must not happen: on every process.
+        """
+        everyone = self._ranks.gather((self.step_count, self.lrs))
+        if any(other != everyone[0] for other in everyone):
+            raise RuntimeError(
+                f"HypergradientLR({type(self.optimizer).__name__}): internal error: the (step, learning rates) of the "
+                f"processes differ: {everyone}"
+            )
+
+    def _observe(self) -> list[Observation | None]:
+        """The hypergradient of each scope, from the last step's directions and this step's gradients."""
+        sums = torch.stack([self._sums(i) for i in range(len(self._rates.scopes))])
+        observations: list[Observation | None] = []
+        for scope, (dot, g_squared, d_squared, known, vanished) in zip(
+            self._rates.scopes, self._ranks.sum(sums).tolist(), strict=True
+        ):
+            if not known:
+                observations.append(None)
+                continue
+            if vanished and d_squared == 0 < g_squared and (scope.last is None or scope.last.grad_norm > 0):
+                self._warn(
+                    "vanished step",
+                    "the last step vanished in the rounding of the parameters, so its direction is unknown and the "
+                    "learning rate stays as it is: start from a larger one, or from 0",
+                )
+            observations.append(Observation(-dot, math.sqrt(g_squared), math.sqrt(d_squared)))
+        return observations
+
+    def _sums(self, scope: int) -> Tensor:
+        """This rank's part of one scope: ``g·d``, ``‖g‖²``, ``‖d‖²``, and whether a ``d`` is known, was measured."""
+        parts, weights, copies = [], [], []
+        known = vanished = False
         for i in self._rates.members(scope):
             last, settings = self._last[i], self.optimizer.param_groups[i]
             vanished |= isinstance(last.direction, Measured) and last.direction.lr * last.weight != 0
             for p in settings["params"]:
                 if p.grad is not None:
                     d = self._last_direction(last, p)
-                    directions |= d is not None
+                    known |= d is not None
                     parts.append(products(self._gradient(settings, p), d))
                     weights.append(1.0 if self._rule.long_horizon else last.weight)
-        if not directions:
-            return None
-        dot, g_squared, d_squared = totals(parts, weights)
-        before = self._rates.scopes[scope].last
-        if vanished and d_squared == 0 < g_squared and (before is None or before.grad_norm > 0):
-            self._warn(
-                "vanished step",
-                "the last step vanished in the rounding of the parameters, so its direction is unknown and the "
-                "learning rate stays as it is: start from a larger one, or from 0",
-            )
-        return Observation(-dot, math.sqrt(g_squared), math.sqrt(d_squared))
+                    copies.append(self._copies(p))
+        device = next(p.device for settings in self.optimizer.param_groups for p in settings["params"])
+        if not parts:
+            return torch.zeros(5, dtype=torch.float32 if device.type == "mps" else torch.float64, device=device)
+        sums = totals(parts, weights, copies)
+        return torch.cat([sums, sums.new_tensor([known, vanished])]).to(device)
+
+    def _copies(self, p: Tensor) -> float:
+        """On how many ranks the same elements of a parameter are."""
+        return self._ranks.count / shards(p)
 
     def _last_direction(self, last: _Last, p: Tensor) -> Tensor | None:
         """``d_{t-1}`` of one parameter, or ``D_{t-1}``; ``None`` where the last step did not move it."""
@@ -479,7 +544,10 @@ class HypergradientLR:
         return d if d is not None and d.shape == as_real(p).shape else None
 
     def _gradient(self, settings: dict[str, Any], p: Tensor) -> Tensor:
-        return objective_gradient(self.optimizer, settings, p, getattr(self.optimizer, "grad_scale", None))
+        g = objective_gradient(self.optimizer, settings, p, getattr(self.optimizer, "grad_scale", None))
+        if isinstance(p, DTensor) and isinstance(g, DTensor) and g.placements != p.placements:
+            g = g.redistribute(placements=p.placements)
+        return g
 
     def _next_rate(self, index: int, seen: Observation | None) -> tuple[float, float]:
         """``α_t`` and ``γ_t``; the last ones where a number is not finite."""
@@ -607,15 +675,12 @@ class HypergradientLR:
         for i, scope in enumerate(self._rates.scopes):
             probed = [step.groups[j] for j in self._rates.members(i) if step.groups[j].probed]
             if scope.rule.picks_start and not scope.started:
-                d_squared = sum(
-                    float(squared_norm(g.direction.read(p, state[p]))) * g.weight**2 for g in probed for p in g.moved
-                )
+                d_squared, p_squared, has_gradient = self._first_sums(step, probed)
                 if not math.isfinite(d_squared):
                     self._stay(scope, "the first direction, so this step is not taken")
-                if not math.isfinite(d_squared) or not any(_has_gradient(p) for g in probed for p in g.moved):
+                if not math.isfinite(d_squared) or not has_gradient:
                     self._hold(step, probed)  # without a gradient, weight decay alone would give the scale
                     continue
-                p_squared = sum(float(squared_norm(as_real(step.before[p]))) for g in probed for p in g.moved)
                 if d_squared:  # else there is no direction yet to take a first step in
                     first = scope.rule.first_lr(math.sqrt(p_squared), math.sqrt(d_squared))
                     lr = _returned(first, scope.rule, "first_lr")
@@ -637,6 +702,18 @@ class HypergradientLR:
                     as_real(p).copy_(widen(as_real(p)).sub(d, alpha=group.lr))
             if not isinstance(group.direction, Measured):  # that one was measured at the rate of the probe
                 group.direction = direction_of(self.optimizer, settings, group.lr)
+
+    def _first_sums(self, step: _Step, groups: list[_GroupStep]) -> list[float]:
+        """``‖d_1‖²``, ``‖θ_0‖²``, and whether any gradient is not zero."""
+        device = next(p.device for settings in self.optimizer.param_groups for p in settings["params"])
+        sums = torch.zeros(3, dtype=torch.float32 if device.type == "mps" else torch.float64, device=device)
+        for group in groups:
+            for p in group.moved:
+                d = squared_norm(group.direction.read(p, self.optimizer.state[p]), sums.dtype) * group.weight**2
+                theta = squared_norm(as_real(step.before[p]), sums.dtype)
+                nonzero = d.new_tensor(0.0 if p.grad is None else bool(local(p.grad).any()))
+                sums += torch.stack([d, theta, nonzero]).to(device) / self._copies(p)
+        return self._ranks.sum(sums).tolist()
 
     @staticmethod
     def _hold(step: _Step, groups: list[_GroupStep]) -> None:
@@ -693,9 +770,9 @@ def _returned(value: Any, rule: Rule, method: str) -> float:
     return float(value)
 
 
-def _has_gradient(p: Tensor) -> bool:
-    """Whether there is a gradient other than zero."""
-    return p.grad is not None and bool(p.grad.any())
+def _constants(rule: Rule) -> dict[str, Any]:
+    """What can be compared of a rule's arguments."""
+    return {name: value for name, value in vars(rule).items() if isinstance(value, (int, float, str, type(None)))}
 
 
 def _is_rank_zero() -> bool:

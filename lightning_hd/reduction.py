@@ -1,9 +1,14 @@
-"""Dot products and norms over the tensors of a model, with enough digits for every dtype."""
+"""Dot products and norms over the tensors of a model, with enough digits for every dtype, over all ranks and shards."""
 
+import math
 from collections.abc import Sequence
+from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
+from torch.distributed import ProcessGroup
+from torch.distributed.tensor import DTensor
 
 _PIECE = 2**20
 """Elements whose products are held at a time. ``torch.dot`` would hold none, but on CPU it adds float32 numbers one
@@ -20,11 +25,61 @@ def widen(tensor: Tensor) -> Tensor:
     return tensor.float() if tensor.dtype.itemsize < 4 else tensor
 
 
+def local(tensor: Tensor) -> Tensor:
+    """This rank's shard of a tensor, which may be empty; a tensor that is not sharded as it is."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+def shards(tensor: Tensor) -> int:
+    """Into how many parts a tensor is split: the ranks of its mesh's other dimensions hold copies of them."""
+    if not isinstance(tensor, DTensor):
+        return 1
+    mesh = tensor.device_mesh
+    return math.prod(mesh.size(i) for i, placement in enumerate(tensor.placements) if not placement.is_replicate())
+
+
+class Ranks:
+    """The processes that train together: those of a process group, or this one alone.
+
+    Args:
+        group: ``None``: the default process group, once ``torch.distributed`` is initialized.
+
+    Raises:
+        TypeError: It is no process group.
+        ValueError: This process is not in it.
+    """
+
+    def __init__(self, group: ProcessGroup | None) -> None:
+        if group is not None and not isinstance(group, ProcessGroup):
+            if group == dist.GroupMember.NON_GROUP_MEMBER:
+                raise ValueError("process_group: this process is not in it")
+            raise TypeError(f"process_group must be a torch.distributed.ProcessGroup or None, got {group!r}")
+        self._group = group
+
+    @property
+    def count(self) -> int:
+        """How many there are."""
+        return dist.get_world_size(self._group) if dist.is_available() and dist.is_initialized() else 1
+
+    def sum(self, tensor: Tensor) -> Tensor:
+        """The sum over all ranks, equal on all of them bit for bit; one collective, or none for a single rank."""
+        if self.count > 1:
+            dist.all_reduce(tensor, group=self._group)
+        return tensor
+
+    def gather(self, value: Any) -> list[Any]:
+        """The picklable ``value`` of each rank."""
+        values = [value] * self.count
+        if self.count > 1:
+            dist.all_gather_object(values, value, group=self._group)
+        return values
+
+
 def products(g: Tensor, d: Tensor | None) -> Tensor:
     """``g · d``, ``‖g‖²`` and ``‖d‖²`` of one parameter, as one tensor of shape (3,).
 
     Args:
-        g: Gradient, real or complex, of any shape.
+        g: Gradient, real or complex, of any shape. Of sharded tensors, the part that this rank holds counts.
         d: Direction, real, of the shape of ``as_real(g)``; ``None``: zero.
 
     Returns:
@@ -32,11 +87,11 @@ def products(g: Tensor, d: Tensor | None) -> Tensor:
         least, for a gradient that is scaled to a norm near 1, and accumulated in the dtype of the result.
     """
     exact = torch.float32 if g.device.type == "mps" else torch.float64
-    g = widen(as_real(g))
+    g = widen(local(as_real(g)))
     if d is None:
         zero = torch.zeros((), dtype=exact, device=g.device)
         return torch.stack([zero, squared_norm(g, exact), zero])
-    d = widen(as_real(d))
+    d = widen(local(as_real(d)))
     if g.dtype != d.dtype:
         dtype = torch.promote_types(g.dtype, d.dtype)
         g, d = g.to(dtype), d.to(dtype)
@@ -49,23 +104,20 @@ def products(g: Tensor, d: Tensor | None) -> Tensor:
 
 
 def squared_norm(tensor: Tensor, dtype: torch.dtype = torch.float64) -> Tensor:
-    """``‖tensor‖²``, accumulated in ``dtype``, as a 0-dim tensor."""
-    norm: Tensor = torch.linalg.vector_norm(tensor, dtype=dtype)
+    """``‖tensor‖²`` (of this rank's part), accumulated in ``dtype``, as a 0-dim tensor."""
+    norm: Tensor = torch.linalg.vector_norm(local(tensor), dtype=dtype)
     return norm.square()
 
 
-def totals(parts: Sequence[Tensor], weights: Sequence[float]) -> tuple[float, float, float]:
-    """Sum over parameters of ``w g·d``, ``‖g‖²`` and ``w² ‖d‖²``.
+def totals(parts: Sequence[Tensor], weights: Sequence[float], copies: Sequence[float]) -> Tensor:
+    """Sum over parameters of ``w g·d``, ``‖g‖²`` and ``w² ‖d‖²``, as one tensor of shape (3,).
 
     Args:
         parts: What :func:`products` returned for each parameter.
         weights: ``w`` for each parameter, the derivative of its group's rate with respect to the scope's.
-
-    Returns:
-        The three sums as Python floats.
+        copies: On how many ranks the same elements of each are: summed over all ranks, each counts once.
     """
     device = parts[0].device
     table = torch.stack([part.to(device) for part in parts])
-    w = table.new_tensor(weights)
-    dot, g_squared, d_squared = (table * torch.stack([w, torch.ones_like(w), w * w], dim=1)).sum(dim=0).tolist()
-    return dot, g_squared, d_squared
+    w, shares = table.new_tensor(weights), 1 / table.new_tensor(copies)
+    return (table * torch.stack([w, torch.ones_like(w), w * w], dim=1) * shares[:, None]).sum(dim=0)

@@ -51,4 +51,5 @@ def test_squares_of_huge_float32_numbers_do_not_overflow() -> None:
 
 def test_totals_weigh_each_direction() -> None:
     parts = [torch.tensor([2.0, 3.0, 5.0]), torch.tensor([7.0, 11.0, 13.0])]
-    assert totals(parts, [1.0, 0.5]) == (2 + 0.5 * 7, 14.0, 5 + 0.25 * 13)
+    assert totals(parts, [1.0, 0.5], [1, 1]).tolist() == [2 + 0.5 * 7, 14.0, 5 + 0.25 * 13]
+    assert totals(parts, [1.0, 0.5], [2, 4]).tolist() == [1 + 0.125 * 7, 1.5 + 0.25 * 11, 2.5 + 0.0625 * 13]

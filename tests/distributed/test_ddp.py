@@ -1,11 +1,13 @@
 """Two real processes: under DDP every rank sees the same gradients, so every rank must take the same rates."""
 
 import json
+import multiprocessing.util
 import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch.distributed as dist
 from lightning.pytorch import Callback, Trainer
 
 from lightning_hd import HypergradientDescent
@@ -26,6 +28,8 @@ class Writer(Callback):
     def on_train_end(self, trainer: Trainer, *_: Any) -> None:
         (hd,) = (callback for callback in trainer.callbacks if isinstance(callback, HypergradientDescent))  # type: ignore[attr-defined]
         (self.path / f"rank{trainer.global_rank}.json").write_text(json.dumps(hd.lrs))
+        # Nobody else does it, and a process that ends while gloo's threads run may abort.
+        multiprocessing.util.Finalize(None, dist.destroy_process_group, exitpriority=1)
 
 
 def test_rates_are_bitwise_equal_on_both_ranks(tmp_path: Path) -> None:

@@ -1,0 +1,52 @@
+"""Real processes for tests: gloo on loopback, joined with a time-out, their results by rank."""
+
+import multiprocessing
+import os
+import tempfile
+import traceback
+from collections.abc import Callable
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+
+def run(worker: Callable[..., Any], world_size: int, *args: Any, timeout_s: float = 120) -> list[Any]:
+    """What ``worker(*args)`` returns on each rank, or the exception that it raised.
+
+    Raises:
+        TimeoutError: A process did not end in time; all are killed then.
+    """
+    context = multiprocessing.get_context("spawn")
+    with tempfile.TemporaryDirectory() as folder:
+        processes = [
+            context.Process(target=_work, args=(worker, rank, world_size, folder, args)) for rank in range(world_size)
+        ]
+        for process in processes:
+            process.start()
+        try:
+            for process in processes:
+                process.join(timeout_s)
+                if process.is_alive():
+                    raise TimeoutError(f"a process did not end within {timeout_s} s")
+        finally:
+            for process in processes:
+                process.kill()
+        return [torch.load(Path(folder) / str(rank), weights_only=False) for rank in range(world_size)]
+
+
+def _work(worker: Callable[..., Any], rank: int, world_size: int, folder: str, args: tuple[Any, ...]) -> None:
+    torch.set_num_threads(1)
+    os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
+    dist.init_process_group(
+        "gloo", init_method=f"file://{folder}/store", rank=rank, world_size=world_size, timeout=timedelta(seconds=60)
+    )
+    try:
+        result = worker(*args)
+    except Exception as error:
+        traceback.print_exc()
+        result = error
+    torch.save(result, Path(folder) / str(rank))
+    dist.destroy_process_group()

@@ -1,0 +1,132 @@
+"""Many processes against one that sees the same global batches."""
+
+import functools
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.distributed.tensor.debug import CommDebugMode
+from torch.optim import SGD
+
+from lightning_hd import HypergradientLR
+from tests.distributed.processes import run
+from tests.distributed.training import CASES, FEW_CASES, OPTIMIZERS, Case, Kind, Trained, network, train_all
+
+STEPS = 100
+
+
+@functools.cache
+def alone(width: int) -> dict[Any, Trained]:
+    return train_all("alone", CASES, STEPS, width)
+
+
+@pytest.mark.parametrize(
+    ("kind", "count", "width", "cases"),
+    [
+        ("ddp", 2, 7, CASES),
+        ("ddp", 4, 7, FEW_CASES),
+        ("sharded", 2, 7, CASES),
+        ("sharded", 4, 7, FEW_CASES),
+        ("parallel", 2, 8, FEW_CASES),
+        ("both", 4, 8, FEW_CASES),
+    ],
+)
+def test_many_processes_tune_as_one_does(kind: Kind, count: int, width: int, cases: list[Case]) -> None:
+    ranks = run(train_all, count, kind, cases, STEPS, width)
+    for rank in ranks:
+        assert not isinstance(rank, Exception), rank
+        assert {case: trained.lrs for case, trained in rank.items()} == {
+            case: trained.lrs for case, trained in ranks[0].items()
+        }, "bit for bit"
+    for case, trained in ranks[0].items():
+        expected = alone(width)[case]
+        np.testing.assert_allclose(trained.lrs, expected.lrs, rtol=1e-12, err_msg=str(case))
+        for p, q in zip(trained.parameters, expected.parameters, strict=True):
+            torch.testing.assert_close(p, q, rtol=1e-9, atol=1e-12)
+
+
+def count_collectives(kind: Kind) -> list[int]:
+    counts = []
+    for name in OPTIMIZERS:
+        for rule in ("auto", "additive"):
+            model = network(kind, 8)
+            optimizer = OPTIMIZERS[name](model.parameters())
+            HypergradientLR(optimizer, rule=rule)
+            for step in range(6):
+                optimizer.zero_grad()
+                model(torch.ones(4, 5, dtype=torch.float64)).square().mean().backward()
+                with CommDebugMode() as mode:
+                    optimizer.step()
+                if step >= 2:
+                    counts.append(mode.get_total_counts())
+    return counts
+
+
+@pytest.mark.parametrize("kind", ["ddp", "sharded"])
+def test_there_is_one_collective_a_step(kind: Kind) -> None:
+    for counts in run(count_collectives, 2, kind):
+        assert not isinstance(counts, Exception), counts
+        assert len(counts) == 48
+        assert set(counts) == {1}
+
+
+def disagree(what: str) -> None:
+    rank = dist.get_rank()
+    p = [nn.Parameter(torch.ones(3)) for _ in range(2)]
+    optimizer = SGD(p[: 1 + (what == "shapes" and rank == 1)], lr=0.1 * (1 + (what == "lrs" and rank == 1)))
+    beta = 0.1 * (1 + (what == "rule" and rank == 1))
+    scope: Any = "group" if what == "scope" and rank == 1 else "global"
+    HypergradientLR(optimizer, rule="additive", hypergrad_lr=beta, scope=scope)
+    p[0].grad = torch.ones(3)
+    optimizer.step()
+
+
+@pytest.mark.parametrize("what", ["rule", "scope", "lrs", "shapes"])
+def test_processes_that_disagree_are_told_on_every_rank(what: str) -> None:
+    for error in run(disagree, 2, what):
+        assert isinstance(error, RuntimeError)
+        assert f"the processes do not tune the same: {what}" in str(error)
+
+
+def drift() -> None:
+    p = nn.Parameter(torch.ones(3))
+    optimizer = SGD([p], lr=0.1)
+    hd = HypergradientLR(optimizer, rule="additive")
+    for _ in range(3):
+        p.grad = torch.ones(3)
+        optimizer.step()
+    hd.check_agreement()
+    optimizer.param_groups[0]["lr"] = 0.1 + 1e-9 * dist.get_rank()
+    p.grad = torch.ones(3)
+    optimizer.step()
+    hd.check_agreement()
+
+
+def test_rates_that_differ_are_found() -> None:
+    for error in run(drift, 2):
+        assert isinstance(error, RuntimeError)
+        assert "internal error" in str(error)
+
+
+def apart() -> list[float]:
+    own = [dist.new_group([rank]) for rank in range(2)][dist.get_rank()]
+    p = nn.Parameter(torch.ones(3, dtype=torch.float64))
+    optimizer = SGD([p], lr=0.1 * (1 + dist.get_rank()))
+    assert isinstance(own, dist.ProcessGroup)
+    hd = HypergradientLR(optimizer, rule="additive", hypergrad_lr=0.01, process_group=own)
+    for _ in range(2):
+        p.grad = torch.full_like(p, 1.0 + dist.get_rank())
+        optimizer.step()
+    return hd.lrs
+
+
+def test_models_that_train_apart_have_a_group_each() -> None:
+    assert run(apart, 2) == [[pytest.approx(0.1 + 0.01 * 3)], [pytest.approx(0.2 + 0.01 * 12)]]
+
+
+def test_a_process_group_of_another_type_is_refused() -> None:
+    with pytest.raises(TypeError, match="process_group must be"):
+        HypergradientLR(SGD([nn.Parameter(torch.ones(1))], lr=0.1), process_group=3)  # type: ignore[arg-type]
