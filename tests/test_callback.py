@@ -16,7 +16,7 @@ import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import EarlyStopping, LearningRateMonitor, ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
-from lightning.pytorch.strategies import DeepSpeedStrategy, ModelParallelStrategy
+from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy
 from sklearn.datasets import load_digits
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch import Tensor, nn
@@ -588,7 +588,7 @@ def test_what_cannot_be_tuned_is_refused_before_the_first_step(tmp_path: Path) -
     with pytest.raises(TypeError, match="module 'table' has sparse gradients"):
         make_trainer(tmp_path, HypergradientDescent()).fit(module)
 
-    for strategy in (ModelParallelStrategy(), DeepSpeedStrategy.__new__(DeepSpeedStrategy)):
+    for strategy in (FSDPStrategy.__new__(FSDPStrategy), DeepSpeedStrategy.__new__(DeepSpeedStrategy)):
         trainer: Any = SimpleNamespace(strategy=strategy)
         with pytest.raises(TypeError, match=f"does not support {type(strategy).__name__}"):
             HypergradientDescent().on_train_start(trainer, module)

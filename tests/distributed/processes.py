@@ -14,7 +14,7 @@ import torch.distributed as dist
 
 
 def run(worker: Callable[..., Any], world_size: int, *args: Any, timeout_s: float = 120) -> list[Any]:
-    """What ``worker(*args)`` returns on each rank, or the exception that it raised.
+    """What ``worker(*args)`` returns on each rank, the exception that it raised, or ``None`` of a rank that was killed.
 
     Raises:
         TimeoutError: A process did not end in time; all are killed then.
@@ -34,7 +34,8 @@ def run(worker: Callable[..., Any], world_size: int, *args: Any, timeout_s: floa
         finally:
             for process in processes:
                 process.kill()
-        return [torch.load(Path(folder) / str(rank), weights_only=False) for rank in range(world_size)]
+        results = [Path(folder) / str(rank) for rank in range(world_size)]
+        return [torch.load(path, weights_only=False) if path.exists() else None for path in results]
 
 
 def _work(worker: Callable[..., Any], rank: int, world_size: int, folder: str, args: tuple[Any, ...]) -> None:

@@ -1,0 +1,91 @@
+"""A process that dies, and runs that go on with more or fewer processes."""
+
+import os
+import signal
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
+from torch.distributed.checkpoint.state_dict_loader import load as load_tensors
+from torch.distributed.checkpoint.state_dict_saver import save as save_tensors
+
+from lightning_hd import HypergradientLR
+from tests.distributed.processes import run
+from tests.distributed.training import BATCH, OPTIMIZERS, Kind, network, share
+
+STEPS, SAVED = 40, 20
+
+
+def train(kind: Kind, folder: Path, name: str, resume: bool, die_at: int | None = None) -> list[float]:
+    """The rates of the steps from the beginning, or from the checkpoint."""
+    model = network(kind, 8)
+    optimizer = OPTIMIZERS[name](model.parameters())
+    hd = HypergradientLR(optimizer)
+    if resume:
+        load(model, optimizer, hd, folder)
+    part = share(kind)
+    lrs = []
+    for step in range(hd.step_count, STEPS):
+        if step == SAVED and not resume:
+            save(model, optimizer, hd, folder)
+        if step == die_at and dist.get_rank() == 1:
+            os.kill(os.getpid(), signal.SIGKILL)
+        x = torch.randn(BATCH, 5, generator=torch.Generator().manual_seed(step), dtype=torch.float64)
+        optimizer.zero_grad()
+        (model(x[part]) - torch.sin(x[part, :3])).square().mean().backward()
+        optimizer.step()
+        lrs += hd.lrs
+    return lrs
+
+
+def save(model: nn.Module, optimizer: torch.optim.Optimizer, hd: HypergradientLR, folder: Path) -> None:
+    tensors = dict(zip(("model", "optimizer"), get_state_dict(model, optimizer), strict=True))
+    save_tensors(tensors, checkpoint_id=str(folder / "tensors"))
+    if not dist.is_initialized() or dist.get_rank() == 0:
+        torch.save(hd.state_dict(), folder / "scalars")
+    if dist.is_initialized():
+        dist.barrier()
+
+
+def load(model: nn.Module, optimizer: torch.optim.Optimizer, hd: HypergradientLR, folder: Path) -> None:
+    # A checkpoint is loaded into what is there, so the optimizer must have its state, buffers of the rule included.
+    for p in model.parameters():
+        p.grad = torch.ones_like(p)
+    optimizer.step()
+    optimizer.zero_grad()
+    tensors: dict[str, Any] = dict(zip(("model", "optimizer"), get_state_dict(model, optimizer), strict=True))
+    load_tensors(tensors, checkpoint_id=str(folder / "tensors"))
+    set_state_dict(model, optimizer, model_state_dict=tensors["model"], optim_state_dict=tensors["optimizer"])
+    hd.load_state_dict(torch.load(folder / "scalars", weights_only=True))
+
+
+@pytest.mark.parametrize("name", ["heavy ball", "Adam"])
+@pytest.mark.parametrize("kind", ["ddp", "sharded"])
+def test_a_run_goes_on_with_as_many_more_or_fewer_processes(kind: Kind, name: str, tmp_path: Path) -> None:
+    whole, other = run(train, 2, kind, tmp_path, name, False)
+    assert whole == other
+    assert len(whole) == STEPS
+    for count in (1, 2, 4):
+        for lrs in run(train, count, kind, tmp_path, name, True):
+            assert not isinstance(lrs, Exception), lrs
+            if count == 2:
+                assert lrs == whole[SAVED:], "bit for bit"
+            np.testing.assert_allclose(lrs, whole[SAVED:], rtol=1e-12)
+
+
+def test_a_process_that_is_killed_ends_the_others_and_the_run_can_be_resumed(tmp_path: Path) -> None:
+    (tmp_path / "whole").mkdir()
+    whole, _ = run(train, 2, "ddp", tmp_path / "whole", "Adam", False)
+    begin = time.monotonic()
+    survivor, killed = run(train, 2, "ddp", tmp_path, "Adam", False, 30)
+    assert time.monotonic() - begin < 75, "the time-out of the process group is 60 s"
+    assert killed is None
+    assert isinstance(survivor, RuntimeError)
+    for lrs in run(train, 2, "ddp", tmp_path, "Adam", True):
+        assert lrs == whole[SAVED:]
