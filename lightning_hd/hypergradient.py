@@ -448,7 +448,6 @@ class HypergradientLR:
         """Before the first step: raise on all ranks where they do not tune the same, rather than wait forever."""
         if self._compared:
             return
-        self._compared = True
         own = {
             "optimizer": type(self.optimizer).__name__,
             "rule": (type(self._rule).__name__, _constants(self._rule)),
@@ -467,6 +466,7 @@ class HypergradientLR:
                         f"{everyone[0][key]} on rank 0 and {value} on rank {rank}. Give models that train apart a "
                         "process_group each"
                     )
+        self._compared = True
 
     def check_agreement(self) -> None:
         """Compare the learning rates of all processes of the group; to be called on each of them.

@@ -1,5 +1,6 @@
 """Many processes against one that sees the same global batches."""
 
+import contextlib
 import functools
 from typing import Any
 
@@ -7,8 +8,10 @@ import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
-from torch import nn
+from torch import Tensor, nn
+from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import fp16_compress_hook
 from torch.distributed.tensor.debug import CommDebugMode
+from torch.nn.parallel import DistributedDataParallel
 from torch.optim import SGD
 
 from lightning_hd import HypergradientLR
@@ -46,6 +49,59 @@ def test_many_processes_tune_as_one_does(kind: Kind, count: int, width: int, cas
         np.testing.assert_allclose(trained.lrs, expected.lrs, rtol=1e-12, err_msg=str(case))
         for p, q in zip(trained.parameters, expected.parameters, strict=True):
             torch.testing.assert_close(p, q, rtol=1e-9, atol=1e-12)
+
+
+class Unused(nn.Module):
+    """One layer of two has a gradient in each step, by turns."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(nn.Linear(5, 3) for _ in range(2))
+        self.turn = 0
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.turn += 1
+        y: Tensor = self.layers[self.turn % 2](x)
+        return y
+
+
+def train_ddp(variant: str) -> list[float]:
+    """The rates of 40 steps; two micro-batches each where gradients are accumulated."""
+    torch.manual_seed(0)
+    model: Any = Unused() if variant == "find unused" else nn.Sequential(nn.Linear(5, 3), nn.Tanh(), nn.Linear(3, 3))
+    model = model.double()
+    if dist.is_initialized():
+        model = DistributedDataParallel(
+            model, find_unused_parameters=variant == "find unused", static_graph=variant == "static graph"
+        )
+        if variant == "fp16 hook":
+            model.register_comm_hook(None, fp16_compress_hook)
+        rank, count = dist.get_rank(), dist.get_world_size()
+    else:
+        rank, count = 0, 1
+    optimizer = SGD(model.parameters(), lr=0.01, momentum=0.9)
+    hd = HypergradientLR(optimizer)
+    lrs = []
+    for step in range(40):
+        x = torch.randn(16, 5, generator=torch.Generator().manual_seed(step), dtype=torch.float64)
+        optimizer.zero_grad()
+        halves = x.chunk(2) if variant == "accumulation" else (x,)
+        for i, half in enumerate(halves):
+            last = i == len(halves) - 1
+            with contextlib.nullcontext() if last or count == 1 else model.no_sync():
+                part = half.chunk(count)[rank]
+                ((model(part) - part[:, :3].sin()).square().mean() / len(halves)).backward()
+        optimizer.step()
+        lrs += hd.lrs
+    return lrs
+
+
+@pytest.mark.parametrize("variant", ["accumulation", "find unused", "static graph", "fp16 hook"])
+def test_the_ways_to_use_ddp(variant: str) -> None:
+    first, second = run(train_ddp, 2, variant)
+    assert first == second, "bit for bit"
+    # half precision is what the hook asks for
+    np.testing.assert_allclose(first, train_ddp(variant), rtol=0.2 if variant == "fp16 hook" else 1e-12)
 
 
 def count_collectives(kind: Kind) -> list[int]:
