@@ -1,17 +1,17 @@
 """HypergradientDescent: the Lightning callback. Hooks stand in the order in which the Trainer calls them."""
 
 import math
+from pathlib import Path
 from typing import Any, Literal
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.strategies import DDPStrategy, DeepSpeedStrategy, ModelParallelStrategy, SingleDeviceStrategy
-from lightning.pytorch.strategies.xla import XLAStrategy
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import nn
 from torch.utils.hooks import RemovableHandle
 from torchmetrics import MeanMetric
 
+from lightning_hd.checkpoints import keep_tensors, load_tensors
 from lightning_hd.hypergradient import HypergradientLR, check_arguments
 from lightning_hd.rules import Rule
 from lightning_hd.tensorboard import group_names, optimizer_names, tag
@@ -94,6 +94,7 @@ class HypergradientDescent(Callback):
         self.engines: list[HypergradientLR] = []
         self._trackers: list[_Tracker] = []
         self._restored: list[dict[str, Any]] | None = None
+        self._loading: list[RemovableHandle] = []
 
     @property
     def lrs(self) -> dict[str, list[float]]:
@@ -107,12 +108,25 @@ class HypergradientDescent(Callback):
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Keep the state of a checkpoint until training starts, or go on from it where that has started already."""
+        if not isinstance(state_dict, dict) or not isinstance(state_dict.get("optimizers"), list):
+            raise ValueError("the checkpoint's state of HypergradientDescent is damaged: it has no list of optimizers")
         self._restored = state_dict["optimizers"]
         if any(engine.attached for engine in self.engines):
             self._restore()
 
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Before a checkpoint's optimizer states are loaded: see that the engines' tensors stay as they are."""
+        self._loading = [handle for optimizer in trainer.optimizers for handle in keep_tensors(optimizer)]
+
+    def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        """Load the engines' tensors, where Lightning does not."""
+        if "ModelParallelStrategy" in _strategies(trainer) and trainer.ckpt_path and Path(trainer.ckpt_path).is_dir():
+            for i, optimizer in enumerate(trainer.optimizers):
+                load_tensors(pl_module, optimizer, f"optimizer_{i}", Path(trainer.ckpt_path))
+
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Attach to every optimizer."""
+        self._end_loading()
         _check_strategy(trainer)
         _check_modules(pl_module)
         scheduled = [config.scheduler.optimizer for config in trainer.lr_scheduler_configs]
@@ -123,6 +137,11 @@ class HypergradientDescent(Callback):
             if any(optimizer is other for other in scheduled):
                 engine.scheduled = True
             self._trackers.append(_Tracker(engine, name))
+        if trainer.ckpt_path and self._restored is None and self.engines:
+            rank_zero_warn(
+                "HypergradientDescent: the checkpoint was written without it, so tuning the learning rate starts from "
+                "the beginning."
+            )
         self._restore()
         if not self.engines:
             rank_zero_warn("HypergradientDescent: the Trainer has no optimizer, so there is no learning rate to tune.")
@@ -169,6 +188,7 @@ class HypergradientDescent(Callback):
         exception: BaseException,
     ) -> None:
         """Detach."""
+        self._end_loading()
         self._detach()
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -183,7 +203,7 @@ class HypergradientDescent(Callback):
 
     def __getstate__(self) -> dict[str, Any]:
         """A copy has the arguments, and no part in the training of the original."""
-        return {**vars(self), "engines": [], "_trackers": []}
+        return {**vars(self), "engines": [], "_trackers": [], "_loading": []}
 
     def _restore(self) -> None:
         if self._restored is None:
@@ -196,6 +216,11 @@ class HypergradientDescent(Callback):
         for engine, state_dict in zip(self.engines, self._restored, strict=True):
             engine.load_state_dict(state_dict)
         self._restored = None
+
+    def _end_loading(self) -> None:
+        for handle in self._loading:
+            handle.remove()
+        self._loading = []
 
     def _detach(self) -> None:
         """Checkpoints may be written after training as well, so the engines' state stays."""
@@ -265,9 +290,19 @@ class _Tracker:
         return metrics
 
 
+_SUPPORTED = {"SingleDeviceStrategy", "DDPStrategy", "ModelParallelStrategy"}
+_REFUSED = {"DeepSpeedStrategy", "XLAStrategy", "SingleDeviceXLAStrategy"}  # though they are subclasses of those
+"""By their names, for the package ``pytorch_lightning`` has classes of its own of the same names."""
+
+
+def _strategies(trainer: Trainer) -> set[str]:
+    """The names of the strategy's class and of those that it is a subclass of."""
+    return {base.__name__ for base in type(trainer.strategy).__mro__}
+
+
 def _check_strategy(trainer: Trainer) -> None:
-    supported = isinstance(trainer.strategy, (SingleDeviceStrategy, DDPStrategy, ModelParallelStrategy))
-    if not supported or isinstance(trainer.strategy, (DeepSpeedStrategy, XLAStrategy)):  # both are subclasses of DDP's
+    names = _strategies(trainer)
+    if not names & _SUPPORTED or names & _REFUSED:
         raise TypeError(
             f"HypergradientDescent does not support {type(trainer.strategy).__name__}: its dot products would see a "
             "part of the parameters only. Use strategy='ddp', ModelParallelStrategy (fully_shard) or a single device"

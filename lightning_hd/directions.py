@@ -44,6 +44,9 @@ from lightning_hd.reduction import as_real, widen
 DIRECTION = "hd_direction"
 """Key in ``optimizer.state[p]`` of the copy that the families without ``d_{t-1}`` in the optimizer's state keep."""
 
+DISCOUNTED = "hd_discounted"
+"""Key in ``optimizer.state[p]`` of the discounted sum of directions, for rules with a long horizon."""
+
 _COUPLED: tuple[type[Optimizer] | None, ...] = (SGD, Adam, ASGD, Adadelta, Adagrad, Adamax, NAdam, RAdam, RMSprop)
 """Optimizers whose ``weight_decay`` adds ``λ θ`` to the gradient, unless the group says ``decoupled_weight_decay``."""
 

@@ -18,8 +18,10 @@ from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
+from lightning_hd.checkpoints import keep_tensors
 from lightning_hd.directions import (
     DIRECTION,
+    DISCOUNTED,
     Direction,
     Measured,
     check_gradient,
@@ -32,9 +34,6 @@ from lightning_hd.directions import (
 from lightning_hd.rates import Rates, Scope, get_lr, set_lr
 from lightning_hd.reduction import Ranks, as_real, local, products, shards, squared_norm, totals, widen
 from lightning_hd.rules import Observation, Rule, check_number, make_rule
-
-DISCOUNTED = "hd_discounted"
-"""Key in ``optimizer.state[p]`` of the discounted sum of directions, for rules with a long horizon."""
 
 _PROBE = 2.0**-6
 """The rate of a step whose direction is wanted before its rate is known, or where the rate is 0. A power of two, so
@@ -243,7 +242,11 @@ class HypergradientLR:
             handle.remove()
         self._handles = []
         _attached.discard(self.optimizer)
-        for p, state in () if keep_state else list(self.optimizer.state.items()):
+        if not keep_state:
+            self._drop_tensors()
+
+    def _drop_tensors(self) -> None:
+        for p, state in list(self.optimizer.state.items()):
             if isinstance(state, dict) and state.keys() & {DIRECTION, DISCOUNTED}:
                 state.pop(DIRECTION, None)
                 state.pop(DISCOUNTED, None)
@@ -322,6 +325,7 @@ class HypergradientLR:
         self._handles = [
             self.optimizer.register_step_pre_hook(self._before_step),
             self.optimizer.register_step_post_hook(self._after_step),
+            *keep_tensors(self.optimizer),
         ]
         _attached.add(self.optimizer)
 
@@ -404,6 +408,7 @@ class HypergradientLR:
 
     # ------------------------------------------------------------------ one step
 
+    @torch.compiler.disable  # type: ignore[untyped-decorator]  # torch's
     @torch.no_grad()
     def _tune(self) -> None:
         """The gradients are there: prepare the update, or leave all as it was."""
@@ -426,6 +431,8 @@ class HypergradientLR:
             return
         for p in itertools.chain.from_iterable(with_gradient):
             check_gradient(p)
+        if not self.step_count:
+            self._drop_tensors()  # of another run: whoever goes on with it has loaded its step count as well
         self._sync()
         self._compare()
         observations = self._observe()
@@ -514,11 +521,15 @@ class HypergradientLR:
                     parts.append(products(self._gradient(settings, p), d))
                     weights.append(1.0 if self._rule.long_horizon else last.weight)
                     copies.append(self._copies(p))
+        sums = self._zeros(5)
+        if parts:
+            sums += torch.cat([totals(parts, weights, copies), parts[0].new_tensor([known, vanished])]).to(sums.device)
+        return sums
+
+    def _zeros(self, size: int) -> Tensor:
+        """Where sums are accumulated, for all ranks: on one device, in the widest dtype that it has."""
         device = next(p.device for settings in self.optimizer.param_groups for p in settings["params"])
-        if not parts:
-            return torch.zeros(5, dtype=torch.float32 if device.type == "mps" else torch.float64, device=device)
-        sums = totals(parts, weights, copies)
-        return torch.cat([sums, sums.new_tensor([known, vanished])]).to(device)
+        return torch.zeros(size, dtype=torch.float32 if device.type == "mps" else torch.float64, device=device)
 
     def _copies(self, p: Tensor) -> float:
         """On how many ranks the same elements of a parameter are."""
@@ -527,20 +538,22 @@ class HypergradientLR:
     def _last_direction(self, last: _Last, p: Tensor) -> Tensor | None:
         """``d_{t-1}`` of one parameter, or ``D_{t-1}``; ``None`` where the last step did not move it."""
         state: dict[str, Any] = self.optimizer.state.get(p, {})
+        d: Tensor | None = None
+        lost = False
         if self._rule.long_horizon:
             d = state.get(DISCOUNTED)
-        elif last.direction is None or p not in last.moved:
-            return None
-        else:
+            lost = d is None and p in last.moved
+        elif last.direction is not None and p in last.moved:
             try:
                 d = last.direction.read(p, state)
             except KeyError:
-                d = None
-                self._warn(
-                    "lost direction",
-                    "the optimizer's state has lost the last direction (was it loaded from a checkpoint written "
-                    "without it?); the learning rate stays as it is for one step",
-                )
+                lost = True
+        if lost:
+            self._warn(
+                "lost direction",
+                "the optimizer's state has lost the last direction (was it loaded from a checkpoint written without "
+                "it?); the learning rate stays as it is for one step",
+            )
         return d if d is not None and d.shape == as_real(p).shape else None
 
     def _gradient(self, settings: dict[str, Any], p: Tensor) -> Tensor:
@@ -619,6 +632,7 @@ class HypergradientLR:
             if probed:
                 step.before[p] = p.clone(memory_format=torch.preserve_format)
 
+    @torch.compiler.disable  # type: ignore[untyped-decorator]  # torch's
     @torch.no_grad()
     def _finish(self, step: _Step) -> None:
         """The parameters have moved: take over the rates and learn the directions."""
@@ -705,14 +719,13 @@ class HypergradientLR:
 
     def _first_sums(self, step: _Step, groups: list[_GroupStep]) -> list[float]:
         """``‖d_1‖²``, ``‖θ_0‖²``, and whether any gradient is not zero."""
-        device = next(p.device for settings in self.optimizer.param_groups for p in settings["params"])
-        sums = torch.zeros(3, dtype=torch.float32 if device.type == "mps" else torch.float64, device=device)
+        sums = self._zeros(3)
         for group in groups:
             for p in group.moved:
                 d = squared_norm(group.direction.read(p, self.optimizer.state[p]), sums.dtype) * group.weight**2
                 theta = squared_norm(as_real(step.before[p]), sums.dtype)
                 nonzero = d.new_tensor(0.0 if p.grad is None else bool(local(p.grad).any()))
-                sums += torch.stack([d, theta, nonzero]).to(device) / self._copies(p)
+                sums += torch.stack([d, theta, nonzero]).to(sums.device) / self._copies(p)
         return self._ranks.sum(sums).tolist()
 
     @staticmethod

@@ -27,17 +27,20 @@ def alone(width: int) -> dict[Any, Trained]:
 
 
 @pytest.mark.parametrize(
-    ("kind", "count", "width", "cases"),
+    ("kind", "count", "width", "cases", "placements"),
     [
-        ("ddp", 2, 7, CASES),
-        ("ddp", 4, 7, FEW_CASES),
-        ("sharded", 2, 7, CASES),
-        ("sharded", 4, 7, FEW_CASES),
-        ("parallel", 2, 8, FEW_CASES),
-        ("both", 4, 8, FEW_CASES),
+        ("ddp", 2, 7, CASES, set()),
+        ("ddp", 4, 7, FEW_CASES, set()),
+        ("sharded", 2, 7, CASES, {"Shard"}),
+        ("sharded", 4, 7, FEW_CASES, {"Shard"}),
+        ("hybrid", 4, 7, FEW_CASES[::2], {"Replicate", "Shard"}),
+        ("parallel", 2, 8, FEW_CASES, {"Replicate", "Shard", "_StridedShard"}),
+        ("both", 4, 8, FEW_CASES, {"Replicate", "Shard", "_StridedShard"}),
     ],
 )
-def test_many_processes_tune_as_one_does(kind: Kind, count: int, width: int, cases: list[Case]) -> None:
+def test_many_processes_tune_as_one_does(
+    kind: Kind, count: int, width: int, cases: list[Case], placements: set[str]
+) -> None:
     ranks = run(train_all, count, kind, cases, STEPS, width)
     for rank in ranks:
         assert not isinstance(rank, Exception), rank
@@ -45,6 +48,7 @@ def test_many_processes_tune_as_one_does(kind: Kind, count: int, width: int, cas
             case: trained.lrs for case, trained in ranks[0].items()
         }, "bit for bit"
     for case, trained in ranks[0].items():
+        assert trained.placements == placements
         expected = alone(width)[case]
         np.testing.assert_allclose(trained.lrs, expected.lrs, rtol=1e-12, err_msg=str(case))
         for p, q in zip(trained.parameters, expected.parameters, strict=True):

@@ -27,7 +27,7 @@ OPTIMIZERS: dict[str, Callable[..., Optimizer]] = {
 }
 RULES = {"auto": None, "additive": 1e-4, "multiplicative": 0.02}
 Case = tuple[str, str, Literal["global", "group"]]
-Kind = Literal["alone", "ddp", "sharded", "parallel", "both"]
+Kind = Literal["alone", "ddp", "sharded", "hybrid", "parallel", "both"]
 
 
 class Network(nn.Module):
@@ -45,10 +45,11 @@ class Network(nn.Module):
 
 
 class Trained(NamedTuple):
-    """Effective rates of all groups, step by step, and the parameters after the last."""
+    """Effective rates of all groups, step by step, the parameters after the last, and how they were placed."""
 
     lrs: list[list[float]]
     parameters: list[Tensor]
+    placements: set[str]
 
 
 def network(kind: Kind, width: int) -> nn.Module:
@@ -60,6 +61,8 @@ def network(kind: Kind, width: int) -> nn.Module:
     if kind == "sharded":
         mesh = init_device_mesh("cpu", (count,))
         fully_shard(made, mesh=mesh)
+    elif kind == "hybrid":
+        fully_shard(made, mesh=init_device_mesh("cpu", (count // 2, 2), mesh_dim_names=("copies", "shards")))
     elif kind in ("parallel", "both"):
         shape = (1, count) if kind == "parallel" else (count // 2, 2)
         mesh = init_device_mesh("cpu", shape, mesh_dim_names=("data", "tensor"))
@@ -103,7 +106,8 @@ def train(kind: Kind, case: Case, steps: int, width: int = 7) -> Trained:
         lrs.append(hd.lrs)
         assert all(map(math.isfinite, hd.lrs))
     hd.check_agreement()
-    return Trained(lrs, [whole(p) for p in parameters])
+    placements = {type(placement).__name__ for p in parameters for placement in getattr(p, "placements", ())}
+    return Trained(lrs, [whole(p) for p in parameters], placements)
 
 
 def train_all(kind: Kind, cases: list[Case], steps: int, width: int = 7) -> dict[Case, Trained]:
