@@ -384,6 +384,27 @@ class HypergradientLR:
         if self._step is not None:
             self._finish(self._step)
             self._step = None
+        elif self._is_initialization():
+            self._make_room()
+
+    def _is_initialization(self) -> bool:
+        """Whether this is no step of a training: all rates were set to 0 for the first one.
+
+        ``torch.distributed.checkpoint`` makes the state of a fresh optimizer so, to load a checkpoint into it.
+        """
+        if self.step_count or not any(group.lr for group in self._rates.groups):
+            return False
+        return not any(get_lr(settings) for settings in self.optimizer.param_groups)
+
+    def _make_room(self) -> None:
+        """Make the tensors that are saved, where the optimizer has made its own state."""
+        for settings in self.optimizer.param_groups:
+            copies = direction_of(self.optimizer, settings, 0.0).copies
+            for p in settings["params"]:
+                if p.grad is not None and self._rule.long_horizon:
+                    self.optimizer.state[p][DISCOUNTED] = widen(torch.zeros_like(as_real(p.detach())))
+                elif p.grad is not None and copies:
+                    self.optimizer.state[p][DIRECTION] = torch.zeros_like(p.detach())
 
     def _abandon_step(self) -> None:
         """Forget a step that began and raised: the rate stays as it was, and the next step has no last direction."""
@@ -424,6 +445,8 @@ class HypergradientLR:
         # scaler tells it so by these two attributes, which exist during the step only.
         found_inf = getattr(self.optimizer, "found_inf", None)
         if found_inf is not None and float(found_inf) != 0:
+            return
+        if self._is_initialization():
             return
         groups = self.optimizer.param_groups
         with_gradient = [[p for p in settings["params"] if p.grad is not None] for settings in groups]

@@ -46,8 +46,8 @@ def _work(worker: Callable[..., Any], rank: int, world_size: int, folder: str, a
     )
     try:
         result = worker(*args)
-    except Exception as error:
+    except BaseException as error:  # such as torch's CheckpointException
         traceback.print_exc()
-        result = error
+        result = error if isinstance(error, Exception) else RuntimeError(repr(error))
     torch.save(result, Path(folder) / str(rank))
     dist.destroy_process_group()

@@ -2,7 +2,8 @@
 
 import contextlib
 import functools
-from typing import Any
+import itertools
+from typing import Any, NamedTuple
 
 import numpy as np
 import pytest
@@ -26,30 +27,48 @@ def alone(width: int) -> dict[Any, Trained]:
     return train_all("alone", CASES, STEPS, width)
 
 
-@pytest.mark.parametrize(
-    ("kind", "count", "width", "cases", "placements"),
-    [
-        ("ddp", 2, 7, CASES, set()),
-        ("ddp", 4, 7, FEW_CASES, set()),
-        ("sharded", 2, 7, CASES, {"Shard"}),
-        ("sharded", 4, 7, FEW_CASES, {"Shard"}),
-        ("hybrid", 4, 7, FEW_CASES[::2], {"Replicate", "Shard"}),
-        ("parallel", 2, 8, FEW_CASES, {"Replicate", "Shard", "_StridedShard"}),
-        ("both", 4, 8, FEW_CASES, {"Replicate", "Shard", "_StridedShard"}),
-    ],
-)
-def test_many_processes_tune_as_one_does(
-    kind: Kind, count: int, width: int, cases: list[Case], placements: set[str]
-) -> None:
-    ranks = run(train_all, count, kind, cases, STEPS, width)
+class Way(NamedTuple):
+    """A way to train, and how it places parameters."""
+
+    kind: Kind
+    count: int
+    width: int
+    cases: list[Case]
+    placements: set[str]
+
+
+WAYS = [
+    Way("ddp", 2, 7, CASES, set()),
+    Way("ddp", 4, 7, FEW_CASES, set()),
+    Way("sharded", 2, 7, CASES, {"Shard"}),
+    Way("sharded", 4, 7, FEW_CASES, {"Shard"}),
+    Way("hybrid", 4, 7, FEW_CASES[::2], {"Replicate", "Shard"}),
+    Way("parallel", 2, 8, FEW_CASES, {"Replicate", "Shard", "_StridedShard"}),
+    Way("both", 4, 8, FEW_CASES, {"Replicate", "Shard", "_StridedShard"}),
+]
+
+
+def train_ways(ways: list[Way]) -> list[dict[Case, Trained]]:
+    return [train_all(way.kind, way.cases, STEPS, way.width) for way in ways]
+
+
+@functools.cache
+def trained_by(count: int) -> list[Any]:
+    """What each rank made of each way with that many processes, which are started once for all of them."""
+    return run(train_ways, count, [way for way in WAYS if way.count == count])
+
+
+@pytest.mark.parametrize("way", WAYS, ids=lambda way: f"{way.kind}-{way.count}")
+def test_many_processes_tune_as_one_does(way: Way) -> None:
+    ranks = trained_by(way.count)
     for rank in ranks:
         assert not isinstance(rank, Exception), rank
-        assert {case: trained.lrs for case, trained in rank.items()} == {
-            case: trained.lrs for case, trained in ranks[0].items()
-        }, "bit for bit"
-    for case, trained in ranks[0].items():
-        assert trained.placements == placements
-        expected = alone(width)[case]
+    place = [other for other in WAYS if other.count == way.count].index(way)
+    lrs = [{case: trained.lrs for case, trained in rank[place].items()} for rank in ranks]
+    assert all(own == lrs[0] for own in lrs), "bit for bit"
+    for case, trained in ranks[0][place].items():
+        assert trained.placements == way.placements
+        expected = alone(way.width)[case]
         np.testing.assert_allclose(trained.lrs, expected.lrs, rtol=1e-12, err_msg=str(case))
         for p, q in zip(trained.parameters, expected.parameters, strict=True):
             torch.testing.assert_close(p, q, rtol=1e-9, atol=1e-12)
@@ -100,36 +119,43 @@ def train_ddp(variant: str) -> list[float]:
     return lrs
 
 
-@pytest.mark.parametrize("variant", ["accumulation", "find unused", "static graph", "fp16 hook"])
-def test_the_ways_to_use_ddp(variant: str) -> None:
-    first, second = run(train_ddp, 2, variant)
+VARIANTS = ("accumulation", "find unused", "static graph", "fp16 hook")
+
+
+def train_variants() -> dict[str, list[float]]:
+    return {variant: train_ddp(variant) for variant in VARIANTS}
+
+
+def test_the_ways_to_use_ddp() -> None:
+    first, second = run(train_variants, 2)
     assert first == second, "bit for bit"
-    # half precision is what the hook asks for
-    np.testing.assert_allclose(first, train_ddp(variant), rtol=0.2 if variant == "fp16 hook" else 1e-12)
+    for variant, lrs in first.items():
+        # half precision is what the hook asks for
+        tolerance = 0.2 if variant == "fp16 hook" else 1e-12
+        np.testing.assert_allclose(lrs, train_ddp(variant), rtol=tolerance, err_msg=variant)
 
 
-def count_collectives(kind: Kind) -> list[int]:
+def count_collectives() -> list[int]:
     counts = []
-    for name in OPTIMIZERS:
-        for rule in ("auto", "additive"):
-            model = network(kind, 8)
-            optimizer = OPTIMIZERS[name](model.parameters())
-            HypergradientLR(optimizer, rule=rule)
-            for step in range(6):
-                optimizer.zero_grad()
-                model(torch.ones(4, 5, dtype=torch.float64)).square().mean().backward()
-                with CommDebugMode() as mode:
-                    optimizer.step()
-                if step >= 2:
-                    counts.append(mode.get_total_counts())
+    kinds: list[Kind] = ["ddp", "sharded"]
+    for kind, name, rule in itertools.product(kinds, OPTIMIZERS, ("auto", "additive")):
+        model = network(kind, 8)
+        optimizer = OPTIMIZERS[name](model.parameters())
+        HypergradientLR(optimizer, rule=rule)
+        for step in range(6):
+            optimizer.zero_grad()
+            model(torch.ones(4, 5, dtype=torch.float64)).square().mean().backward()
+            with CommDebugMode() as mode:
+                optimizer.step()
+            if step >= 2:
+                counts.append(mode.get_total_counts())
     return counts
 
 
-@pytest.mark.parametrize("kind", ["ddp", "sharded"])
-def test_there_is_one_collective_a_step(kind: Kind) -> None:
-    for counts in run(count_collectives, 2, kind):
+def test_there_is_one_collective_a_step() -> None:
+    for counts in run(count_collectives, 2):
         assert not isinstance(counts, Exception), counts
-        assert len(counts) == 48
+        assert len(counts) == 96
         assert set(counts) == {1}
 
 
@@ -144,11 +170,24 @@ def disagree(what: str) -> None:
     optimizer.step()
 
 
-@pytest.mark.parametrize("what", ["rule", "scope", "lrs", "shapes"])
-def test_processes_that_disagree_are_told_on_every_rank(what: str) -> None:
-    for error in run(disagree, 2, what):
-        assert isinstance(error, RuntimeError)
-        assert f"the processes do not tune the same: {what}" in str(error)
+DISAGREEMENTS = ("rule", "scope", "lrs", "shapes")
+
+
+def disagree_in_turn() -> list[str]:
+    """What is told of each disagreement."""
+    told = []
+    for what in DISAGREEMENTS:
+        with pytest.raises(RuntimeError) as error:
+            disagree(what)
+        told.append(str(error.value))
+    return told
+
+
+def test_processes_that_disagree_are_told_on_every_rank() -> None:
+    for told in run(disagree_in_turn, 2):
+        assert not isinstance(told, Exception), told
+        for what, words in zip(DISAGREEMENTS, told, strict=True):
+            assert f"the processes do not tune the same: {what}" in words
 
 
 def drift() -> None:
