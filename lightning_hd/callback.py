@@ -1,6 +1,7 @@
 """HypergradientDescent: the Lightning callback. Hooks stand in the order in which the Trainer calls them."""
 
 import math
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -8,10 +9,12 @@ import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import nn
+from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 from torchmetrics import MeanMetric
 
 from lightning_hd.checkpoints import keep_tensors, load_tensors
+from lightning_hd.directions import check_optimizer
 from lightning_hd.hypergradient import HypergradientLR, check_arguments
 from lightning_hd.rules import Rule
 from lightning_hd.tensorboard import group_names, optimizer_names, tag
@@ -95,6 +98,7 @@ class HypergradientDescent(Callback):
         self._trackers: list[_Tracker] = []
         self._restored: list[dict[str, Any]] | None = None
         self._loading: list[RemovableHandle] = []
+        self._pausing: list[RemovableHandle] = []
 
     @property
     def lrs(self) -> dict[str, list[float]]:
@@ -116,7 +120,8 @@ class HypergradientDescent(Callback):
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Before a checkpoint's optimizer states are loaded: see that the engines' tensors stay as they are."""
-        self._loading = [handle for optimizer in trainer.optimizers for handle in keep_tensors(optimizer)]
+        optimizers = [optimizer for optimizer in trainer.optimizers if isinstance(optimizer, Optimizer)]
+        self._loading = [handle for optimizer in optimizers for handle in keep_tensors(optimizer)]
 
     def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         """Load the engines' tensors, where Lightning does not."""
@@ -132,12 +137,15 @@ class HypergradientDescent(Callback):
         scheduled = [config.scheduler.optimizer for config in trainer.lr_scheduler_configs]
         optimizers = [optimizer for optimizer in trainer.optimizers if optimizer.param_groups]
         for optimizer, name in zip(optimizers, optimizer_names(optimizers), strict=True):
+            check_optimizer(optimizer)
+            # Lightning's tuner takes all callbacks out while it searches, with steps that are no part of the training.
+            self._pausing.append(optimizer.register_step_pre_hook(partial(self._pause, trainer)))
             engine = HypergradientLR(optimizer, self.rule, self.hypergrad_lr, self.scope, self.min_lr, self.max_lr)
             self.engines.append(engine)
             if any(optimizer is other for other in scheduled):
                 engine.scheduled = True
             self._trackers.append(_Tracker(engine, name))
-        if trainer.ckpt_path and self._restored is None and self.engines:
+        if trainer.ckpt_path and trainer.global_step and self._restored is None and self.engines:
             rank_zero_warn(
                 "HypergradientDescent: the checkpoint was written without it, so tuning the learning rate starts from "
                 "the beginning."
@@ -159,9 +167,8 @@ class HypergradientDescent(Callback):
         batch: Any,
         batch_idx: int,
     ) -> None:
-        """Log, where a step was taken."""
-        stepped = [tracker for tracker in self._trackers if tracker.has_stepped()]
-        if stepped and not trainer.barebones:
+        """Log, where steps were taken."""
+        if not trainer.barebones:
             lrs = {key: lr for tracker in self._trackers for key, lr in tracker.lr_metrics().items()}
             trainer.callback_metrics.update({key: torch.tensor(lr) for key, lr in lrs.items()})
             if self.prog_bar:
@@ -172,9 +179,9 @@ class HypergradientDescent(Callback):
         # The step axis of `self.log`. Lightning offers nothing public for it: `global_step` counts the steps of all
         # optimizers, so that it differs in manual optimization. `LearningRateMonitor` reads the same attribute.
         step = trainer.fit_loop.epoch_loop._batches_that_stepped
-        # The axis stands still while gradients are accumulated, but goes on in manual optimization without a step.
-        manual = not pl_module.automatic_optimization and any(tracker.has_news for tracker in self._trackers)
-        if (stepped or manual) and every and (step + 1) % every == 0:
+        # It stands still while gradients are accumulated.
+        moves = (batch_idx + 1) % trainer.accumulate_grad_batches == 0 or trainer.is_last_batch
+        if moves and every and (step + 1) % every == 0 and any(tracker.has_news for tracker in self._trackers):
             for engine in self.engines:
                 engine.check_agreement()
             metrics = {key: value for tracker in self._trackers for key, value in tracker.collect().items()}
@@ -195,6 +202,10 @@ class HypergradientDescent(Callback):
         """Detach."""
         self._detach()
 
+    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Detach, where training did not start."""
+        self._end_loading()
+
     def state_dict(self) -> dict[str, Any]:
         """The learned scalars of every optimizer; the tensors are in the optimizers' own state, under keys ``hd_*``."""
         if self._restored is not None:  # training has not started yet
@@ -203,7 +214,7 @@ class HypergradientDescent(Callback):
 
     def __getstate__(self) -> dict[str, Any]:
         """A copy has the arguments, and no part in the training of the original."""
-        return {**vars(self), "engines": [], "_trackers": [], "_loading": []}
+        return {**vars(self), "engines": [], "_trackers": [], "_loading": [], "_pausing": []}
 
     def _restore(self) -> None:
         if self._restored is None:
@@ -217,6 +228,11 @@ class HypergradientDescent(Callback):
             engine.load_state_dict(state_dict)
         self._restored = None
 
+    def _pause(self, trainer: Trainer, *_: Any) -> None:
+        paused = not any(callback is self for callback in trainer.callbacks)  # type: ignore[attr-defined]
+        for engine in self.engines:
+            engine.paused = paused
+
     def _end_loading(self) -> None:
         for handle in self._loading:
             handle.remove()
@@ -224,6 +240,9 @@ class HypergradientDescent(Callback):
 
     def _detach(self) -> None:
         """Checkpoints may be written after training as well, so the engines' state stays."""
+        for handle in self._pausing:
+            handle.remove()
+        self._pausing = []
         for engine, tracker in zip(self.engines, self._trackers, strict=False):
             engine.detach(keep_state=True)
             tracker.detach()
@@ -238,7 +257,6 @@ class _Tracker:
         self._history: list[list[float]] = []
         self._means: dict[tuple[str, int], MeanMetric] = {}
         self._recorded = engine.step_count
-        self._seen = engine.step_count
         self.has_news = False
         self._handle: RemovableHandle = engine.optimizer.register_step_post_hook(self.record)
 
@@ -261,12 +279,6 @@ class _Tracker:
             for quantity, value in (("value", seen.hypergradient), ("cosine", seen.cosine)):
                 # Every rank sees the same numbers, so there is nothing to synchronize.
                 self._means.setdefault((quantity, i), MeanMetric(sync_on_compute=False)).update(value)
-
-    def has_stepped(self) -> bool:
-        """Whether a step was taken since this was last asked."""
-        stepped = self._recorded != self._seen
-        self._seen = self._recorded
-        return stepped
 
     def history(self) -> list[tuple[str, list[float]]]:
         return list(zip(group_names(self._name, self._engine.optimizer), self._history, strict=False))

@@ -39,6 +39,9 @@ _PROBE = 2.0**-6
 """The rate of a step whose direction is wanted before its rate is known, or where the rate is 0. A power of two, so
 that dividing by it is exact; small enough for every optimizer to be linear, large enough not to vanish in rounding."""
 
+_LARGEST = torch.finfo(torch.float32).max
+"""The largest rate that torch multiplies with."""
+
 _log = logging.getLogger(__name__)
 
 _attached: "weakref.WeakSet[Optimizer]" = weakref.WeakSet()
@@ -134,6 +137,7 @@ class HypergradientLR:
         brakes: How often the rule of each scope has backed off from an overshoot. Each time is told to the logger
             ``lightning_hd.hypergradient``, at the level INFO.
         nonfinite_steps: Number of steps that left the rate as it was because a number was not finite.
+        paused: While ``True``, steps are left alone: neither tuned nor counted. Settable.
         scheduled: Whether ``param_groups[i]["lr"]`` belongs to a scheduler between steps. ``None``: found out from the
             groups' ``initial_lr``, which all schedulers of ``torch.optim.lr_scheduler`` but ``ReduceLROnPlateau`` set;
             set it to ``True`` for that one.
@@ -179,6 +183,7 @@ class HypergradientLR:
         self.scope = scope
         self.step_count = 0
         self.nonfinite_steps = 0
+        self.paused = False
         self._check_free()
         self._rates = Rates(self.optimizer, self._rule, scope, low, high)
         self._last = [_Last() for _ in self._rates.groups]
@@ -342,6 +347,10 @@ class HypergradientLR:
         if self._step_frame is not None and _is_within(caller, self._step_frame):
             return None  # a subclass's step calls its parent's: one step, not two
         self._abandon_step()
+        if self.paused:
+            for last in self._last:
+                last.moved = set()  # it is not known what this step does to their directions
+            return None
         self._step_frame = caller
         closure = args[1] if len(args) > 1 else kwargs.get("closure")
         if not callable(closure):
@@ -388,13 +397,15 @@ class HypergradientLR:
             self._make_room()
 
     def _is_initialization(self) -> bool:
-        """Whether this is no step of a training: all rates were set to 0 for the first one.
+        """Whether this is no step of a training: all rates were set to 0 for the first one, and all gradients are 0.
 
         ``torch.distributed.checkpoint`` makes the state of a fresh optimizer so, to load a checkpoint into it.
         """
         if self.step_count or not any(group.lr for group in self._rates.groups):
             return False
-        return not any(get_lr(settings) for settings in self.optimizer.param_groups)
+        gradients = (p.grad for settings in self.optimizer.param_groups for p in settings["params"])
+        rates = map(get_lr, self.optimizer.param_groups)
+        return not any(rates) and not any(g is not None and bool(local(g).any()) for g in gradients)
 
     def _make_room(self) -> None:
         """Make the tensors that are saved, where the optimizer has made its own state."""
@@ -446,6 +457,8 @@ class HypergradientLR:
         found_inf = getattr(self.optimizer, "found_inf", None)
         if found_inf is not None and float(found_inf) != 0:
             return
+        if not self.step_count:
+            self._rates.check()
         if self._is_initialization():
             return
         groups = self.optimizer.param_groups
@@ -597,10 +610,10 @@ class HypergradientLR:
         if not finite:
             self._forget(index, seen)
             return self._stay(scope, f"(hypergradient, ‖g‖, ‖d‖) = {tuple(seen or ())}")
-        if math.isfinite(lr):
+        if abs(lr) <= _LARGEST:
             lr = self._rates.clamp(index, lr)
             used = _returned(scope.rule.used(lr, step), scope.rule, "used")
-            if math.isfinite(used):
+            if abs(used) <= _LARGEST:
                 if seen is not None and scope.rule.brakes > brakes:
                     self._tell_of_brake(seen, scope.used, used)
                 return lr, used
@@ -659,7 +672,6 @@ class HypergradientLR:
     @torch.no_grad()
     def _finish(self, step: _Step) -> None:
         """The parameters have moved: take over the rates and learn the directions."""
-        self.step_count += 1
         for scope, (lr, used), seen in zip(self._rates.scopes, step.rates, step.observations, strict=True):
             scope.lr, scope.used, scope.last = lr, used, seen
         self._settle(step)
@@ -680,6 +692,7 @@ class HypergradientLR:
             self._discount(step)
         if self._rates.under_schedule:
             self._give_back_rates(step)
+        self.step_count += 1
 
     def _give_back_rates(self, step: _Step) -> None:
         for settings, restore in zip(self.optimizer.param_groups, step.restore, strict=True):

@@ -84,7 +84,7 @@ class Rates:
                 "step: groups can be added but not removed while its learning rate is tuned"
             )
         scheduled = self._is_scheduled()
-        self._check_rates(scheduled)
+        self.check()
         fresh = set(range(len(self.scopes))) if scheduled != self.under_schedule else set()
         self.under_schedule = scheduled
         for i in range(len(self.groups), len(settings)):
@@ -182,7 +182,8 @@ class Rates:
         configured = []
         for i in self.members(index):
             group, settings = self.groups[i], self.optimizer.param_groups[i]
-            configured.append(self._configured(settings))
+            # a scheduler that comes in mid-training goes on from the rate that is there, whatever it calls its own
+            configured.append((scope.started and get_lr(settings)) or self._configured(settings))
             group.lr = group.base = get_lr(settings)
             group.join = 1.0
             group.zero = configured[-1] == 0
@@ -237,13 +238,16 @@ class Rates:
         scope.lr *= factor
         scope.used *= factor
 
-    def _check_rates(self, scheduled: bool) -> None:
+    def check(self) -> None:
+        """Raise :class:`TypeError` or :class:`ValueError` where what a group of the optimizer holds is no rate."""
         settings = self.optimizer.param_groups
+        scheduled = self._is_scheduled()
         for i, group_settings in enumerate(settings):
+            name = f"lr of {type(self.optimizer).__name__} param_groups[{i}]"
+            check_lr(name, group_settings["lr"])
             lr = get_lr(group_settings)
             if not math.isfinite(lr) or (lr < 0 <= self._min_lr and not scheduled):
                 allowed = "a finite number" + ("" if self._min_lr < 0 else " of at least 0 (or pass min_lr=None)")
-                name = f"lr of {type(self.optimizer).__name__} param_groups[{i}]"
                 raise ValueError(f"{name} must be {allowed}, got {lr}")
         if self.kind == "group" and len(settings) > len(self.groups):
             self._check_tensors()
@@ -313,6 +317,18 @@ class Rates:
         if not self.under_schedule:
             for group, settings in zip(groups, self.optimizer.param_groups, strict=True):
                 group.lr = set_lr(settings, group.lr)
+
+
+def check_lr(name: str, lr: Any) -> None:
+    """Raise :class:`TypeError` where it cannot be read as a rate or, being a tensor, cannot hold one."""
+    if isinstance(lr, Tensor):
+        if lr.numel() != 1 or not lr.is_floating_point() or lr.is_meta:
+            raise TypeError(
+                f"{name} must be a floating-point tensor of one element on a real device, got one of shape "
+                f"{tuple(lr.shape)} and {lr.dtype} on '{lr.device}'"
+            )
+    elif isinstance(lr, str) or not hasattr(lr, "__float__"):
+        raise TypeError(f"{name} must be a number or a tensor of one, got {lr!r}")
 
 
 def get_lr(settings: dict[str, Any]) -> float:

@@ -97,6 +97,7 @@ def products(g: Tensor, d: Tensor | None) -> Tensor:
         g, d = g.to(dtype), d.to(dtype)
     norm = torch.linalg.vector_norm(g, dtype=exact)
     exponent = torch.frexp(norm).exponent  # scaling by a power of two is exact
+    exponent = exponent.clamp(min=math.frexp(torch.finfo(g.dtype).tiny)[1])  # 2 to minus that is finite
     scale = torch.ldexp(torch.ones_like(norm), -exponent).to(g.dtype)
     pieces = zip(torch.split(g.flatten(), _PIECE), torch.split(d.flatten(), _PIECE), strict=True)
     dot = torch.stack([torch.sum((a * scale).mul_(b), dtype=exact) for a, b in pieces]).sum()

@@ -2,10 +2,10 @@
 
 ``network_loss`` is a network of one tanh layer with its backpropagation by hand; ``train`` runs SGD-HD, SGDN-HD and
 Adam-HD (arXiv 1703.04782, Section 3) on it, with the additive or the multiplicative rule; ``train_auto`` the rule auto,
-written from the docstring of ``lightning_hd.Auto``.
+written from the docstring of ``lightning_hd.Auto``. ``Tuned`` takes gradients from anywhere, for any parameter groups.
 """
 
-from collections.abc import Generator, Mapping, Sequence
+from collections.abc import Generator, Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -47,6 +47,7 @@ def directions(method: str, settings: dict[str, Any]) -> Generator[list[Array], 
     g = yield []
     first = [np.zeros_like(x) for x in g]
     second = [np.zeros_like(x) for x in g]
+    largest = second
     t = 0
     while True:
         t += 1
@@ -64,9 +65,10 @@ def directions(method: str, settings: dict[str, Any]) -> Generator[list[Array], 
             b1, b2 = settings.get("betas", (0.9, 0.999))
             first = [b1 * m + (1 - b1) * x for m, x in zip(first, g, strict=True)]
             second = [b2 * v + (1 - b2) * x**2 for v, x in zip(second, g, strict=True)]
+            largest = [np.maximum(w, v) if settings.get("amsgrad") else v for w, v in zip(largest, second, strict=True)]
             d = [
                 (m / (1 - b1**t)) / (np.sqrt(v / (1 - b2**t)) + settings.get("eps", 1e-8))
-                for m, v in zip(first, second, strict=True)
+                for m, v in zip(first, largest, strict=True)
             ]
         else:
             raise ValueError(method)
@@ -75,6 +77,10 @@ def directions(method: str, settings: dict[str, Any]) -> Generator[list[Array], 
 
 def dot(a: Sequence[Array], b: Sequence[Array]) -> float:
     return float(sum(np.sum(x * y) for x, y in zip(a, b, strict=True)))
+
+
+def norm(a: Iterable[Array]) -> float:
+    return float(np.sqrt(sum(np.sum(x * x) for x in a)))
 
 
 def train(
@@ -106,6 +112,53 @@ def faded_mean(values: Sequence[float], memories: Sequence[float]) -> float:
     return float(np.dot(values, weights) / np.sum(weights))
 
 
+class AutoRule:
+    """The rule auto for one scope. The means and sums that the rule keeps are taken over the whole history here."""
+
+    def __init__(self) -> None:
+        self.first = 0.0
+        self.brake = 0.0
+        self.braked: list[int] = []
+        self.slope = 0.0  # by how much the last change of log α would differ for another cosine, unclipped
+        self._memories: list[float] = []
+        self._squared_norms: list[float] = []
+        self._cosines: list[float] = []
+        self._bent: list[float] = []
+        self._logs: list[float] = []
+        self._variance = (np.log(2.5) / 3) ** 2
+
+    def next_lr(self, lr: float, t: int, product: float, g_norm: float, d_norm: float) -> float:
+        """The rate of step t, before what is left of a brake, from ``g · D``, ``‖g‖`` and ``‖D‖``."""
+        self.slope = 0.0
+        if g_norm == 0:
+            return lr
+        self._memories.append(1 - 1 / max(10.0, t / 50))
+        self._squared_norms.append(g_norm**2)
+        usual_norm = np.sqrt(faded_mean(self._squared_norms, self._memories))
+        self._cosines.append(product / (usual_norm * d_norm) if d_norm else 0.0)
+        before = self._cosines[-2] if len(self._cosines) > 1 else 0.0
+        self._bent.append(self._cosines[-1] + 0.3 * min(1.0, 100 / t) * abs((self._cosines[-1] + before) / 2))
+        squares = sum(c**2 * 0.999**age for age, c in enumerate(reversed(self._bent)))
+        cap = 0.5 if lr < 30 * self.first else 0.07
+        change = 0.0
+        if squares:
+            self.slope = float(g_norm / usual_norm / np.sqrt(squares))
+            change = float(np.clip(min(1.0, 600 / t) * self._bent[-1] / np.sqrt(squares), -cap, cap))
+        log_norm = np.log(g_norm)
+        excess = 0.0
+        if len(self._logs) >= 2:
+            rise = log_norm - faded_mean(self._logs, [0.9] * len(self._logs))
+            usual = max(np.log(2.5), 3 * np.sqrt(self._variance))
+            self._variance = 0.995 * self._variance + 0.005 * min(max(rise, 0.0), 3 * usual) ** 2
+            if rise > usual:
+                excess = min(rise - usual, 1.0)
+                change = max(-excess * self.brake, min(0.0, np.log(self.first / lr)) if self.first else -np.inf)
+                self.braked.append(t)
+        self._logs.append(log_norm)
+        self.brake = max(0.95 * self.brake, excess)
+        return float(lr * np.exp(change))
+
+
 def train_auto(
     method: str,
     settings: dict[str, Any] | None = None,
@@ -117,57 +170,166 @@ def train_auto(
     """Learning rate of every step with the rule auto, the parameters after the last, and the steps that braked.
 
     ``weight_decay`` is decoupled, as in AdamW. ``leaps`` are factors of the loss in some steps. ``first_lr`` is the
-    configured rate, for ``start="configured"``. The means and sums that the rule keeps are taken over the whole
-    history here.
+    configured rate, for ``start="configured"``.
     """
     parameters = initial_parameters()
     direction = directions(method, settings or {})
     next(direction)
     data = batches()
-    lr, first = (first_lr, 0.0) if first_lr is not None else (0.0, 0.0)
+    lr, rule = first_lr or 0.0, AutoRule()
     discounted: list[Array] = []
     lrs: list[float] = []
-    braked: list[int] = []
-    cosines: list[float] = []
-    bent: list[float] = []
-    logs: list[float] = []
-    squared_norms: list[float] = []
-    variance, brake = (np.log(2.5) / 3) ** 2, 0.0
     for t in range(1, steps + 1):
         _, g = network_loss(parameters, *data[(t - 1) % len(data)])
         g = [(leaps or {}).get(t, 1.0) * x for x in g]
         if t > 1:
-            squared_norms.append(dot(g, g))
-            usual_norm = np.sqrt(faded_mean(squared_norms, [1 - 1 / max(10.0, s / 50) for s in range(2, t + 1)]))
-            cosines.append(dot(g, discounted) / (usual_norm * np.sqrt(dot(discounted, discounted))))
-            before = cosines[-2] if len(cosines) > 1 else 0.0
-            bent.append(cosines[-1] + 0.3 * min(1.0, 100 / t) * abs((cosines[-1] + before) / 2))
-            squares = sum(c**2 * 0.999**age for age, c in enumerate(reversed(bent)))
-            cap = 0.5 if lr < 30 * first else 0.07
-            change = float(np.clip(min(1.0, 600 / t) * bent[-1] / np.sqrt(squares), -cap, cap))
-            log_norm = 0.5 * np.log(dot(g, g))
-            excess = 0.0
-            if len(logs) >= 2:
-                rise = log_norm - faded_mean(logs, [0.9] * len(logs))
-                usual = max(np.log(2.5), 3 * np.sqrt(variance))
-                variance = 0.995 * variance + 0.005 * min(max(rise, 0.0), 3 * usual) ** 2
-                if rise > usual:
-                    excess = min(rise - usual, 1.0)
-                    change = max(-excess * brake, min(0.0, np.log(first / lr)) if first else -np.inf)
-                    braked.append(t)
-            logs.append(log_norm)
-            lr *= np.exp(change)
-            brake = max(0.95 * brake, excess)
+            lr = rule.next_lr(lr, t, dot(g, discounted), np.sqrt(dot(g, g)), np.sqrt(dot(discounted, discounted)))
         d = direction.send(g)
         d = [x + weight_decay * p for x, p in zip(d, parameters, strict=True)]
         if t == 1 and first_lr is None:
-            lr = first = 1e-4 * np.sqrt(dot(parameters, parameters)) / np.sqrt(dot(d, d))
+            lr = rule.first = 1e-4 * np.sqrt(dot(parameters, parameters)) / np.sqrt(dot(d, d))
         mu = 1 - 1 / max(300.0, t / 2)
         discounted = [mu * s + x for s, x in zip(discounted, d, strict=True)] if discounted else d
-        used = lr * np.exp(-brake)
+        used = lr * np.exp(-rule.brake)
         parameters = [p - used * x for p, x in zip(parameters, d, strict=True)]
         lrs.append(float(used))
-    return lrs, parameters, braked
+    return lrs, parameters, rule.braked
+
+
+class Tuned:
+    """An optimizer with any parameter groups, tuned: written from the docstrings of HypergradientLR and its rules.
+
+    Beside its numbers are the sizes of what they were summed from: rounding is relative to those, where sums cancel.
+
+    Args:
+        method: As in :func:`directions`.
+        settings: As in :func:`directions`, and ``maximize``, and ``decoupled`` for a weight decay as in AdamW.
+        groups: The rate and the weight decay of each parameter group.
+        values: The parameters, by group and place in it.
+        arguments: Those of HypergradientLR.
+    """
+
+    def __init__(
+        self,
+        method: str,
+        settings: dict[str, Any],
+        groups: Sequence[tuple[float, float]],
+        values: dict[tuple[int, int], Array],
+        arguments: dict[str, Any],
+    ) -> None:
+        self.values = values
+        self.sizes = {key: float(np.max(np.abs(x), initial=0.0)) for key, x in values.items()}
+        self.lrs = [lr for lr, _ in groups]
+        everything = range(len(groups))
+        self.scopes = [[i] for i in everything] if arguments["scope"] == "group" else [list(everything)]
+        self.alphas = [max(self.lrs[i] for i in members) for members in self.scopes]
+        self.ratios = [  # of the groups' rates to those of their scopes
+            self.lrs[i] / alpha if alpha else 1.0
+            for members, alpha in zip(self.scopes, self.alphas, strict=True)
+            for i in members
+        ]
+        self.steps = 0
+        self.seen: list[tuple[float, float, float] | None] = [None] * len(self.scopes)  # h, ‖g‖, ‖d‖
+        self.seen_sizes = [(0.0, 0.0, 0.0)] * len(self.scopes)
+        self._method, self._settings, self._decays = method, settings, [decay for _, decay in groups]
+        self._rule, self._beta = arguments["rule"], arguments.get("hypergrad_lr", 0.0)
+        self._low = -np.inf if arguments["min_lr"] is None else arguments["min_lr"]
+        self._high = np.inf if arguments["max_lr"] is None else arguments["max_lr"]
+        self._autos = [AutoRule() for _ in self.scopes]
+        self._started = [self._rule != "auto" for _ in self.scopes]
+        self._directions: dict[tuple[int, int], Generator[list[Array], list[Array], None]] = {}
+        self._last: dict[tuple[int, int], Array] = {}  # d_{t-1}, or D_{t-1}, as the groups' rates follow their scopes'
+        self._lengths = [0.0] * len(self.scopes)  # the longest that it has been
+        self._errors = [0.0] * len(self.scopes)
+
+    def error(self, i: int) -> float:
+        """By how much a group's rate is off, per relative error in what the observations were summed from."""
+        s = i if len(self.scopes) > 1 else 0
+        return self.ratios[i] * self._errors[s] * (1.0 if self._rule == "additive" else self.alphas[s])
+
+    def step(self, gradients: dict[tuple[int, int], Array]) -> None:
+        """One step; none where there is no gradient at all."""
+        if not gradients:
+            return
+        self.steps += 1
+        sign = -1.0 if self._settings.get("maximize") else 1.0
+        decays = {key: self._decays[key[0]] * self.values[key] for key in gradients}
+        coupled = 0.0 if self._settings.get("decoupled") else 1.0
+        g = {key: sign * x + coupled * decays[key] for key, x in gradients.items()}
+        for s, members in enumerate(self.scopes):
+            self._observe(s, {key: x for key, x in g.items() if key[0] in members})
+        d = {key: self._direction(key, x) + (1 - coupled) * decays[key] for key, x in g.items()}
+        moved = set(d)
+        for s, members in enumerate(self.scopes):
+            moving = {key for key in d if key[0] in members and self.ratios[key[0]]}
+            if self._started[s]:
+                continue
+            if any(gradients[key].any() for key in moving):
+                self._start(s, {key: self.ratios[key[0]] * d[key] for key in moving})
+            else:
+                moved -= moving
+        self._move({key: d[key] for key in d if key in moved})
+
+    def _direction(self, key: tuple[int, int], g: Array) -> Array:
+        if key not in self._directions:
+            self._directions[key] = directions(self._method, self._settings)
+            next(self._directions[key])
+        (d,) = self._directions[key].send([g])
+        return np.asarray(d)
+
+    def _observe(self, s: int, g: dict[tuple[int, int], Array]) -> None:
+        """The next α of a scope."""
+        known = [key for key in g if key in self._last]
+        self.seen[s] = None
+        if known:
+            product = dot([g[key] for key in known], [self._last[key] for key in known])
+            g_norm, d_norm = norm(g.values()), norm(self._last[key] for key in known)
+            g_size = g_norm + sum(self._decays[key[0]] * self.sizes[key] * g[key].size for key in g)
+            size = g_size * self._lengths[s]
+            self.seen[s], self.seen_sizes[s] = (-product, g_norm, d_norm), (size, g_size, self._lengths[s])
+            cosine, cosine_error = (x / (g_norm * d_norm or 1.0) for x in (product, size))
+            if self._rule == "additive":
+                self.alphas[s] += self._beta * product
+                self._errors[s] += self._beta * size
+            elif self._rule == "multiplicative":
+                self.alphas[s] *= 1 + self._beta * cosine
+                self._errors[s] += self._beta * cosine_error
+            else:
+                self.alphas[s] = self._autos[s].next_lr(self.alphas[s], self.steps, product, g_norm, d_norm)
+                self._errors[s] += self._autos[s].slope * cosine_error
+        self._clamp(s)
+
+    def _clamp(self, s: int) -> None:
+        """No further out than where all groups are clamped."""
+        ratios = [self.ratios[i] for i in self.scopes[s] if self.ratios[i]]
+        low, high = min(self._low / ratio for ratio in ratios), max(self._high / ratio for ratio in ratios)
+        self.alphas[s] = min(max(self.alphas[s], low), high)
+
+    def _start(self, s: int, d: dict[tuple[int, int], Array]) -> None:
+        if length := norm(d.values()):
+            self._autos[s].first = self.alphas[s] = 1e-4 * (norm(self.values[key] for key in d) or 1.0) / length
+            self._clamp(s)
+            self._started[s] = True
+
+    def _move(self, d: dict[tuple[int, int], Array]) -> None:
+        weights = list(self.ratios)
+        for s, members in enumerate(self.scopes):
+            free = {i: self.ratios[i] * self.alphas[s] * np.exp(-self._autos[s].brake) for i in members}
+            within = [i for i in members if self.ratios[i] and self._low <= free[i] <= self._high]
+            for i in members:
+                self.lrs[i] = min(max(free[i], self._low), self._high) if self.ratios[i] else 0.0
+                weights[i] = self.ratios[i] if i in within or not within else 0.0
+        mu = 1 - 1 / max(300.0, self.steps / 2)
+        self._last = {key: mu * x for key, x in self._last.items()} if self._rule == "auto" else {}
+        for key, x in d.items():
+            i = key[0]
+            self.values[key] = self.values[key] - self.lrs[i] * x
+            self._last[key] = self._last.get(key, np.zeros_like(x)) + weights[i] * x
+            largest, longest = (float(np.max(np.abs(y), initial=0.0)) for y in (self.values[key], x))
+            self.sizes[key] = max(self.sizes[key], largest) + (abs(self.lrs[i]) + abs(self.error(i))) * longest
+        for s, members in enumerate(self.scopes):
+            length = norm(x for key, x in self._last.items() if key[0] in members)
+            self._lengths[s] = max(self._lengths[s], length)
 
 
 def torch_network() -> nn.Sequential:

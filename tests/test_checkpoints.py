@@ -112,9 +112,9 @@ class Training:
 def differences(a: Any, b: Any) -> int:
     """How many tensors and numbers of two states are not equal bit for bit."""
     if isinstance(a, dict):
-        return (a.keys() != b.keys()) + sum(differences(a[key], b[key]) for key in a.keys() & b.keys())
+        return int(a.keys() != b.keys()) + sum(differences(a[key], b[key]) for key in a.keys() & b.keys())
     if isinstance(a, (list, tuple)):
-        return (len(a) != len(b)) + sum(map(differences, a, b))
+        return int(len(a) != len(b)) + sum(map(differences, a, b))
     if isinstance(a, Tensor):
         return int(a.dtype != b.dtype or not torch.equal(a, b))
     return int(a != b)
@@ -224,10 +224,11 @@ def test_a_checkpoint_of_a_training_without_the_callback_is_a_fresh_start_that_i
     assert hd.lrs["lr-SGD"][0] == 0.01
 
 
-def test_a_damaged_state_is_named(tmp_path: Path) -> None:
+def test_a_damaged_state_is_named() -> None:
+    damaged: Any
     for damaged in ([], {"optimizers": {}}, {"engines": []}):
         with pytest.raises(ValueError, match="the checkpoint's state of HypergradientDescent is damaged"):
-            HypergradientDescent().load_state_dict(damaged)  # type: ignore[arg-type]
+            HypergradientDescent().load_state_dict(damaged)
 
 
 # ---------------------------------------------------------------------- tensors without their numbers, and otherwise

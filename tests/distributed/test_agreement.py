@@ -31,7 +31,7 @@ class Way(NamedTuple):
     """A way to train, and how it places parameters."""
 
     kind: Kind
-    count: int
+    processes: int
     width: int
     cases: list[Case]
     placements: set[str]
@@ -53,17 +53,17 @@ def train_ways(ways: list[Way]) -> list[dict[Case, Trained]]:
 
 
 @functools.cache
-def trained_by(count: int) -> list[Any]:
+def trained_by(processes: int) -> list[Any]:
     """What each rank made of each way with that many processes, which are started once for all of them."""
-    return run(train_ways, count, [way for way in WAYS if way.count == count])
+    return run(train_ways, processes, [way for way in WAYS if way.processes == processes])
 
 
-@pytest.mark.parametrize("way", WAYS, ids=lambda way: f"{way.kind}-{way.count}")
+@pytest.mark.parametrize("way", WAYS, ids=lambda way: f"{way.kind}-{way.processes}")
 def test_many_processes_tune_as_one_does(way: Way) -> None:
-    ranks = trained_by(way.count)
+    ranks = trained_by(way.processes)
     for rank in ranks:
         assert not isinstance(rank, Exception), rank
-    place = [other for other in WAYS if other.count == way.count].index(way)
+    place = [other for other in WAYS if other.processes == way.processes].index(way)
     lrs = [{case: trained.lrs for case, trained in rank[place].items()} for rank in ranks]
     assert all(own == lrs[0] for own in lrs), "bit for bit"
     for case, trained in ranks[0][place].items():

@@ -1,0 +1,174 @@
+"""Every scheduler of torch beside the callback: its values stay its own, and times the scale they are the rates."""
+
+import inspect
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import pytest
+from lightning.pytorch import Callback, Trainer
+from torch import Tensor, nn
+from torch.optim import SGD, Optimizer, lr_scheduler
+from torch.optim.swa_utils import SWALR
+
+from lightning_hd import HypergradientDescent, HypergradientLR
+from tests import reference
+from tests.test_callback import Reference, make_trainer
+
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:.*does not have many workers.*"),
+    pytest.mark.filterwarnings("ignore:.*isinstance.treespec, LeafSpec.*"),
+    pytest.mark.filterwarnings("ignore:.*The epoch parameter in `scheduler.step.*"),  # torch's own, in SequentialLR
+]
+
+EPOCHS, EPOCH = 5, 4
+
+RULES = ["auto", "additive", "multiplicative"]
+
+SCHEDULERS = [
+    cls
+    for name in lr_scheduler.__all__
+    if inspect.isclass(cls := getattr(lr_scheduler, name)) and cls is not lr_scheduler.LRScheduler
+] + [SWALR]
+
+ARGUMENTS: dict[str, Callable[[Optimizer], dict[str, Any]]] = {
+    "ChainedScheduler": lambda optimizer: {
+        "schedulers": [lr_scheduler.LinearLR(optimizer, 0.5), lr_scheduler.ExponentialLR(optimizer, 0.9)]
+    },
+    "ConstantLR": lambda _: {"total_iters": 3},
+    "CosineAnnealingLR": lambda _: {"T_max": 5},
+    "CosineAnnealingWarmRestarts": lambda _: {"T_0": 3},
+    "CyclicLR": lambda _: {"base_lr": [0.01, 0.02], "max_lr": [0.03, 0.1], "step_size_up": 3},
+    "ExponentialLR": lambda _: {"gamma": 0.9},
+    "LambdaLR": lambda _: {"lr_lambda": [lambda n: min(1.0, n / 3), lambda n: min(1.0, n / 5)]},
+    "MultiStepLR": lambda _: {"milestones": [2, 3]},
+    "MultiplicativeLR": lambda _: {"lr_lambda": lambda n: 1 - 1 / (n + 2)},
+    "OneCycleLR": lambda _: {"max_lr": [0.03, 0.1], "total_steps": EPOCHS * EPOCH},
+    "ReduceLROnPlateau": lambda _: {"patience": 1, "factor": 0.5},
+    "SWALR": lambda _: {"swa_lr": 0.005, "anneal_epochs": 4},
+    "SequentialLR": lambda optimizer: {
+        "schedulers": [lr_scheduler.LinearLR(optimizer, total_iters=2), lr_scheduler.StepLR(optimizer, 2)],
+        "milestones": [2],
+    },
+    "StepLR": lambda _: {"step_size": 3},
+}
+"""Those that a scheduler needs, and some for its values to change within so few steps, by the name of its class."""
+
+
+def build(cls: Any, optimizer: Optimizer) -> Any:
+    parameters = inspect.signature(cls).parameters
+    arguments = ARGUMENTS.get(cls.__name__, lambda _: {})(optimizer)
+    if "optimizer" in parameters:
+        arguments["optimizer"] = optimizer
+    missing = [name for name, p in parameters.items() if p.default is p.empty and name not in arguments]
+    assert not missing, f"{cls.__name__} needs {', '.join(missing)}: write what they are into ARGUMENTS of this file"
+    return cls(**arguments)
+
+
+def two_groups(network: nn.Module) -> Optimizer:
+    p = list(network.parameters())
+    return SGD([{"params": p[:2], "lr": 0.01}, {"params": p[2:], "lr": 0.02}], momentum=0.9)
+
+
+@dataclass
+class Run:
+    """What was seen in each step, for each group: before it, and the engine's numbers after it."""
+
+    scheduled: list[list[float]] = field(default_factory=list)
+    last_lrs: list[list[float]] = field(default_factory=list)
+    momenta: list[list[float]] = field(default_factory=list)
+    lrs: list[list[float]] = field(default_factory=list)
+    scales: list[list[float]] = field(default_factory=list)
+
+    def before_step(self, optimizer: Optimizer, scheduler: Any) -> None:
+        self.scheduled.append([group["lr"] for group in optimizer.param_groups])
+        self.last_lrs.append(list(scheduler.get_last_lr()))
+        self.momenta.append([group["momentum"] for group in optimizer.param_groups])
+
+    def after_step(self, engine: HypergradientLR) -> None:
+        self.lrs.append(engine.lrs)
+        self.scales.append(engine.scales * (len(engine.lrs) // len(engine.scales)))
+
+    def check(self, alone: "Run") -> None:
+        assert (self.scheduled, self.last_lrs, self.momenta) == (alone.scheduled, alone.last_lrs, alone.momenta)
+        assert len(self.lrs) == EPOCHS * EPOCH
+        assert all(len({values[i] for values in self.scheduled}) > 1 for i in range(2)), "the schedule is no schedule"
+        for lrs, scheduled, scales in zip(self.lrs, self.scheduled, self.scales, strict=True):
+            assert lrs == pytest.approx([a * b for a, b in zip(scheduled, scales, strict=True)], rel=1e-12, abs=0)
+        assert all(abs(scale - 1) > 0.01 for scale in self.scales[-1])
+
+
+class Watch(Callback):
+    def __init__(self, hd: HypergradientDescent | None) -> None:
+        self.hd = hd
+        self.run = Run()
+
+    def on_train_batch_start(self, trainer: Trainer, *_: Any) -> None:
+        self.run.before_step(trainer.optimizers[0], trainer.lr_scheduler_configs[0].scheduler)
+
+    def on_train_batch_end(self, *_: Any) -> None:
+        if self.hd:
+            self.run.after_step(self.hd.engines[0])
+
+
+class Scheduled(Reference):
+    """The reference problem with two groups, a scheduler, and a metric for it that training does not change."""
+
+    def __init__(self, cls: Any, interval: str) -> None:
+        super().__init__()
+        self.cls, self.interval = cls, interval
+
+    def configure_optimizers(self) -> Any:
+        optimizer = two_groups(self.network)
+        config = {"scheduler": build(self.cls, optimizer), "interval": self.interval, "monitor": "metric"}
+        return {"optimizer": optimizer, "lr_scheduler": config}
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        self.log("metric", 1.0)
+        return super().training_step(batch, batch_idx)
+
+
+@pytest.mark.parametrize("interval", ["step", "epoch"])
+@pytest.mark.parametrize("cls", SCHEDULERS)
+def test_schedulers_compose_in_a_trainer(tmp_path: Path, cls: Any, interval: str) -> None:
+    runs = []
+    for hd in (None, *map(HypergradientDescent, RULES)):
+        watch = Watch(hd)
+        make_trainer(tmp_path, *([hd, watch] if hd else [watch]), max_epochs=EPOCHS, limit_train_batches=EPOCH).fit(
+            Scheduled(cls, interval)
+        )
+        runs.append(watch.run)
+    for run in runs[1:]:
+        run.check(alone=runs[0])
+
+
+@pytest.mark.parametrize("scope", ["global", "group"])
+@pytest.mark.parametrize(("first", "every"), [("scheduler", 1), ("engine", EPOCH)])
+@pytest.mark.parametrize("cls", SCHEDULERS)
+def test_schedulers_compose_in_a_plain_loop(
+    cls: Any, first: str, every: int, scope: Literal["global", "group"]
+) -> None:
+    def train(rule: str | None) -> Run:
+        run, network = Run(), reference.torch_network()
+        optimizer = two_groups(network)
+        scheduler = build(cls, optimizer) if first == "scheduler" else None
+        engine = HypergradientLR(optimizer, rule, scope=scope) if rule else None
+        scheduler = scheduler or build(cls, optimizer)
+        plateau = isinstance(scheduler, lr_scheduler.ReduceLROnPlateau)
+        if engine and plateau:
+            engine.scheduled = True
+        for t, batch in enumerate(reference.torch_batches()[: EPOCHS * EPOCH], start=1):
+            run.before_step(optimizer, scheduler)
+            optimizer.zero_grad()
+            reference.torch_loss(network, *batch).backward()
+            optimizer.step()
+            if engine:
+                run.after_step(engine)
+            if t % every == 0:
+                scheduler.step(*[1.0] * plateau)
+        return run
+
+    alone = train(None)
+    for rule in RULES:
+        train(rule).check(alone)
