@@ -1,9 +1,9 @@
 """What the reduction over processes adds to a step.
 
-    python tests/benchmarks/scaling.py            # about three minutes on two cores
+    python tests/benchmarks/scaling.py            # about ten minutes on two cores, 12 GB
 
-Processes on this machine, over gloo, each with a copy of the parameters, take steps of Adam with the rule "auto":
-by turns with each alone, and with hypergradients summed over all of them. The table has the median time of a step of each
+Processes on this machine, over gloo, each with a copy of the parameters, take steps of Adam with the rule "auto": by
+turns with each alone, and with hypergradients summed over all of them. The table has the median time of a step of each
 kind, the difference, and that as a part of the step of a process alone; the collectives of a step and their bytes are
 counted by torch's profiler. With more processes than cores they wait for each other's turn, which counts as well.
 """
