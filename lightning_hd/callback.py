@@ -73,7 +73,7 @@ class HypergradientDescent(Callback):
 
     def __init__(
         self,
-        rule: str | Rule = "auto",
+        rule: Rule | str = "auto",  # in this order, for command lines: a class is tried first
         hypergrad_lr: float | None = None,
         scope: Literal["global", "group"] = "global",
         min_lr: float | None = 0.0,

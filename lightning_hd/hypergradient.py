@@ -168,7 +168,7 @@ class HypergradientLR:
     def __init__(
         self,
         optimizer: Optimizer,
-        rule: str | Rule = "auto",
+        rule: Rule | str = "auto",
         hypergrad_lr: float | None = None,
         scope: Literal["global", "group"] = "global",
         min_lr: float | None = 0.0,
@@ -250,13 +250,17 @@ class HypergradientLR:
         if not keep_state:
             self._drop_tensors()
 
-    def _drop_tensors(self) -> None:
+    def _drop_tensors(self) -> bool:
+        """Whether there were any but those that :meth:`_make_room` made."""
+        found = False
         for p, state in list(self.optimizer.state.items()):
             if isinstance(state, dict) and state.keys() & {DIRECTION, DISCOUNTED}:
-                state.pop(DIRECTION, None)
-                state.pop(DISCOUNTED, None)
+                for key in (DIRECTION, DISCOUNTED):
+                    tensor = state.pop(key, None)
+                    found |= tensor is not None and bool(local(tensor).any())
                 if not state:
                     del self.optimizer.state[p]
+        return found
 
     def state_dict(self) -> dict[str, Any]:
         """The learned scalars, as plain numbers; the tensors are in ``optimizer.state``, under keys ``hd_*``."""
@@ -467,8 +471,12 @@ class HypergradientLR:
             return
         for p in itertools.chain.from_iterable(with_gradient):
             check_gradient(p)
-        if not self.step_count:
-            self._drop_tensors()  # of another run: whoever goes on with it has loaded its step count as well
+        if not self.step_count and self._drop_tensors():  # whoever goes on with them has loaded the step count as well
+            self._warn(
+                "fresh start",
+                "the optimizer's state has directions of a former run, but load_state_dict() was not called: tuning "
+                "starts from the beginning",
+            )
         self._sync()
         self._compare()
         observations = self._observe()
@@ -795,7 +803,7 @@ class HypergradientLR:
 
 
 def check_arguments(
-    rule: str | Rule, hypergrad_lr: float | None, scope: str, min_lr: float | None, max_lr: float | None
+    rule: Rule | str, hypergrad_lr: float | None, scope: str, min_lr: float | None, max_lr: float | None
 ) -> tuple[Rule, float, float]:
     """The rule and the two clamps that are asked for, once all arguments are found to be in order.
 

@@ -427,7 +427,7 @@ class Multiplicative(_PaperRule):
 PAPER_RULES: dict[str, type[_PaperRule]] = {"additive": Additive, "multiplicative": Multiplicative}
 
 
-def make_rule(rule: str | Rule, hypergrad_lr: float | None) -> Rule:
+def make_rule(rule: Rule | str, hypergrad_lr: float | None) -> Rule:
     """The rule that the arguments of the public classes name.
 
     Raises:

@@ -123,7 +123,7 @@ def rows(heading: str) -> Iterator[list[str]]:
 
 
 def test_the_tests_that_the_readme_names_exist() -> None:
-    named = [cells for cells in rows("### What is tested")]
+    named = list(rows("### What is tested"))
     assert len(named) > 20
     for _, where in named:
         for path, names in re.findall(r"`([\w/]+\.py)::([\w*]+)`", where):
