@@ -57,15 +57,15 @@ def load_tensors(model: nn.Module, optimizer: Optimizer, prefix: str, folder: Pa
     own = set(_parameters(optimizer))
     tensors = {}
     for name, p in model.named_parameters():
-        path = (
-            f"{prefix}.state.{name.replace('_orig_mod.', '')}"  # torch.compile adds that, the checkpoint leaves it out
-        )
+        name = name.replace("_orig_mod.", "")  # torch.compile adds that, the checkpoint leaves it out
+        path = f"{prefix}.state.{name}"
         if p in own and f"{path}.{DIRECTION}" in saved:
             tensors[f"{path}.{DIRECTION}"] = optimizer.state[p][DIRECTION] = torch.zeros_like(p.detach())
         if p in own and f"{path}.{DISCOUNTED}" in saved:
             zeros = widen(torch.zeros_like(as_real(p.detach())))
             tensors[f"{path}.{DISCOUNTED}"] = optimizer.state[p][DISCOUNTED] = zeros
-    load(tensors, checkpoint_id=folder)  # in place
+    if tensors:
+        load(tensors, checkpoint_id=folder)  # in place
 
 
 def _parameters(optimizer: Optimizer) -> Iterator[Tensor]:

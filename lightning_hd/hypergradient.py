@@ -251,7 +251,7 @@ class HypergradientLR:
             self._drop_tensors()
 
     def _drop_tensors(self) -> bool:
-        """Whether there were any but those that :meth:`_make_room` made."""
+        """Remove the tensors of the engine; returns whether there were any but those that :meth:`_make_room` made."""
         found = False
         for p, state in list(self.optimizer.state.items()):
             if isinstance(state, dict) and state.keys() & {DIRECTION, DISCOUNTED}:
@@ -407,9 +407,11 @@ class HypergradientLR:
         """
         if self.step_count or not any(group.lr for group in self._rates.groups):
             return False
-        gradients = (p.grad for settings in self.optimizer.param_groups for p in settings["params"])
-        rates = map(get_lr, self.optimizer.param_groups)
-        return not any(rates) and not any(g is not None and bool(local(g).any()) for g in gradients)
+        if any(map(get_lr, self.optimizer.param_groups)):
+            return False
+        gradients = [p.grad for settings in self.optimizer.param_groups for p in settings["params"]]
+        nonzero = self._zeros(1) + sum(bool(local(g).any()) for g in gradients if g is not None)
+        return not self._ranks.sum(nonzero).item()
 
     def _make_room(self) -> None:
         """Make the tensors that are saved, where the optimizer has made its own state."""
