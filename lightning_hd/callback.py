@@ -11,7 +11,6 @@ from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import nn
 from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
-from torchmetrics import MeanMetric
 
 from lightning_hd.checkpoints import keep_tensors, load_tensors
 from lightning_hd.directions import check_optimizer
@@ -99,6 +98,7 @@ class HypergradientDescent(Callback):
         self._restored: list[dict[str, Any]] | None = None
         self._loading: list[RemovableHandle] = []
         self._pausing: list[RemovableHandle] = []
+        self._paused: list[bool] | None = None  # while a tuner searches: whether the engines were paused before
 
     @property
     def lrs(self) -> dict[str, list[float]]:
@@ -214,7 +214,7 @@ class HypergradientDescent(Callback):
 
     def __getstate__(self) -> dict[str, Any]:
         """A copy has the arguments, and no part in the training of the original."""
-        return {**vars(self), "engines": [], "_trackers": [], "_loading": [], "_pausing": []}
+        return {**vars(self), "engines": [], "_trackers": [], "_loading": [], "_pausing": [], "_paused": None}
 
     def _restore(self) -> None:
         if self._restored is None:
@@ -229,9 +229,15 @@ class HypergradientDescent(Callback):
         self._restored = None
 
     def _pause(self, trainer: Trainer, *_: Any) -> None:
-        paused = not any(callback is self for callback in trainer.callbacks)  # type: ignore[attr-defined]
-        for engine in self.engines:
-            engine.paused = paused
+        searching = not any(callback is self for callback in trainer.callbacks)  # type: ignore[attr-defined]
+        if searching and self._paused is None:
+            self._paused = [engine.paused for engine in self.engines]
+            for engine in self.engines:
+                engine.paused = True
+        elif not searching and self._paused is not None:
+            for engine, paused in zip(self.engines, self._paused, strict=True):
+                engine.paused = paused
+            self._paused = None
 
     def _end_loading(self) -> None:
         for handle in self._loading:
@@ -242,8 +248,8 @@ class HypergradientDescent(Callback):
         """Checkpoints may be written after training as well, so the engines' state stays."""
         for handle in self._pausing:
             handle.remove()
-        self._pausing = []
-        for engine, tracker in zip(self.engines, self._trackers, strict=False):
+        self._pausing, self._paused = [], None
+        for engine, tracker in zip(self.engines, self._trackers, strict=True):
             engine.detach(keep_state=True)
             tracker.detach()
 
@@ -255,19 +261,25 @@ class _Tracker:
         self._engine = engine
         self._name = name
         self._history: list[list[float]] = []
-        self._means: dict[tuple[str, int], MeanMetric] = {}
-        self._recorded = engine.step_count
+        self._sums: dict[tuple[str, int], tuple[float, int]] = {}  # with how many numbers were added
+        self._step_count = engine.step_count
         self.has_news = False
-        self._handle: RemovableHandle = engine.optimizer.register_step_post_hook(self.record)
+        self._handles: list[RemovableHandle] = [
+            engine.optimizer.register_step_pre_hook(self._begin),
+            engine.optimizer.register_step_post_hook(self._record),
+        ]
 
     def detach(self) -> None:
-        self._handle.remove()
+        for handle in self._handles:
+            handle.remove()
 
-    def record(self, *_: Any) -> None:
+    def _begin(self, *_: Any) -> None:
+        self._step_count = self._engine.step_count
+
+    def _record(self, *_: Any) -> None:
         """Called after every call of ``optimizer.step``, which need not have been a step of the engine."""
-        if self._engine.step_count == self._recorded:
+        if self._engine.step_count == self._step_count:
             return
-        self._recorded = self._engine.step_count
         self.has_news = True
         lrs = self._engine.lrs
         self._history.extend([] for _ in lrs[len(self._history) :])
@@ -277,8 +289,8 @@ class _Tracker:
             if seen is None or not all(map(math.isfinite, seen)):
                 continue
             for quantity, value in (("value", seen.hypergradient), ("cosine", seen.cosine)):
-                # Every rank sees the same numbers, so there is nothing to synchronize.
-                self._means.setdefault((quantity, i), MeanMetric(sync_on_compute=False)).update(value)
+                total, count = self._sums.get((quantity, i), (0.0, 0))
+                self._sums[quantity, i] = total + value, count + 1
 
     def history(self) -> list[tuple[str, list[float]]]:
         return list(zip(group_names(self._name, self._engine.optimizer), self._history, strict=False))
@@ -295,9 +307,9 @@ class _Tracker:
         metrics = self.lr_metrics()
         metrics |= {tag("scale", name): scale for name, scale in zip(names, scales, strict=False)}
         metrics |= {tag("brakes", name): float(n) for name, n in zip(names, self._engine.brakes, strict=False) if n}
-        for (quantity, i), mean in self._means.items():
-            metrics[tag(quantity, names[i])] = float(mean.compute())
-        self._means.clear()
+        for (quantity, i), (total, count) in self._sums.items():
+            metrics[tag(quantity, names[i])] = total / count
+        self._sums.clear()
         self.has_news = False
         return metrics
 

@@ -16,6 +16,7 @@ Adam-HD; the formulas of d in the documentation of ``torch.optim``.
 
 import inspect
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from typing import Any, ClassVar
 
@@ -64,8 +65,8 @@ class Direction(ABC):
     copies: ClassVar[bool] = False
     """Whether a copy of the parameter's size is needed, because the optimizer's own state does not hold ``d_t``."""
 
-    def keep(self, copy: Tensor, p: Tensor, g: Tensor) -> None:
-        """Before the update: write what will be needed after it into ``copy``."""
+    def keep(self, copy: Tensor, p: Tensor, gradient: Callable[[], Tensor]) -> None:
+        """Before the update: write what will be needed after it into ``copy``; ``gradient`` makes ``g_t``."""
         raise NotImplementedError(f"{type(self).__name__} keeps no copy")
 
     def settle(self, copy: Tensor, p: Tensor, state: dict[str, Any]) -> None:
@@ -97,9 +98,9 @@ class Gradient(Direction):
     decay: float = 0.0
     power: float = 0.0
 
-    def keep(self, copy: Tensor, p: Tensor, g: Tensor) -> None:
+    def keep(self, copy: Tensor, p: Tensor, gradient: Callable[[], Tensor]) -> None:
         """``g_t + λ θ_{t-1}``."""
-        copy.copy_(g)
+        copy.copy_(gradient())
         if self.decay:
             copy.add_(p, alpha=self.decay)
 
@@ -165,7 +166,7 @@ class Measured(Direction):
     copies: ClassVar[bool] = True
     lr: float
 
-    def keep(self, copy: Tensor, p: Tensor, g: Tensor) -> None:
+    def keep(self, copy: Tensor, p: Tensor, gradient: Callable[[], Tensor]) -> None:
         """``θ_{t-1}``."""
         copy.copy_(p)
 

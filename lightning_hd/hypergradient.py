@@ -1,14 +1,11 @@
 """HypergradientLR: attached to one torch optimizer; gradients and directions in, learning rate out."""
 
-import inspect
 import itertools
 import logging
 import math
 import warnings
-import weakref
-from collections.abc import Callable
 from dataclasses import dataclass, field
-from types import FrameType
+from functools import partial
 from typing import Any, Literal
 
 import torch
@@ -31,20 +28,15 @@ from lightning_hd.directions import (
     objective_gradient,
     unwrap,
 )
+from lightning_hd.hooks import StepHooks
 from lightning_hd.rates import Rates, Scope, get_lr, set_lr
 from lightning_hd.reduction import Ranks, as_real, local, products, shards, squared_norm, totals, widen
 from lightning_hd.rules import Observation, Rule, check_number, make_rule
-
-_PROBE = 2.0**-6
-"""The rate of a step whose direction is wanted before its rate is known, or where the rate is 0. A power of two, so
-that dividing by it is exact; small enough for every optimizer to be linear, large enough not to vanish in rounding."""
 
 _LARGEST = torch.finfo(torch.float32).max
 """The largest rate that torch multiplies with."""
 
 _log = logging.getLogger(__name__)
-
-_attached: "weakref.WeakSet[Optimizer]" = weakref.WeakSet()
 
 
 @dataclass
@@ -64,7 +56,7 @@ class _GroupStep:
     weight: float
     direction: Direction
     moved: list[Tensor]
-    probed: bool  # the step is taken at the rate of the probe, and rescaled afterwards
+    probed: bool  # the step is taken at a rate for trial, and rescaled afterwards
     discount: float  # μ_t, for a rule with a long horizon
 
 
@@ -72,10 +64,12 @@ class _GroupStep:
 class _Step:
     """One call of ``optimizer.step``, from when the gradients are there until the parameters have moved."""
 
-    rates: list[tuple[float, float]]  # α_t and γ_t of each scope
-    observations: list[Observation | None]
     rules: list[dict[str, Any]]  # what the rules held before
     restore: list[float]  # what param_groups[i]["lr"] held before
+    observations: list[Observation | None] = field(default_factory=list)
+    has_gradient: list[bool] = field(default_factory=list)  # whether a parameter of the scope has one, on any rank
+    rates: list[tuple[float, float]] = field(default_factory=list)  # α_t and γ_t of each scope
+    finite: bool = True
     groups: list[_GroupStep] = field(default_factory=list)
     kept: dict[Tensor, Tensor] = field(default_factory=dict)  # what the directions need once the update is done
     before: dict[Tensor, Tensor] = field(default_factory=dict)  # θ_{t-1}, for probed groups
@@ -99,7 +93,8 @@ class HypergradientLR:
     ``g_t`` is the gradient that the optimizer sees: after clipping and unscaling, with L2 (coupled) weight decay, with
     its sign flipped under ``maximize=True``. (Step hooks run in the order in which they are registered: one that
     changes gradients must come before this.) Parameters that have no gradient in a step contribute nothing, and a step
-    without any gradient is none.
+    without any gradient is none; nor is a first one at a rate of 0 with gradients of 0, by which
+    ``torch.distributed.checkpoint`` has an optimizer make its state.
 
     With a learning-rate scheduler, the effective rate is the scheduler's value times the learned scale, and
     ``param_groups[i]["lr"]`` holds the scheduler's own value between steps; ``α`` is then the scale times the highest
@@ -131,7 +126,8 @@ class HypergradientLR:
         optimizer: The optimizer.
         scope: ``"global"`` or ``"group"``.
         lrs: The effective learning rate of each parameter group.
-        scales: The learned scale of each scope: its rate over the configured one.
+        scales: The learned scale of each scope: its effective rate over the configured or, with a scheduler, the
+            scheduled one (over 1 where it is configured at 0).
         last: What the last step told (:class:`~lightning_hd.Observation`), for each scope.
         step_count: Number of optimizer steps since it was built (or since the run whose state was loaded began).
         brakes: How often the rule of each scope has backed off from an overshoot. Each time is told to the logger
@@ -184,13 +180,13 @@ class HypergradientLR:
         self.step_count = 0
         self.nonfinite_steps = 0
         self.paused = False
-        self._check_free()
         self._rates = Rates(self.optimizer, self._rule, scope, low, high)
         self._last = [_Last() for _ in self._rates.groups]
-        self._step_frame: FrameType | None = None
         self._step: _Step | None = None
+        self._dry = False
         self._warned: set[str] = set()
-        self._handles: list[RemovableHandle] = []
+        self._hooks: StepHooks | None = None
+        self._loading: list[RemovableHandle] = []
         self._attach()
 
     # ------------------------------------------------------------------ what others read
@@ -203,7 +199,7 @@ class HypergradientLR:
 
     @property
     def scales(self) -> list[float]:
-        """The learned scale of each scope: its last rate over the configured one (over 1 where that is 0)."""
+        """The learned scale of each scope: the effective rate over the configured or scheduled one."""
         return [scope.scale for scope in self._rates.scopes]
 
     @property
@@ -231,7 +227,7 @@ class HypergradientLR:
     @property
     def attached(self) -> bool:
         """Whether the optimizer is being tuned: from the beginning until :meth:`detach`."""
-        return bool(self._handles)
+        return self._hooks is not None
 
     def detach(self, *, keep_state: bool = False) -> None:
         """Remove every hook and buffer, and leave the optimizer as any other.
@@ -243,10 +239,12 @@ class HypergradientLR:
             keep_state: Leave the ``hd_*`` tensors in ``optimizer.state``, for a checkpoint that is written later.
         """
         self._abandon_step()
-        for handle in self._handles:
+        if self._hooks is not None:
+            self._hooks.remove()
+        self._hooks = None
+        for handle in self._loading:
             handle.remove()
-        self._handles = []
-        _attached.discard(self.optimizer)
+        self._loading = []
         if not keep_state:
             self._drop_tensors()
 
@@ -314,100 +312,62 @@ class HypergradientLR:
         self._last, self.step_count, self.nonfinite_steps = last, step_count, nonfinite_steps
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**vars(self), "_handles": bool(self._handles), "_step": None, "_step_frame": None}
+        return {**vars(self), "_hooks": self.attached, "_loading": [], "_step": None}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        attached = state.pop("_handles")
-        vars(self).update(state, _handles=[])
+        attached = state.pop("_hooks")
+        vars(self).update(state, _hooks=None)
         if attached:  # torch leaves the hooks behind when it copies an optimizer
-            self._check_free()
             self._attach()
 
-    def _check_free(self) -> None:
-        if self.optimizer in _attached:
-            raise RuntimeError(
-                f"this {type(self.optimizer).__name__} has a HypergradientLR (or a HypergradientDescent callback) "
-                "already: use one, or detach() the first"
-            )
-
     def _attach(self) -> None:
-        self._handles = [
-            self.optimizer.register_step_pre_hook(self._before_step),
-            self.optimizer.register_step_post_hook(self._after_step),
-            *keep_tensors(self.optimizer),
-        ]
-        _attached.add(self.optimizer)
+        self._hooks = StepHooks(self.optimizer, self._begin, self._prepare, self._finish)
+        self._loading = keep_tensors(self.optimizer)
 
-    # ------------------------------------------------------------------ the optimizer's step hooks
+    # ------------------------------------------------------------------ one step
 
-    def _before_step(
-        self,
-        optimizer: Optimizer,
-        args: tuple[Any, ...],
-        kwargs: dict[str, Any],
-    ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
-        """Pre-hook: tune now where the gradients are there, or right after the closure that computes them."""
-        caller = _calling_frame()
-        if self._step_frame is not None and _is_within(caller, self._step_frame):
-            return None  # a subclass's step calls its parent's: one step, not two
+    def _begin(self) -> bool:
+        """A step begins: whether it is to be tuned."""
         self._abandon_step()
+        self._dry = False
         if self.paused:
             for last in self._last:
                 last.moved = set()  # it is not known what this step does to their directions
-            return None
-        self._step_frame = caller
-        closure = args[1] if len(args) > 1 else kwargs.get("closure")
-        if not callable(closure):
-            self._tune()
-            return None
-        if len(args) > 1:
-            return (args[0], self._wrap(closure), *args[2:]), kwargs
-        return args, {**kwargs, "closure": self._wrap(closure)}
-
-    def _wrap(self, closure: Callable[[], Any]) -> Callable[[], Any]:
-        before = self._versions()
-
-        def tune_after_backward() -> Any:
-            if self._step is not None:  # an optimizer that evaluates its closure twice is tuned once
-                return closure()
-            if self._versions() != before:
-                raise TypeError(
-                    f"{type(self.optimizer).__name__} moves the parameters before it evaluates its closure, so that "
-                    "its step cannot be measured: it is not supported"
-                )
-            try:
-                loss = closure()
-            except BaseException:
-                self._step_frame = None  # it would keep the caller's variables alive
-                raise
-            self._tune()
-            return loss
-
-        return tune_after_backward
-
-    def _versions(self) -> list[int]:
-        """How often each parameter was written to: torch has no public name for the counter that autograd keeps."""
-        return [p._version for settings in self.optimizer.param_groups for p in settings["params"]]
-
-    def _after_step(self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        """Post-hook: runs only when the step really happened."""
-        if _calling_frame() is not self._step_frame:
-            return
-        self._step_frame = None
-        if self._step is not None:
-            self._finish(self._step)
-            self._step = None
-        elif self._is_initialization():
-            self._make_room()
-
-    def _is_initialization(self) -> bool:
-        """Whether this is no step of a training: all rates were set to 0 for the first one, and all gradients are 0.
-
-        ``torch.distributed.checkpoint`` makes the state of a fresh optimizer so, to load a checkpoint into it.
-        """
-        if self.step_count or not any(group.lr for group in self._rates.groups):
             return False
-        if any(map(get_lr, self.optimizer.param_groups)):
+        return True
+
+    @torch.no_grad()
+    def _prepare(self) -> bool:
+        """The gradients are there: prepare the update, or leave all as it was. Returns which."""
+        if not self.step_count:
+            self._rates.check()
+        self._compare()
+        # A fused optimizer under a GradScaler unscales inside of its step, and skips it where an inf was found: the
+        # scaler tells it so by these two attributes, which exist during the step only.
+        found_inf = getattr(self.optimizer, "found_inf", None)
+        if found_inf is not None and float(found_inf) != 0:
+            return False
+        self._dry = self._is_dry()
+        with_gradient = [
+            [p for p in settings["params"] if p.grad is not None] for settings in self.optimizer.param_groups
+        ]
+        if self._dry or not any(with_gradient):
+            return False
+        for p in itertools.chain.from_iterable(with_gradient):
+            check_gradient(p)
+        try:
+            self._tune(with_gradient)
+        except BaseException:
+            self._abandon_step()
+            raise
+        return True
+
+    def _is_dry(self) -> bool:
+        """Whether this is the dry step by which ``torch.distributed.checkpoint`` makes a fresh optimizer's state.
+
+        That is before the first step, with all rates and all gradients set to 0.
+        """
+        if self.step_count or any(map(get_lr, self.optimizer.param_groups)):
             return False
         gradients = [p.grad for settings in self.optimizer.param_groups for p in settings["params"]]
         nonzero = self._zeros(1) + sum(bool(local(g).any()) for g in gradients if g is not None)
@@ -425,7 +385,6 @@ class HypergradientLR:
 
     def _abandon_step(self) -> None:
         """Forget a step that began and raised: the rate stays as it was, and the next step has no last direction."""
-        self._step_frame = None
         step, self._step = self._step, None
         if step is None:
             return
@@ -444,35 +403,9 @@ class HypergradientLR:
                     "off from here on",
                 )
 
-    # ------------------------------------------------------------------ one step
-
-    @torch.compiler.disable  # type: ignore[untyped-decorator]  # torch's
-    @torch.no_grad()
-    def _tune(self) -> None:
-        """The gradients are there: prepare the update, or leave all as it was."""
-        try:
-            self._prepare()
-        except BaseException:
-            self._abandon_step()
-            raise
-
-    def _prepare(self) -> None:
+    def _tune(self, with_gradient: list[list[Tensor]]) -> None:
         """Observe, set the rates, keep what the directions will need."""
-        # A fused optimizer under a GradScaler unscales inside of its step, and skips it where an inf was found: the
-        # scaler tells it so by these two attributes, which exist during the step only.
-        found_inf = getattr(self.optimizer, "found_inf", None)
-        if found_inf is not None and float(found_inf) != 0:
-            return
-        if not self.step_count:
-            self._rates.check()
-        if self._is_initialization():
-            return
         groups = self.optimizer.param_groups
-        with_gradient = [[p for p in settings["params"] if p.grad is not None] for settings in groups]
-        if not any(with_gradient):
-            return
-        for p in itertools.chain.from_iterable(with_gradient):
-            check_gradient(p)
         if not self.step_count and self._drop_tensors():  # whoever goes on with them has loaded the step count as well
             self._warn(
                 "fresh start",
@@ -480,18 +413,17 @@ class HypergradientLR:
                 "starts from the beginning",
             )
         self._sync()
-        self._compare()
-        observations = self._observe()
         rules = [scope.rule.state_dict() for scope in self._rates.scopes]
-        rates = [self._next_rate(i, seen) for i, seen in enumerate(observations)]
+        step = self._step = _Step(rules, restore=[get_lr(settings) for settings in groups])
+        self._observe(step)
+        step.rates = [self._next_rate(step, i) for i in range(len(self._rates.scopes))]
         if self._rates.under_schedule and all(scope.from_zero for scope in self._rates.scopes):
             self._warn(
                 "zero schedule",
                 "the scheduled learning rate is 0, and no scale changes that: unless it rises, nothing is learned",
             )
-        self._step = _Step(rates, observations, rules, restore=[get_lr(settings) for settings in groups])
-        for i, (lr, weight) in enumerate(self._rates.effective([used for _, used in rates])):
-            self._set_out(self._step, i, with_gradient[i], lr, weight)
+        for i, (lr, weight) in enumerate(self._rates.effective([used for _, used in step.rates])):
+            self._set_out(step, i, with_gradient[i], lr, weight)
 
     def _sync(self) -> None:
         self._rates.sync()
@@ -506,7 +438,7 @@ class HypergradientLR:
             "rule": (type(self._rule).__name__, _constants(self._rule)),
             "scope": self.scope,
             "step_count": self.step_count,
-            "lrs": self.lrs,
+            "lrs": [get_lr(settings) for settings in self.optimizer.param_groups],
             "shapes of parameters": [
                 [tuple(p.shape) for p in settings["params"]] for settings in self.optimizer.param_groups
             ],
@@ -534,32 +466,35 @@ class HypergradientLR:
                 f"processes differ: {everyone}"
             )
 
-    def _observe(self) -> list[Observation | None]:
+    def _observe(self, step: _Step) -> None:
         """The hypergradient of each scope, from the last step's directions and this step's gradients."""
         sums = torch.stack([self._sums(i) for i in range(len(self._rates.scopes))])
-        observations: list[Observation | None] = []
-        for scope, (dot, g_squared, d_squared, known, vanished) in zip(
+        for scope, (dot, g_squared, d_squared, has_gradient, known, measured) in zip(
             self._rates.scopes, self._ranks.sum(sums).tolist(), strict=True
         ):
-            if not known:
-                observations.append(None)
-                continue
-            if vanished and d_squared == 0 < g_squared and (scope.last is None or scope.last.grad_norm > 0):
-                self._warn(
-                    "vanished step",
-                    "the last step vanished in the rounding of the parameters, so its direction is unknown and the "
-                    "learning rate stays as it is: start from a larger one, or from 0",
-                )
-            observations.append(Observation(-dot, math.sqrt(g_squared), math.sqrt(d_squared)))
-        return observations
+            step.has_gradient.append(bool(has_gradient))
+            step.observations.append(Observation(-dot, math.sqrt(g_squared), math.sqrt(d_squared)) if known else None)
+            if known and measured and d_squared == 0 < g_squared and (scope.last is None or scope.last.grad_norm > 0):
+                if scope.on_trial:
+                    scope.enlarge_trial()
+                else:
+                    self._warn(
+                        "vanished step",
+                        "the last step vanished in the rounding of the parameters, so its direction is unknown and the "
+                        "learning rate stays as it is: start from a larger one, or from 0",
+                    )
 
     def _sums(self, scope: int) -> Tensor:
-        """This rank's part of one scope: ``g·d``, ``‖g‖²``, ``‖d‖²``, and whether a ``d`` is known, was measured."""
+        """This rank's part of one scope, of shape (6,).
+
+        ``g·d``, ``‖g‖²``, ``‖d‖²``, and whether there is a ``g``, a ``d`` is known, and was measured where there was a
+        step.
+        """
         parts, weights, copies = [], [], []
-        known = vanished = False
+        known = measured = False
         for i in self._rates.members(scope):
             last, settings = self._last[i], self.optimizer.param_groups[i]
-            vanished |= isinstance(last.direction, Measured) and last.direction.lr * last.weight != 0
+            measured |= isinstance(last.direction, Measured) and last.direction.lr * last.weight != 0
             for p in settings["params"]:
                 if p.grad is not None:
                     d = self._last_direction(last, p)
@@ -567,9 +502,10 @@ class HypergradientLR:
                     parts.append(products(self._gradient(settings, p), d))
                     weights.append(1.0 if self._rule.long_horizon else last.weight)
                     copies.append(self._copies(p))
-        sums = self._zeros(5)
+        sums = self._zeros(6)
         if parts:
-            sums += torch.cat([totals(parts, weights, copies), parts[0].new_tensor([known, vanished])]).to(sums.device)
+            flags = parts[0].new_tensor([True, known, measured])
+            sums += torch.cat([totals(parts, weights, copies), flags]).to(sums.device)
         return sums
 
     def _zeros(self, size: int) -> Tensor:
@@ -608,29 +544,29 @@ class HypergradientLR:
             g = g.redistribute(placements=p.placements)
         return g
 
-    def _next_rate(self, index: int, seen: Observation | None) -> tuple[float, float]:
-        """``α_t`` and ``γ_t``; the last ones where a number is not finite."""
-        scope, step = self._rates.scopes[index], self.step_count + 1
+    def _next_rate(self, step: _Step, index: int) -> tuple[float, float]:
+        """``α_t`` and ``γ_t`` of a scope; the last ones where a number is not finite."""
+        scope, seen, number = self._rates.scopes[index], step.observations[index], self.step_count + 1
         lr = scope.lr
         finite = seen is None or all(map(math.isfinite, seen))
         brakes = scope.rule.brakes
         if seen is not None and finite:
-            lr = _returned(scope.rule.update(lr, seen, step), scope.rule, "update")
+            lr = _returned(scope.rule.update(lr, seen, number), scope.rule, "update")
         lr *= self._rates.follow_schedule(index)
         if not finite:
             self._forget(index, seen)
-            return self._stay(scope, f"(hypergradient, ‖g‖, ‖d‖) = {tuple(seen or ())}")
+            return self._stay(step, scope, f"(hypergradient, ‖g‖, ‖d‖) = {tuple(seen or ())}")
         if abs(lr) <= _LARGEST:
             lr = self._rates.clamp(index, lr)
-            used = _returned(scope.rule.used(lr, step), scope.rule, "used")
+            used = _returned(scope.rule.used(lr, number), scope.rule, "used")
             if abs(used) <= _LARGEST:
                 if seen is not None and scope.rule.brakes > brakes:
                     self._tell_of_brake(seen, scope.used, used)
                 return lr, used
-        return self._stay(scope, f"the rate that {type(scope.rule).__name__} made of {seen}")
+        return self._stay(step, scope, f"the rate that {type(scope.rule).__name__} made of {seen}")
 
     def _tell_of_brake(self, seen: Observation, before: float, after: float) -> None:
-        if _is_rank_zero():
+        if self._ranks.is_first:
             _log.info(
                 "HypergradientLR(%s): step %d: the gradient's norm leapt to %.3g, so the learning rate backs off from "
                 "%.3g to %.3g",
@@ -644,8 +580,8 @@ class HypergradientLR:
                 for p in self.optimizer.param_groups[i]["params"]:
                     self.optimizer.state.get(p, {}).pop(DISCOUNTED, None)
 
-    def _stay(self, scope: Scope, what: str) -> tuple[float, float]:
-        self.nonfinite_steps += 1
+    def _stay(self, step: _Step, scope: Scope, what: str) -> tuple[float, float]:
+        step.finite = False
         self._warn(
             "not finite",
             f"step {self.step_count + 1}: not a finite number in {what}; the learning rate stays at {scope.used:g}. "
@@ -659,7 +595,7 @@ class HypergradientLR:
         scope = self._rates.scopes[self._rates.groups[index].scope]
         unknown = lr == 0 and isinstance(direction_of(self.optimizer, settings, lr), Measured)
         probed = weight != 0 and (unknown or (scope.rule.picks_start and not scope.started))
-        lr = set_lr(settings, _PROBE if probed else lr)
+        lr = set_lr(settings, scope.trial_lr if probed else lr)
         direction = direction_of(self.optimizer, settings, lr)
         discount = (
             _returned(scope.rule.discount(self.step_count + 1), scope.rule, "discount")
@@ -674,13 +610,20 @@ class HypergradientLR:
                 copy = self.optimizer.state.get(p, {}).get(DIRECTION)
                 fits = copy is not None and (copy.shape, copy.dtype, copy.device) == (p.shape, p.dtype, p.device)
                 step.kept[p] = copy if fits else torch.empty_like(p)
-                direction.keep(step.kept[p], p, self._gradient(settings, p))
+                direction.keep(step.kept[p], p, partial(self._gradient, settings, p))
             if probed:
                 step.before[p] = p.clone(memory_format=torch.preserve_format)
 
-    @torch.compiler.disable  # type: ignore[untyped-decorator]  # torch's
     @torch.no_grad()
-    def _finish(self, step: _Step) -> None:
+    def _finish(self) -> None:
+        """The step is over."""
+        if self._step is not None:
+            self._take_over(self._step)
+            self._step = None
+        elif self._dry:
+            self._make_room()
+
+    def _take_over(self, step: _Step) -> None:
         """The parameters have moved: take over the rates and learn the directions."""
         for scope, (lr, used), seen in zip(self._rates.scopes, step.rates, step.observations, strict=True):
             scope.lr, scope.used, scope.last = lr, used, seen
@@ -702,6 +645,7 @@ class HypergradientLR:
             self._discount(step)
         if self._rates.under_schedule:
             self._give_back_rates(step)
+        self.nonfinite_steps += not step.finite
         self.step_count += 1
 
     def _give_back_rates(self, step: _Step) -> None:
@@ -730,41 +674,51 @@ class HypergradientLR:
                     group.moved.append(p)
 
     def _rescale(self, step: _Step) -> None:
-        """Replace steps at the rate of the probe by steps at the rate that they should have had."""
+        """Replace steps at a rate for trial by steps at the rate that they should have had."""
         state = self.optimizer.state
-        for i, scope in enumerate(self._rates.scopes):
-            probed = [step.groups[j] for j in self._rates.members(i) if step.groups[j].probed]
-            if scope.rule.picks_start and not scope.started:
-                d_squared, p_squared, has_gradient = self._first_sums(step, probed)
-                if not math.isfinite(d_squared):
-                    self._stay(scope, "the first direction, so this step is not taken")
-                if not math.isfinite(d_squared) or not has_gradient:
-                    self._hold(step, probed)  # without a gradient, weight decay alone would give the scale
-                    continue
-                if d_squared:  # else there is no direction yet to take a first step in
-                    first = scope.rule.first_lr(math.sqrt(p_squared), math.sqrt(d_squared))
-                    lr = _returned(first, scope.rule, "first_lr")
-                    if not math.isfinite(lr):
-                        raise ValueError(f"{type(scope.rule).__name__}.first_lr must return a finite number, got {lr}")
-                    scope.lr = lr
-                    scope.lr = scope.used = self._rates.clamp(i, lr)
-                    scope.started = True
+        self._start(step)
         effective = self._rates.effective([scope.used for scope in self._rates.scopes])
-        for group, settings, (lr, _) in zip(step.groups, self.optimizer.param_groups, effective, strict=True):
+        for group, settings, (lr, weight) in zip(step.groups, self.optimizer.param_groups, effective, strict=True):
             if not group.probed:
                 continue
-            group.lr = set_lr(settings, lr)
+            group.lr, group.weight = set_lr(settings, lr), weight
             for p in group.moved:
                 d = group.direction.read(p, state[p])
                 group.direction.correct(state[p], group.lr)
                 p.copy_(step.before[p])
                 if group.lr:
                     as_real(p).copy_(widen(as_real(p)).sub(d, alpha=group.lr))
-            if not isinstance(group.direction, Measured):  # that one was measured at the rate of the probe
+            if not isinstance(group.direction, Measured):  # that one was measured at the rate for trial
                 group.direction = direction_of(self.optimizer, settings, group.lr)
 
-    def _first_sums(self, step: _Step, groups: list[_GroupStep]) -> list[float]:
-        """``‖d_1‖²``, ``‖θ_0‖²``, and whether any gradient is not zero."""
+    def _start(self, step: _Step) -> None:
+        """Let rules that pick their first rate do so, or wait for another step."""
+        waiting = [
+            i
+            for i, scope in enumerate(self._rates.scopes)
+            if scope.rule.picks_start and not scope.started and step.has_gradient[i]
+        ]
+        if not waiting:
+            return
+        probed = [[step.groups[j] for j in self._rates.members(i) if step.groups[j].probed] for i in waiting]
+        sums = self._ranks.sum(torch.stack([self._first_sums(step, groups) for groups in probed])).tolist()
+        for i, groups, (d_squared, p_squared, nonzero) in zip(waiting, probed, sums, strict=True):
+            scope = self._rates.scopes[i]
+            if not math.isfinite(d_squared):
+                self._stay(step, scope, "the first direction, so this step is not taken")
+            if not math.isfinite(d_squared) or not nonzero:
+                self._hold(step, groups)  # without a gradient, weight decay alone would give the scale
+            elif d_squared:  # else there is no direction yet to take a first step in
+                first = scope.rule.first_lr(math.sqrt(p_squared), math.sqrt(d_squared))
+                lr = _returned(first, scope.rule, "first_lr")
+                if not math.isfinite(lr):
+                    raise ValueError(f"{type(scope.rule).__name__}.first_lr must return a finite number, got {lr}")
+                scope.lr = lr
+                scope.lr = scope.used = self._rates.clamp(i, lr)
+                scope.started = True
+
+    def _first_sums(self, step: _Step, groups: list[_GroupStep]) -> Tensor:
+        """This rank's part of ``‖d_1‖²``, ``‖θ_0‖²``, and whether any gradient is not zero, of shape (3,)."""
         sums = self._zeros(3)
         for group in groups:
             for p in group.moved:
@@ -772,7 +726,7 @@ class HypergradientLR:
                 theta = squared_norm(as_real(step.before[p]), sums.dtype)
                 nonzero = d.new_tensor(0.0 if p.grad is None else bool(local(p.grad).any()))
                 sums += torch.stack([d, theta, nonzero]).to(sums.device) / self._copies(p)
-        return self._ranks.sum(sums).tolist()
+        return sums
 
     @staticmethod
     def _hold(step: _Step, groups: list[_GroupStep]) -> None:
@@ -799,7 +753,7 @@ class HypergradientLR:
 
     def _warn(self, kind: str, message: str) -> None:
         """Warn once of each kind of thing, on rank zero."""
-        if kind not in self._warned and _is_rank_zero():
+        if kind not in self._warned and self._ranks.is_first:
             warnings.warn(f"HypergradientLR({type(self.optimizer).__name__}): {message}", RuntimeWarning, stacklevel=2)
         self._warned.add(kind)
 
@@ -832,24 +786,3 @@ def _returned(value: Any, rule: Rule, method: str) -> float:
 def _constants(rule: Rule) -> dict[str, Any]:
     """What can be compared of a rule's arguments."""
     return {name: value for name, value in vars(rule).items() if isinstance(value, (int, float, str, type(None)))}
-
-
-def _is_rank_zero() -> bool:
-    distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
-    return not (distributed and torch.distributed.get_rank())
-
-
-def _calling_frame() -> FrameType | None:
-    """The frame that called the step hook that calls this."""
-    frame = inspect.currentframe()
-    for _ in range(2):
-        frame = frame.f_back if frame is not None else None
-    return frame
-
-
-def _is_within(frame: FrameType | None, outer: FrameType) -> bool:
-    while frame is not None:
-        if frame is outer:
-            return True
-        frame = frame.f_back
-    return False

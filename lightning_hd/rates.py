@@ -10,6 +10,9 @@ from torch.optim import Optimizer
 from lightning_hd.directions import is_normalized
 from lightning_hd.rules import Observation, Rule, check_number
 
+_TRIAL_LR = 2.0**-6
+"""A power of two, so that dividing by it is exact; small enough for every optimizer to be linear."""
+
 
 @dataclass
 class Scope:
@@ -22,6 +25,16 @@ class Scope:
     from_zero: bool = False  # configured at 0: there is no ratio to keep, the groups count as equal, the reference is 1
     started: bool = False  # whether a step has been taken
     last: Observation | None = None
+    trial_lr: float = _TRIAL_LR  # of a step whose direction is wanted before its rate is known, or where the rate is 0
+
+    @property
+    def on_trial(self) -> bool:
+        """Whether the rate of the last step was not known, or 0."""
+        return not self.used or (self.rule.picks_start and not self.started)
+
+    def enlarge_trial(self) -> None:
+        """Try a larger rate: a step at the last one vanished in the rounding of the parameters."""
+        self.trial_lr = min(self.trial_lr * 2.0**10, 2.0**94)
 
     @property
     def scale(self) -> float:
@@ -134,18 +147,20 @@ class Rates:
         """For each group its rate, and the derivative of that with respect to the scope's, which is ``used[scope]``.
 
         A group that is clamped does not follow its scope: the derivative is 0. But where all groups of a scope are
-        clamped, it is taken without the clamps, so that the scope can come back.
+        clamped, it is taken without the clamps, so that the scope can come back, as it is where the rule has yet to
+        pick the rate.
         """
         rates, clamped = [], []
         for group in self.groups:
-            reference = self.scopes[group.scope].reference
+            scope = self.scopes[group.scope]
+            reference = scope.reference
             free = used[group.scope]
             if group.unscaled != reference:
                 free = group.unscaled * (free / reference)
             frozen = group.zero and group.base == 0
             lr = 0.0 if frozen else min(max(free, self._min_lr), self._max_lr)
             rates.append((lr, group.unscaled / reference))
-            clamped.append(lr != free)
+            clamped.append(lr != free and (scope.started or not scope.rule.picks_start))
         inside = {group.scope for group, out in zip(self.groups, clamped, strict=True) if group.base and not out}
         return [
             (lr, 0.0 if out and group.scope in inside else weight)
@@ -271,6 +286,7 @@ class Rates:
                     "reference": scope.reference,
                     "from_zero": scope.from_zero,
                     "started": scope.started,
+                    "trial_lr": scope.trial_lr,
                     "rule": scope.rule.state_dict(),
                 }
                 for scope in self.scopes
@@ -295,6 +311,7 @@ class Rates:
                 check_number("reference", saved["reference"]),
                 from_zero=bool(saved["from_zero"]),
                 started=bool(saved["started"]),
+                trial_lr=check_number("trial_lr", saved["trial_lr"]),
             )
             for scope, saved in zip(self.scopes, saved_scopes, strict=True)
         ]

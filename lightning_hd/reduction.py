@@ -59,7 +59,12 @@ class Ranks:
     @property
     def count(self) -> int:
         """How many there are."""
-        return dist.get_world_size(self._group) if dist.is_available() and dist.is_initialized() else 1
+        return dist.get_world_size(self._group) if dist.is_initialized() else 1
+
+    @property
+    def is_first(self) -> bool:
+        """Whether this process speaks for all of them."""
+        return self.count == 1 or dist.get_rank(self._group) == 0
 
     def sum(self, tensor: Tensor) -> Tensor:
         """The sum over all ranks, equal on all of them bit for bit; one collective, or none for a single rank."""
@@ -95,19 +100,22 @@ def products(g: Tensor, d: Tensor | None) -> Tensor:
     if g.dtype != d.dtype:
         dtype = torch.promote_types(g.dtype, d.dtype)
         g, d = g.to(dtype), d.to(dtype)
-    norm = torch.linalg.vector_norm(g, dtype=exact)
+    norm = squared_norm(g, exact).sqrt()
     exponent = torch.frexp(norm).exponent  # scaling by a power of two is exact
     exponent = exponent.clamp(min=math.frexp(torch.finfo(g.dtype).tiny)[1])  # 2 to minus that is finite
     scale = torch.ldexp(torch.ones_like(norm), -exponent).to(g.dtype)
-    pieces = zip(torch.split(g.flatten(), _PIECE), torch.split(d.flatten(), _PIECE), strict=True)
-    dot = torch.stack([torch.sum((a * scale).mul_(b), dtype=exact) for a, b in pieces]).sum()
-    return torch.stack([torch.ldexp(dot, exponent), norm.square(), squared_norm(d, exact)])
+    dots = [torch.sum((a * scale).mul_(b), dtype=exact) for a, b in zip(_pieces(g), _pieces(d), strict=True)]
+    return torch.stack([torch.ldexp(torch.stack(dots).sum(), exponent), norm.square(), squared_norm(d, exact)])
 
 
 def squared_norm(tensor: Tensor, dtype: torch.dtype = torch.float64) -> Tensor:
     """``‖tensor‖²`` (of this rank's part), accumulated in ``dtype``, as a 0-dim tensor."""
-    norm: Tensor = torch.linalg.vector_norm(local(tensor), dtype=dtype)
-    return norm.square()
+    norms = [torch.linalg.vector_norm(piece, dtype=dtype) for piece in _pieces(local(tensor))]
+    return norms[0].square() if len(norms) == 1 else torch.stack(norms).square().sum()
+
+
+def _pieces(tensor: Tensor) -> tuple[Tensor, ...]:
+    return torch.split(tensor.flatten(), _PIECE)
 
 
 def totals(parts: Sequence[Tensor], weights: Sequence[float], copies: Sequence[float]) -> Tensor:

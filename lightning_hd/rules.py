@@ -197,11 +197,11 @@ class Auto(Rule):
             raise ValueError(f"start must be 'automatic' or 'configured', got {self.start!r}")
         self.picks_start = self.start == "automatic"
         for name, low, high in (
-            ("horizon", 1.0, math.inf),
-            ("growth", 0.0, math.inf),
+            ("horizon", 1.0, 1e12),
+            ("growth", 0.0, 1e3),
             ("memory", 0.0, 1.0),
-            ("norm_horizon", 1.0, math.inf),
-            ("norm_growth", 0.0, math.inf),
+            ("norm_horizon", 1.0, 1e12),
+            ("norm_growth", 0.0, 1e3),
             ("optimism", 0.0, 1.0),
             ("optimistic_steps", 0.0, math.inf),
             ("first_step", sys.float_info.min, math.inf),

@@ -248,8 +248,8 @@ class Tuned:
         return self.ratios[i] * self._errors[s] * (1.0 if self._rule == "additive" else self.alphas[s])
 
     def step(self, gradients: dict[tuple[int, int], Array]) -> None:
-        """One step; none where there is no gradient at all."""
-        if not gradients:
+        """One step; none where there is no gradient at all, nor a first one where all rates and gradients are 0."""
+        if not gradients or (self.steps == 0 and not any(self.lrs) and not any(x.any() for x in gradients.values())):
             return
         self.steps += 1
         sign = -1.0 if self._settings.get("maximize") else 1.0

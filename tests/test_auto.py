@@ -703,8 +703,11 @@ def test_the_first_step_of_a_configured_start_is_that_of_the_optimizer_alone(
     [
         ({"start": "x"}, ValueError, "start must be 'automatic' or 'configured', got 'x'"),
         ({"start": None}, ValueError, "start must be"),
-        ({"horizon": 0.5}, ValueError, "horizon must be a finite number of at least 1, got 0.5"),
+        ({"horizon": 0.5}, ValueError, "horizon must be a finite number of at least 1 and at most 1e[+]12, got 0.5"),
         ({"growth": -0.1}, ValueError, "growth must be"),
+        ({"horizon": 1e17}, ValueError, "horizon must be"),
+        ({"norm_horizon": 1e17}, ValueError, "norm_horizon must be"),
+        ({"norm_growth": 1e17}, ValueError, "norm_growth must be"),
         ({"memory": 1.1}, ValueError, "memory must be a finite number of at least 0 and at most 1, got 1.1"),
         ({"memory": -0.1}, ValueError, "memory must be"),
         ({"optimism": 1.5}, ValueError, "optimism must be"),

@@ -199,6 +199,25 @@ def test_tags_steps_and_values_in_the_event_file(tmp_path: Path) -> None:
         assert cosines[step] == pytest.approx(np.nanmean(observer.cosines[window]), rel=1e-5)
 
 
+def test_means_are_as_exact_in_any_precision(tmp_path: Path) -> None:
+    class Half(Alternating):
+        def training_step(self, batch: Any, batch_idx: int) -> None:
+            super().training_step([x.bfloat16() for x in batch], batch_idx)
+
+    hd = HypergradientDescent("additive", 0)
+    seen: list[float] = []
+
+    class Observe(Callback):
+        def on_train_batch_end(self, *_: Any) -> None:
+            seen.extend(x.hypergradient for x in hd.engines[0].last if x is not None)
+
+    logger = TensorBoardLogger(tmp_path)
+    trainer = make_trainer(tmp_path, hd, Observe(), logger=logger, log_every_n_steps=200, precision="bf16-true")
+    trainer.fit(Half())
+    assert len(seen) == 199
+    assert scalars(tmp_path, "hypergradient/value-Adam") == {199: pytest.approx(np.mean(seen), rel=1e-6)}
+
+
 @pytest.mark.parametrize(("every", "steps"), [(50, range(49, 200, 50)), (0, []), (None, range(9, 200, 10))])
 def test_the_logging_interval(tmp_path: Path, every: int | None, steps: Sequence[int]) -> None:
     hd = HypergradientDescent(log_every_n_steps=every)
@@ -546,6 +565,34 @@ def test_a_state_loaded_while_training_is_gone_on_from(tmp_path: Path) -> None:
     trainer.save_checkpoint(tmp_path / "last.ckpt")
     saved = torch.load(tmp_path / "last.ckpt", weights_only=True)["callbacks"]["HypergradientDescent"]
     assert saved["optimizers"][0]["rates"]["groups"][0]["lr"] == lrs[-1]
+
+
+@pytest.mark.parametrize("back", [1, 3])
+def test_every_step_is_recorded_though_the_state_of_an_earlier_one_is_loaded(back: int, tmp_path: Path) -> None:
+    hd = HypergradientDescent("multiplicative")
+
+    class Rewind(Callback):
+        def on_train_batch_end(self, trainer: Trainer, *_: Any) -> None:
+            if trainer.global_step == 10 - back:
+                self.saved = copy.deepcopy((trainer.optimizers[0].state_dict(), hd.state_dict()))
+            if trainer.global_step == 10:
+                trainer.optimizers[0].load_state_dict(self.saved[0])
+                hd.load_state_dict(self.saved[1])
+
+    make_trainer(tmp_path, hd, Rewind(), max_steps=20).fit(Reference())
+    assert len(hd.lrs["lr-SGD"]) == 20
+    assert hd.engines[0].step_count == 20 - back
+
+
+def test_an_engine_that_the_user_pauses_stays_paused(tmp_path: Path) -> None:
+    hd = HypergradientDescent("multiplicative")
+
+    class Pause(Callback):
+        def on_train_batch_start(self, trainer: Trainer, module: Any, batch: Any, batch_idx: int) -> None:
+            hd.engines[0].paused = 5 <= batch_idx < 10
+
+    make_trainer(tmp_path, hd, Pause(), limit_train_batches=20).fit(Reference())
+    assert hd.engines[0].step_count == len(hd.lrs["lr-SGD"]) == 15
 
 
 def test_the_callback_can_be_copied_and_pickled(tmp_path: Path) -> None:

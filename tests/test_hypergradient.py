@@ -1,5 +1,6 @@
 """HypergradientLR in plain loops: against the NumPy reference, and against the same training without it."""
 
+import contextlib
 import copy
 import gc
 import math
@@ -334,6 +335,20 @@ def test_a_rate_that_would_overflow_stays() -> None:
     assert hd.nonfinite_steps == 1
 
 
+def test_a_step_that_is_not_finite_is_counted_once_for_all_scopes() -> None:
+    p = [nn.Parameter(torch.ones(2)) for _ in range(3)]
+    optimizer = SGD([{"params": [q]} for q in p], lr=0.01)
+    hd = HypergradientLR(optimizer, "additive", scope="group")
+    for grad in (1.0, math.nan, 1.0):
+        for q in p:
+            q.grad = torch.full_like(q, grad)
+            q.data.nan_to_num_(1.0)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            optimizer.step()
+    assert hd.nonfinite_steps == 2, "the gradient, and the direction that it became"
+
+
 def failing(*_: Any, **__: Any) -> float:
     raise OSError("gone")
 
@@ -406,6 +421,33 @@ def test_a_step_that_raises_leaves_the_rate(cls: Any, scheduled: bool, monkeypat
     assert hd.lrs[0] == pytest.approx(before[0][0] * (1 + 0.1 * observed(hd).cosine), rel=1e-12)
     if scheduled:
         assert optimizer.param_groups[0]["lr"] == written
+
+
+class Counting(Rule):
+    """Counts its updates; one of them fails."""
+
+    def __init__(self) -> None:
+        self.updates = 0
+
+    def update(self, lr: float, seen: Observation, step: int) -> float:
+        self.updates += 1
+        if seen.grad_norm > 10:
+            raise OSError("gone")
+        return lr
+
+
+def test_a_rule_that_fails_for_one_group_has_observed_nothing_in_the_others() -> None:
+    p = [nn.Parameter(torch.ones(2)) for _ in range(2)]
+    optimizer = SGD([{"params": [q]} for q in p], lr=0.01)
+    hd = HypergradientLR(optimizer, Counting(), scope="group")
+    for grad in (1.0, 1.0, 100.0):
+        p[0].grad, p[1].grad = torch.ones(2), torch.full((2,), grad)
+        with pytest.raises(OSError, match="gone") if grad > 10 else contextlib.nullcontext():
+            optimizer.step()
+    assert hd.step_count == 2
+    with pytest.raises(OSError, match="gone"):
+        optimizer.step()
+    assert [scope["rule"] for scope in hd.state_dict()["rates"]["scopes"]] == [{"updates": 1}] * 2
 
 
 def test_a_subclass_that_calls_its_parents_step_is_tuned_once() -> None:
@@ -603,6 +645,34 @@ def test_a_lost_direction_costs_one_observation_and_is_told() -> None:
     assert hd.lrs == before
     run(network, optimizer, range(4, 5))
     assert hd.lrs != before
+
+
+@pytest.mark.filterwarnings("error::RuntimeWarning")
+@pytest.mark.parametrize(("rule", "lr"), [("auto", 0.1), ("auto", 0.0), ("additive", 0.0)])
+def test_gradients_whose_first_step_vanishes_in_rounding_are_tried_with_longer_ones(rule: str, lr: float) -> None:
+    class Plain(Optimizer):
+        def __init__(self, params: Any, lr: float) -> None:
+            super().__init__(params, {"lr": lr})
+
+        @torch.no_grad()
+        def step(self, closure: Any = None) -> None:  # type: ignore[override]
+            for group in self.param_groups:
+                for p in group["params"]:
+                    p.sub_(group["lr"] * p.grad)
+
+    p = nn.Parameter(torch.ones(4))
+    hd = HypergradientLR(Plain([p], lr), rule, None if rule == "auto" else 1e26)
+    begun = []
+    for _ in range(20):
+        p.grad = 1e-9 * p.detach()
+        hd.optimizer.step()
+        begun.append(bool((p != 1).all()))
+    assert begun == [False] * begun.index(True) + [True] * (20 - begun.index(True))
+    assert begun.index(True) <= 5
+    (seen,) = hd.last
+    assert seen is not None
+    assert seen.cosine > 0.9
+    assert torch.all((p > 0) & (p < 1))
 
 
 def test_a_step_that_vanishes_in_rounding_is_told() -> None:

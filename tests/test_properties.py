@@ -143,8 +143,6 @@ def cases(draw: st.DrawFn, kinds: Any, rules: Sequence[str], dtypes: Sequence[to
         rates = [lr or 0.5 for lr in rates] if scope == "group" else [rates[0] or 0.5, *rates[1:]]
     lists = st.lists(specs, min_size=1, max_size=4)
     groups = [(lr, draw(st.sampled_from([0.0, 0.01, 0.1])), draw(lists)) for lr in rates]
-    if rule == "auto" and scope == "global" and len(set(rates) - {0.0}) > 1:
-        clamps = CLAMPS[:1]
     low, high = draw(st.sampled_from(clamps))
     arguments: dict[str, Any] = {"rule": rule, "scope": scope, "min_lr": low, "max_lr": high}
     if rule != "auto":

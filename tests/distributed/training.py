@@ -52,23 +52,43 @@ class Trained(NamedTuple):
     placements: set[str]
 
 
-def network(kind: Kind, width: int) -> nn.Module:
+class Networks(nn.Module):
+    """Many that are alike, side by side in one model: they share the collectives of the strategy."""
+
+    def __init__(self, count: int, width: int) -> None:
+        super().__init__()
+        self.members = nn.ModuleList(made(width) for _ in range(count))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.stack([member(x) for member in self.members])
+
+
+def made(width: int) -> Network:
     torch.manual_seed(0)
-    made: nn.Module = Network(width).double()
+    return Network(width).double()
+
+
+def network(kind: Kind, width: int) -> nn.Module:
+    return placed(made(width), kind)
+
+
+def placed(model: nn.Module, kind: Kind) -> nn.Module:
+    """A model for the processes that there are: each with a copy, or with shards."""
     count = dist.get_world_size() if dist.is_initialized() else 1
     if kind == "ddp":
-        return DistributedDataParallel(made)
+        return DistributedDataParallel(model)
     if kind == "sharded":
-        mesh = init_device_mesh("cpu", (count,))
-        fully_shard(made, mesh=mesh)
+        fully_shard(model, mesh=init_device_mesh("cpu", (count,)))
     elif kind == "hybrid":
-        fully_shard(made, mesh=init_device_mesh("cpu", (count // 2, 2), mesh_dim_names=("copies", "shards")))
+        fully_shard(model, mesh=init_device_mesh("cpu", (count // 2, 2), mesh_dim_names=("copies", "shards")))
     elif kind in ("parallel", "both"):
         shape = (1, count) if kind == "parallel" else (count // 2, 2)
         mesh = init_device_mesh("cpu", shape, mesh_dim_names=("data", "tensor"))
-        parallelize_module(made, mesh["tensor"], {"inner": ColwiseParallel(), "outer": RowwiseParallel()})
-        fully_shard(made, mesh=mesh["data"])
-    return made
+        for part in model.modules():
+            if isinstance(part, Network):
+                parallelize_module(part, mesh["tensor"], {"inner": ColwiseParallel(), "outer": RowwiseParallel()})
+        fully_shard(model, mesh=mesh["data"])
+    return model
 
 
 def share(kind: Kind) -> slice:
@@ -87,47 +107,37 @@ def whole(tensor: Tensor) -> Tensor:
     return (tensor if gather is None else gather()).detach().clone()
 
 
-def train(kind: Kind, case: Case, steps: int, width: int = 7) -> Trained:
+def tuner(parameters: list[nn.Parameter], case: Case) -> HypergradientLR:
     name, rule, scope = case
-    model = network(kind, width)
-    parameters = list(model.parameters())
     optimizer = OPTIMIZERS[name]([{"params": parameters[:2]}, {"params": parameters[2:]}])
     optimizer.param_groups[1]["lr"] /= 2
-    hd = HypergradientLR(optimizer, rule=rule, hypergrad_lr=RULES[rule], scope=scope)
+    return HypergradientLR(optimizer, rule=rule, hypergrad_lr=RULES[rule], scope=scope)
+
+
+def train(kind: Kind, cases: list[Case], steps: int, width: int) -> dict[Case, Trained]:
+    """All cases side by side, a network for each."""
+    networks = Networks(len(cases), width)
+    model = placed(networks, kind)
+    parameters = [list(member.parameters()) for member in networks.members]
+    hds = [tuner(own, case) for own, case in zip(parameters, cases, strict=True)]
+    lrs: list[list[list[float]]] = [[] for _ in cases]
     generator = torch.Generator().manual_seed(1)
     part = share(kind)
-    lrs = []
     for _ in range(steps):
         x = torch.randn(BATCH, 5, generator=generator, dtype=torch.float64)
         y = torch.sin(x @ torch.linspace(-1, 1, 15, dtype=torch.float64).view(5, 3))
-        optimizer.zero_grad()
-        (model(x[part]) - y[part]).square().mean().backward()
-        optimizer.step()
-        lrs.append(hd.lrs)
-        assert all(map(math.isfinite, hd.lrs))
-    hd.check_agreement()
-    placements = {type(placement).__name__ for p in parameters for placement in getattr(p, "placements", ())}
-    return Trained(lrs, [whole(p) for p in parameters], placements)
+        model.zero_grad()
+        (model(x[part]) - y[part]).square().mean(dim=(1, 2)).sum().backward()
+        for hd, own in zip(hds, lrs, strict=True):
+            hd.optimizer.step()
+            own.append(hd.lrs)
+            assert all(map(math.isfinite, hd.lrs))
+    for hd in hds:
+        hd.check_agreement()
+    return {
+        case: Trained(own, [whole(p) for p in ps], {type(q).__name__ for p in ps for q in getattr(p, "placements", ())})
+        for case, own, ps in zip(cases, lrs, parameters, strict=True)
+    }
 
 
-def train_all(kind: Kind, cases: list[Case], steps: int, width: int = 7) -> dict[Case, Trained]:
-    return {case: train(kind, case, steps, width) for case in cases}
-
-
-CASES: list[Case] = [
-    (name, rule, scope)
-    for name in ("SGD", "Nesterov", "Adam", "RMSprop")
-    for rule in RULES
-    for scope in ("global", "group")
-]
-FEW_CASES: list[Case] = [
-    ("SGD", "auto", "global"),
-    ("SGD", "additive", "group"),
-    ("heavy ball", "multiplicative", "global"),
-    ("Nesterov", "auto", "group"),
-    ("Adam", "additive", "global"),
-    ("AdamW", "auto", "global"),
-    ("RMSprop", "multiplicative", "group"),
-    ("RMSprop", "auto", "global"),
-]
-"""Every optimizer, rule and scope once at least."""
+CASES: list[Case] = [(name, rule, scope) for name in OPTIMIZERS for rule in RULES for scope in ("global", "group")]

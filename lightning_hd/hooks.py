@@ -1,0 +1,141 @@
+"""StepHooks: the moments of an optimizer's step at which its gradients are there, and its parameters have moved."""
+
+import inspect
+import weakref
+from collections.abc import Callable
+from types import FrameType
+from typing import Any
+
+import torch
+from torch.optim import Optimizer
+from torch.utils.hooks import RemovableHandle
+
+_attached: "weakref.WeakSet[Optimizer]" = weakref.WeakSet()
+
+
+class StepHooks:
+    """Calls back around every step of an optimizer, whether its gradients are there before or come of a closure.
+
+    A step that calls the step of its parent class is one step, not two.
+
+    Args:
+        optimizer: The optimizer.
+        begin: Called where a step begins; the last one may not have come to its end. It returns whether to go on.
+        prepare: Called where the gradients are there, before the parameters move. It returns whether it is done, so
+            that an optimizer which evaluates its closure twice is prepared once.
+        finish: Called when the step is over. A GradScaler that skips a step does not get there, nor does an exception.
+
+    Raises:
+        RuntimeError: The optimizer has such hooks already.
+    """
+
+    def __init__(
+        self,
+        optimizer: Optimizer,
+        begin: Callable[[], bool],
+        prepare: Callable[[], bool],
+        finish: Callable[[], None],
+    ) -> None:
+        if optimizer in _attached:
+            raise RuntimeError(
+                f"this {type(optimizer).__name__} has a HypergradientLR (or a HypergradientDescent callback) already: "
+                "use one, or detach() the first"
+            )
+        self._optimizer = optimizer
+        self._begin = begin
+        self._prepare = prepare
+        self._finish = finish
+        self._caller: FrameType | None = None  # of the step that is under way
+        self._handles: list[RemovableHandle] = [
+            optimizer.register_step_pre_hook(self._before_step),
+            optimizer.register_step_post_hook(self._after_step),
+        ]
+        _attached.add(optimizer)
+
+    def remove(self) -> None:
+        """Leave the optimizer without them."""
+        for handle in self._handles:
+            handle.remove()
+        self._caller = None
+        _attached.discard(self._optimizer)
+
+    def _before_step(
+        self,
+        optimizer: Optimizer,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+    ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+        caller = _calling_frame()
+        if self._caller is not None and _is_within(caller, self._caller):
+            return None  # a subclass's step calls its parent's
+        self._caller = None
+        if not self._begin():
+            return None
+        self._caller = caller
+        closure = args[1] if len(args) > 1 else kwargs.get("closure")
+        if not callable(closure):
+            self._call_prepare()
+            return None
+        if len(args) > 1:
+            return (args[0], self._wrap(closure), *args[2:]), kwargs
+        return args, {**kwargs, "closure": self._wrap(closure)}
+
+    def _wrap(self, closure: Callable[[], Any]) -> Callable[[], Any]:
+        before = self._versions()
+        done = False
+
+        def prepare_after_backward() -> Any:
+            nonlocal done
+            if done:
+                return closure()
+            if self._versions() != before:
+                raise TypeError(
+                    f"{type(self._optimizer).__name__} moves the parameters before it evaluates its closure, so that "
+                    "its step cannot be measured: it is not supported"
+                )
+            try:
+                loss = closure()
+            except BaseException:
+                self._caller = None
+                raise
+            done = self._call_prepare()
+            return loss
+
+        return prepare_after_backward
+
+    @torch.compiler.disable  # type: ignore[untyped-decorator]  # torch's
+    def _call_prepare(self) -> bool:
+        try:
+            return self._prepare()
+        except BaseException:
+            self._caller = None  # it would keep the caller's variables alive
+            raise
+
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
+    def _call_finish(self) -> None:
+        self._finish()
+
+    def _versions(self) -> list[int]:
+        """How often each parameter was written to: torch has no public name for the counter that autograd keeps."""
+        return [p._version for settings in self._optimizer.param_groups for p in settings["params"]]
+
+    def _after_step(self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        if self._caller is not None and _calling_frame() is self._caller:
+            self._caller = None
+            self._call_finish()
+
+
+def _calling_frame() -> FrameType | None:
+    """The frame that called the step hook that calls this."""
+    frame = inspect.currentframe()
+    for _ in range(2):
+        frame = frame.f_back if frame is not None else None
+    return frame
+
+
+def _is_within(frame: FrameType | None, outer: FrameType) -> bool:
+    while frame is not None:
+        if frame is outer:
+            return True
+        frame = frame.f_back
+    return False
