@@ -54,7 +54,7 @@ def main() -> None:
     parser.add_argument("--processes", type=int, default=torch.cuda.device_count() or 2, help="on each node")
     parser.add_argument("--nodes", type=int, default=1, help="default: %(default)s")
     parser.add_argument("--epochs", type=int, default=5, help="default: %(default)s")
-    parser.add_argument("--logs", type=Path, default=Path("runs"), help="folder of the event files (default: runs)")
+    parser.add_argument("--folder", type=Path, default=Path("runs"), help="folder of the event files (default: runs)")
     arguments = parser.parse_args()
 
     seed_everything(0, verbose=False)
@@ -73,7 +73,7 @@ def main() -> None:
         strategy=strategy,
         max_epochs=arguments.epochs,
         callbacks=[hd],
-        logger=TensorBoardLogger(arguments.logs, name="ddp", version=""),
+        logger=TensorBoardLogger(arguments.folder, name="ddp", version=""),
         log_every_n_steps=5,
         enable_checkpointing=False,
         enable_model_summary=False,

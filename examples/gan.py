@@ -100,7 +100,7 @@ def main() -> None:
     """All runs, and the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--epochs", type=int, default=60, help="default: %(default)s")
-    parser.add_argument("--logs", type=Path, default=Path("runs"), help="folder of the event files (default: runs)")
+    parser.add_argument("--folder", type=Path, default=Path("runs"), help="folder of the event files (default: runs)")
     arguments = parser.parse_args()
     logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
     warnings.filterwarnings("ignore", message=".*does not have many workers.*")
@@ -117,11 +117,11 @@ def main() -> None:
     seed_everything(0, verbose=False)
     print(f"{'untrained':24}{distance(GAN().sample(len(images)), images):10.2f}")
     for name, callback in runs.items():
-        reached = fit(name, images, arguments.epochs, arguments.logs, callback)
+        reached = fit(name, images, arguments.epochs, arguments.folder, callback)
         rates = [lrs[-1] for lrs in callback.lrs.values()] if callback else [LR, LR]
         print(f"{name:24}{reached:10.2f}{rates[0]:24.1e}{rates[1]:11.1e}")
     print(f"{'one half of the digits':24}{distance(images[::2], images[1::2]):10.2f}  from the other")
-    print(f"\nThe curves: tensorboard --logdir {arguments.logs / 'gan'}")
+    print(f"\nThe curves: tensorboard --logdir {arguments.folder / 'gan'}")
 
 
 if __name__ == "__main__":

@@ -91,21 +91,21 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--lr", type=float, default=1e-5, help="configured learning rate (default: %(default)s)")
     parser.add_argument("--epochs", type=int, default=25, help="default: %(default)s")
-    parser.add_argument("--logs", type=Path, default=Path("runs"), help="folder of the event files (default: runs)")
+    parser.add_argument("--folder", type=Path, default=Path("runs"), help="folder of the event files (default: runs)")
     parser.add_argument("--figure", type=Path, help="also draw the learning rate into this file")
     arguments = parser.parse_args()
     logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
     warnings.filterwarnings("ignore", message=".*does not have many workers.*")
 
     callback = HypergradientDescent()
-    plain = fit("plain", arguments.lr, arguments.epochs, arguments.logs, None)
-    tuned = fit("hypergradient", arguments.lr, arguments.epochs, arguments.logs, callback)
+    plain = fit("plain", arguments.lr, arguments.epochs, arguments.folder, None)
+    tuned = fit("hypergradient", arguments.lr, arguments.epochs, arguments.folder, callback)
     (lrs,) = callback.lrs.values()
 
     print(f"\n{'':22}{'val accuracy':>14}{'val loss':>12}{'configured':>12}{'last lr':>12}")
     for name, metrics, last in (("without", plain, arguments.lr), ("HypergradientDescent", tuned, lrs[-1])):
         print(f"{name:22}{metrics['val_accuracy']:14.3f}{metrics['val_loss']:12.3f}{arguments.lr:12.1e}{last:12.1e}")
-    print(f"\nThe curves: tensorboard --logdir {arguments.logs / 'quickstart'}")
+    print(f"\nThe curves: tensorboard --logdir {arguments.folder / 'quickstart'}")
     if arguments.figure:
         draw(lrs, arguments.lr, arguments.figure)
 

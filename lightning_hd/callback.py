@@ -1,6 +1,7 @@
 """HypergradientDescent: the Lightning callback. Hooks stand in the order in which the Trainer calls them."""
 
 import math
+from array import array
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
@@ -8,12 +9,12 @@ from typing import Any, Literal
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
-from torch import nn
+from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
 from lightning_hd.checkpoints import keep_tensors, load_tensors
-from lightning_hd.directions import check_optimizer
+from lightning_hd.directions import check_optimizer, unwrap
 from lightning_hd.hypergradient import HypergradientLR, check_arguments
 from lightning_hd.rules import Rule
 from lightning_hd.tensorboard import group_names, optimizer_names, tag
@@ -108,6 +109,7 @@ class HypergradientDescent(Callback):
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Forget an earlier training, and a checkpoint that was loaded to validate or test with."""
         if stage == "fit":
+            self._detach()  # where another callback's error has kept it from being done
             self.engines, self._trackers, self._restored = [], [], None
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -134,17 +136,7 @@ class HypergradientDescent(Callback):
         self._end_loading()
         _check_strategy(trainer)
         _check_modules(pl_module)
-        scheduled = [config.scheduler.optimizer for config in trainer.lr_scheduler_configs]
-        optimizers = [optimizer for optimizer in trainer.optimizers if optimizer.param_groups]
-        for optimizer, name in zip(optimizers, optimizer_names(optimizers), strict=True):
-            check_optimizer(optimizer)
-            # Lightning's tuner takes all callbacks out while it searches, with steps that are no part of the training.
-            self._pausing.append(optimizer.register_step_pre_hook(partial(self._pause, trainer)))
-            engine = HypergradientLR(optimizer, self.rule, self.hypergrad_lr, self.scope, self.min_lr, self.max_lr)
-            self.engines.append(engine)
-            if any(optimizer is other for other in scheduled):
-                engine.scheduled = True
-            self._trackers.append(_Tracker(engine, name))
+        self._attach(trainer)
         if trainer.ckpt_path and trainer.global_step and self._restored is None and self.engines:
             rank_zero_warn(
                 "HypergradientDescent: the checkpoint was written without it, so tuning the learning rate starts from "
@@ -159,6 +151,18 @@ class HypergradientDescent(Callback):
                 "after training they are in the callback's `lrs`."
             )
 
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        """Attach to other optimizers, where they were replaced."""
+        now, before = _with_groups(trainer), [engine.optimizer for engine in self.engines]
+        if len(now) != len(before) or any(unwrap(a) is not b for a, b in zip(now, before, strict=True)):
+            rank_zero_warn(
+                "HypergradientDescent: the Trainer's optimizers were replaced in mid-training, so tuning the learning "
+                "rate starts from the beginning."
+            )
+            self._detach()
+            self.engines, self._trackers = [], []
+            self._attach(trainer)
+
     def on_train_batch_end(
         self,
         trainer: Trainer,
@@ -170,7 +174,8 @@ class HypergradientDescent(Callback):
         """Log, where steps were taken."""
         if not trainer.barebones:
             lrs = {key: lr for tracker in self._trackers for key, lr in tracker.lr_metrics().items()}
-            trainer.callback_metrics.update({key: torch.tensor(lr) for key, lr in lrs.items()})
+            names = {tracker.first_tag: tracker.lr for tracker in self._trackers}  # though groups were added since
+            trainer.callback_metrics.update({key: torch.tensor(lr) for key, lr in (names | lrs).items()})
             if self.prog_bar:
                 pl_module.log_dict(lrs, on_step=True, on_epoch=False, prog_bar=True, logger=False)
         every = self.log_every_n_steps
@@ -200,6 +205,12 @@ class HypergradientDescent(Callback):
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Detach."""
+        for name, tracker in zip(optimizer_names(_with_groups(trainer)), self._trackers, strict=False):
+            if trainer.fit_loop.total_batch_idx >= 0 and not tracker.engine.step_count:
+                rank_zero_warn(
+                    f"HypergradientDescent: no step of {name} was tuned: its `step` was not called, or replaced, or "
+                    "there was no gradient. The parameters have moved, if at all, at the configured learning rate."
+                )
         self._detach()
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
@@ -214,7 +225,23 @@ class HypergradientDescent(Callback):
 
     def __getstate__(self) -> dict[str, Any]:
         """A copy has the arguments, and no part in the training of the original."""
-        return {**vars(self), "engines": [], "_trackers": [], "_loading": [], "_pausing": [], "_paused": None}
+        own = {name: value for name, value in vars(self).items() if name not in ("log", "log_dict")}  # the module's
+        return {**own, "engines": [], "_trackers": [], "_loading": [], "_pausing": [], "_paused": None}
+
+    def _attach(self, trainer: Trainer) -> None:
+        scheduled = [config.scheduler.optimizer for config in trainer.lr_scheduler_configs]
+        optimizers = _with_groups(trainer)
+        for optimizer in optimizers:
+            check_optimizer(optimizer)
+        _check_tensors(optimizers)
+        for optimizer, name in zip(optimizers, optimizer_names(optimizers), strict=True):
+            # Lightning's tuner takes all callbacks out while it searches, with steps that are no part of the training.
+            self._pausing.append(optimizer.register_step_pre_hook(partial(self._pause, trainer)))
+            engine = HypergradientLR(optimizer, self.rule, self.hypergrad_lr, self.scope, self.min_lr, self.max_lr)
+            self.engines.append(engine)
+            if any(optimizer is other for other in scheduled):
+                engine.scheduled = True
+            self._trackers.append(_Tracker(engine, name))
 
     def _restore(self) -> None:
         if self._restored is None:
@@ -258,9 +285,10 @@ class _Tracker:
     """What there is to log of one optimizer: its trajectory, and means since they were last logged."""
 
     def __init__(self, engine: HypergradientLR, name: str) -> None:
-        self._engine = engine
+        self.engine = engine
+        self.first_tag = tag("lr", group_names(name, engine.optimizer)[0])
         self._name = name
-        self._history: list[list[float]] = []
+        self._history: list[array[float]] = []
         self._sums: dict[tuple[str, int], tuple[float, int]] = {}  # with how many numbers were added
         self._step_count = engine.step_count
         self.has_news = False
@@ -274,18 +302,18 @@ class _Tracker:
             handle.remove()
 
     def _begin(self, *_: Any) -> None:
-        self._step_count = self._engine.step_count
+        self._step_count = self.engine.step_count
 
     def _record(self, *_: Any) -> None:
         """Called after every call of ``optimizer.step``, which need not have been a step of the engine."""
-        if self._engine.step_count == self._step_count:
+        if self.engine.step_count == self._step_count:
             return
         self.has_news = True
-        lrs = self._engine.lrs
-        self._history.extend([] for _ in lrs[len(self._history) :])
+        lrs = self.engine.lrs
+        self._history.extend(array("d") for _ in lrs[len(self._history) :])
         for history, lr in zip(self._history, lrs, strict=True):
             history.append(lr)
-        for i, seen in enumerate(self._engine.last):
+        for i, seen in enumerate(self.engine.last):
             if seen is None or not all(map(math.isfinite, seen)):
                 continue
             for quantity, value in (("value", seen.hypergradient), ("cosine", seen.cosine)):
@@ -293,20 +321,26 @@ class _Tracker:
                 self._sums[quantity, i] = total + value, count + 1
 
     def history(self) -> list[tuple[str, list[float]]]:
-        return list(zip(group_names(self._name, self._engine.optimizer), self._history, strict=False))
+        names = group_names(self._name, self.engine.optimizer)
+        return [(name, lrs.tolist()) for name, lrs in zip(names, self._history, strict=False)]
+
+    @property
+    def lr(self) -> float:
+        """That of the first group."""
+        return self.engine.lrs[0]
 
     def lr_metrics(self) -> dict[str, float]:
-        names = group_names(self._name, self._engine.optimizer)
-        return {tag("lr", name): lr for name, lr in zip(names, self._engine.lrs, strict=True)}
+        names = group_names(self._name, self.engine.optimizer)
+        return {tag("lr", name): lr for name, lr in zip(names, self.engine.lrs, strict=True)}
 
     def collect(self) -> dict[str, float]:
         """All that is logged now; the means start anew."""
-        scales = self._engine.scales
-        by_group = self._engine.scope == "group"
-        names = group_names(self._name, self._engine.optimizer) if by_group else [self._name]
+        scales = self.engine.scales
+        by_group = self.engine.scope == "group"
+        names = group_names(self._name, self.engine.optimizer) if by_group else [self._name]
         metrics = self.lr_metrics()
         metrics |= {tag("scale", name): scale for name, scale in zip(names, scales, strict=False)}
-        metrics |= {tag("brakes", name): float(n) for name, n in zip(names, self._engine.brakes, strict=False) if n}
+        metrics |= {tag("brakes", name): float(n) for name, n in zip(names, self.engine.brakes, strict=False) if n}
         for (quantity, i), (total, count) in self._sums.items():
             metrics[tag(quantity, names[i])] = total / count
         self._sums.clear()
@@ -322,6 +356,24 @@ _REFUSED = {"DeepSpeedStrategy", "XLAStrategy", "SingleDeviceXLAStrategy"}  # th
 def _strategies(trainer: Trainer) -> set[str]:
     """The names of the strategy's class and of those that it is a subclass of."""
     return {base.__name__ for base in type(trainer.strategy).__mro__}
+
+
+def _with_groups(trainer: Trainer) -> list[Optimizer]:
+    return [optimizer for optimizer in trainer.optimizers if optimizer.param_groups]
+
+
+def _check_tensors(optimizers: list[Optimizer]) -> None:
+    """Each would take what the other learns for a rate that somebody has written."""
+    tensors = [
+        {id(group["lr"]) for group in optimizer.param_groups if isinstance(group["lr"], Tensor)}
+        for optimizer in optimizers
+    ]
+    for i, own in enumerate(tensors):
+        if any(own & others for others in tensors[:i]):
+            raise ValueError(
+                f"two optimizers share one lr tensor, the second of them {type(optimizers[i]).__name__}: give each its "
+                "own, as in lr=torch.tensor(...)"
+            )
 
 
 def _check_strategy(trainer: Trainer) -> None:

@@ -292,7 +292,7 @@ def check_optimizer(optimizer: Optimizer) -> None:
     Raises:
         TypeError: It is not a :class:`torch.optim.Optimizer`, its step is not linear in its rate, or its parameters
             are flat (FullyShardedDataParallel).
-        ValueError: It has no parameter group, or a group without ``lr``.
+        ValueError: It has no parameter group, a group without ``lr``, or one with a parameter twice.
     """
     if not isinstance(optimizer, Optimizer):
         raise TypeError(f"optimizer must be a torch.optim.Optimizer, got {type(optimizer).__name__}")
@@ -302,11 +302,15 @@ def check_optimizer(optimizer: Optimizer) -> None:
             raise TypeError(
                 f"optimizer {name} has no learning rate to tune: {reason}. Use SGD, Adam, AdamW or the like"
             )
+    if not hasattr(optimizer, "state") or not hasattr(optimizer, "defaults"):
+        raise TypeError(f"optimizer {name} was not initialized: its class must call super().__init__(params, defaults)")
     if not optimizer.param_groups:
         raise ValueError(f"optimizer {name} has no parameter groups")
     for i, group in enumerate(optimizer.param_groups):
         if "lr" not in group:
             raise ValueError(f"optimizer {name} has no 'lr' in param_groups[{i}]: there is no learning rate to tune")
+        if len(set(group["params"])) < len(group["params"]):
+            raise ValueError(f"optimizer {name} has a parameter twice in param_groups[{i}]")
         if any(isinstance(p, FlatParameter) for p in group["params"]):
             raise TypeError(
                 f"optimizer {name} has flat parameters (FullyShardedDataParallel), which are not supported: shard the "

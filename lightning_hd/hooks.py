@@ -50,6 +50,9 @@ class StepHooks:
             optimizer.register_step_pre_hook(self._before_step),
             optimizer.register_step_post_hook(self._after_step),
         ]
+        # Before those of others, of which one may step a scheduler, which must find its own values in the groups. torch
+        # has no public way to register a step hook before others.
+        optimizer._optimizer_step_post_hooks.move_to_end(self._handles[1].id, last=False)  # type: ignore[attr-defined]
         _attached.add(optimizer)
 
     def remove(self) -> None:

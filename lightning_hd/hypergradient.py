@@ -4,6 +4,7 @@ import itertools
 import logging
 import math
 import warnings
+from collections.abc import Container
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, Literal
@@ -31,7 +32,7 @@ from lightning_hd.directions import (
 from lightning_hd.hooks import StepHooks
 from lightning_hd.rates import Rates, Scope, get_lr, set_lr
 from lightning_hd.reduction import Ranks, as_real, local, products, shards, squared_norm, totals, widen
-from lightning_hd.rules import Observation, Rule, check_number, make_rule
+from lightning_hd.rules import Observation, Rule, check_count, check_number, make_rule
 
 _LARGEST = torch.finfo(torch.float32).max
 """The largest rate that torch multiplies with."""
@@ -248,14 +249,13 @@ class HypergradientLR:
         if not keep_state:
             self._drop_tensors()
 
-    def _drop_tensors(self) -> bool:
+    def _drop_tensors(self, without: Container[Tensor] = ()) -> bool:
         """Remove the tensors of the engine; returns whether there were any but those that :meth:`_make_room` made."""
         found = False
         for p, state in list(self.optimizer.state.items()):
-            if isinstance(state, dict) and state.keys() & {DIRECTION, DISCOUNTED}:
-                for key in (DIRECTION, DISCOUNTED):
-                    tensor = state.pop(key, None)
-                    found |= tensor is not None and bool(local(tensor).any())
+            if isinstance(state, dict) and state.keys() & {DIRECTION, DISCOUNTED} and p not in without:
+                for key in state.keys() & {DIRECTION, DISCOUNTED}:
+                    found |= bool(local(state.pop(key)).any())
                 if not state:
                     del self.optimizer.state[p]
         return found
@@ -291,25 +291,35 @@ class HypergradientLR:
             raise ValueError("this is not what HypergradientLR.state_dict() returned")
         for key in ("optimizer", "rule", "scope"):
             if state_dict[key] != own[key]:
-                raise ValueError(f"the saved state has {key}={state_dict[key]!r}, this HypergradientLR {own[key]!r}")
-        if len(state_dict["last"]) != len(self._last):
-            raise ValueError(
-                f"the saved state has {len(state_dict['last'])} parameter groups, the optimizer {len(self._last)}"
-            )
+                raise ValueError(
+                    f"the saved state has {key}={state_dict[key]!r}, this HypergradientLR {own[key]!r}: go on with the "
+                    "same, or load the parameters only"
+                )
+        saved_last = state_dict["last"]
+        if isinstance(saved_last, list) and len(saved_last) != len(self._last):
+            raise ValueError(f"the saved state has {len(saved_last)} parameter groups, the optimizer {len(self._last)}")
         try:
             last = [
                 _Last(
                     check_number("weight", saved["weight"]),
                     None if saved["direction"] is None else direction_from_dict(saved["direction"]),
-                    {settings["params"][i] for i in saved["moved"]},
+                    {settings["params"][check_count("moved", i)] for i in saved["moved"]},
                 )
-                for saved, settings in zip(state_dict["last"], self.optimizer.param_groups, strict=True)
+                for saved, settings in zip(saved_last, self.optimizer.param_groups, strict=True)
             ]
-            step_count, nonfinite_steps = int(state_dict["step_count"]), int(state_dict["nonfinite_steps"])
+            counts = {name: check_count(name, state_dict[name]) for name in ("step_count", "nonfinite_steps")}
+            scheduled = self._rates.under_schedule
             self._rates.load_state_dict(state_dict["rates"])
         except (KeyError, IndexError, TypeError, ValueError, AttributeError) as error:
-            raise ValueError(f"the saved state is damaged, or of other parameter groups: {error}") from error
-        self._last, self.step_count, self.nonfinite_steps = last, step_count, nonfinite_steps
+            raise ValueError(f"the saved state is damaged, or of other parameter groups: {error!r}") from error
+        if scheduled and not self._rates.under_schedule:
+            self._warn(
+                "new schedule",
+                "the saved state is of a training without a scheduler: the learned scale starts anew from what the "
+                "scheduler says",
+            )
+        self._last = last
+        vars(self).update(counts)
 
     def __getstate__(self) -> dict[str, Any]:
         return {**vars(self), "_hooks": self.attached, "_loading": [], "_step": None}
@@ -426,7 +436,11 @@ class HypergradientLR:
             self._set_out(step, i, with_gradient[i], lr, weight)
 
     def _sync(self) -> None:
+        """Take over what others did since the last step."""
         self._rates.sync()
+        groups = self.optimizer.param_groups
+        if len(self.optimizer.state) > sum(len(settings["params"]) for settings in groups):
+            self._drop_tensors(without={p for settings in groups for p in settings["params"]})
         self._last += [_Last() for _ in self._rates.groups[len(self._last) :]]
 
     def _compare(self) -> None:
@@ -437,6 +451,7 @@ class HypergradientLR:
             "optimizer": type(self.optimizer).__name__,
             "rule": (type(self._rule).__name__, _constants(self._rule)),
             "scope": self.scope,
+            "min_lr, max_lr": self._rates.limits,
             "step_count": self.step_count,
             "lrs": [get_lr(settings) for settings in self.optimizer.param_groups],
             "shapes of parameters": [
@@ -530,13 +545,14 @@ class HypergradientLR:
                 d = last.direction.read(p, state)
             except KeyError:
                 lost = True
-        if lost:
+        fits = d is not None and d.shape == as_real(p).shape
+        if lost or (d is not None and not fits):
             self._warn(
                 "lost direction",
                 "the optimizer's state has lost the last direction (was it loaded from a checkpoint written without "
                 "it?); the learning rate stays as it is for one step",
             )
-        return d if d is not None and d.shape == as_real(p).shape else None
+        return d if fits else None
 
     def _gradient(self, settings: dict[str, Any], p: Tensor) -> Tensor:
         g = objective_gradient(self.optimizer, settings, p, getattr(self.optimizer, "grad_scale", None))
@@ -649,8 +665,11 @@ class HypergradientLR:
         self.step_count += 1
 
     def _give_back_rates(self, step: _Step) -> None:
-        for settings, restore in zip(self.optimizer.param_groups, step.restore, strict=True):
-            set_lr(settings, restore)
+        """What the scheduler says; by a factor that the optimizer has put to its rate during the step, if it has."""
+        groups = self.optimizer.param_groups
+        holding = [get_lr(settings) for settings in groups]  # first of all, for groups may share a tensor
+        for settings, restore, group, held in zip(groups, step.restore, step.groups, holding, strict=True):
+            set_lr(settings, restore if held == group.lr or not group.lr else restore * (held / group.lr))
 
     def _settle(self, step: _Step) -> None:
         """Put the copies that the directions need into the optimizer's state.

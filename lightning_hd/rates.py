@@ -8,7 +8,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from lightning_hd.directions import is_normalized
-from lightning_hd.rules import Observation, Rule, check_number
+from lightning_hd.rules import Observation, Rule, check_flag, check_number
 
 _TRIAL_LR = 2.0**-6
 """A power of two, so that dividing by it is exact; small enough for every optimizer to be linear."""
@@ -118,6 +118,11 @@ class Rates:
                     self._write(group, get_lr(group_settings))
         for scope in fresh:
             self._anchor(scope)
+
+    @property
+    def limits(self) -> tuple[float, float]:
+        """The clamps."""
+        return self._min_lr, self._max_lr
 
     def members(self, scope: int) -> range:
         """The indices of a scope's parameter groups."""
@@ -308,10 +313,10 @@ class Rates:
                 scope.rule,
                 check_number("lr", saved["lr"]),
                 check_number("used", saved["used"]),
-                check_number("reference", saved["reference"]),
-                from_zero=bool(saved["from_zero"]),
-                started=bool(saved["started"]),
-                trial_lr=check_number("trial_lr", saved["trial_lr"]),
+                _check_divisor("reference", saved["reference"]),
+                from_zero=check_flag("from_zero", saved["from_zero"]),
+                started=check_flag("started", saved["started"]),
+                trial_lr=check_number("trial_lr", saved["trial_lr"], _TRIAL_LR),
             )
             for scope, saved in zip(self.scopes, saved_scopes, strict=True)
         ]
@@ -320,20 +325,27 @@ class Rates:
                 group.scope,
                 check_number("lr", saved["lr"]),
                 check_number("base", saved["base"]),
-                check_number("join", saved["join"]),
-                bool(saved["zero"]),
+                _check_divisor("join", saved["join"]),
+                check_flag("zero", saved["zero"]),
             )
             for group, saved in zip(self.groups, saved_groups, strict=True)
         ]
+        under_schedule = check_flag("scheduled", state_dict["scheduled"])
         for scope, saved in zip(scopes, saved_scopes, strict=True):
             scope.rule.load_state_dict(saved["rule"])
-        self.scopes, self.groups = scopes, groups
-        self.under_schedule = bool(state_dict["scheduled"])
+        self.scopes, self.groups, self.under_schedule = scopes, groups, under_schedule
         if self.under_schedule and not self._is_scheduled():
             self.scheduled = True  # said by the user then, for a scheduler that leaves no mark
         if not self.under_schedule:
             for group, settings in zip(groups, self.optimizer.param_groups, strict=True):
                 group.lr = set_lr(settings, group.lr)
+
+
+def _check_divisor(name: str, value: float) -> float:
+    number = check_number(name, value)
+    if not number:
+        raise ValueError(f"{name} must not be 0")
+    return number
 
 
 def check_lr(name: str, lr: Any) -> None:

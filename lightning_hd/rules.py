@@ -104,8 +104,14 @@ class Rule(ABC):
 
     def state_dict(self) -> dict[str, Any]:
         """The numbers and tensors that the rule object holds, by attribute name; override it for anything else."""
-        held = {name: value for name, value in vars(self).items() if isinstance(value, (int, float, Tensor))}
-        return copy.deepcopy(held)
+        held: dict[str, Any] = {}
+        for name, value in vars(self).items():
+            if isinstance(value, Tensor):
+                held[name] = value.detach().clone()
+            elif isinstance(value, (int, float)):
+                # numpy's numbers are such as well, but torch does not load them with weights_only=True
+                held[name] = value.item() if hasattr(value, "item") else value
+        return held
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Take over what :meth:`state_dict` returned."""
@@ -287,25 +293,32 @@ class Auto(Rule):
 
     def state_dict(self) -> dict[str, Any]:
         """What it has learned; not its constants, which may be others after a restart."""
-        return {name: getattr(self, name) for name in _LEARNED}
+        return {name: getattr(self, name) for name in (*_COUNTS, *_LEARNED)}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Take over what :meth:`state_dict` returned; :class:`KeyError` where something is missing."""
-        vars(self).update({name: type(getattr(self, name))(state_dict[name]) for name in _LEARNED})
+        """Take over what :meth:`state_dict` returned.
+
+        Raises:
+            KeyError, TypeError, ValueError: It is damaged.
+        """
+        counts = {name: check_count(name, state_dict[name]) for name in _COUNTS}
+        learned = {name: check_number(name, state_dict[name], *bounds) for name, bounds in _LEARNED.items()}
+        vars(self).update(counts | learned)
 
 
-_LEARNED = (
-    "brakes",
-    "_first_lr",
-    "_cosine",
-    "_squares",
-    "_brake",
-    "_norms",
-    "_norm",
-    "_norm_weight",
-    "_log_mean",
-    "_variance",
-)
+_COUNTS = ("brakes", "_norms")
+
+_LEARNED = {
+    "_first_lr": (0.0, math.inf),
+    "_cosine": (-math.inf, math.inf),
+    "_squares": (0.0, math.inf),
+    "_brake": (0.0, 1.0),
+    "_norm": (0.0, math.inf),
+    "_norm_weight": (0.0, 1.0),
+    "_log_mean": (-math.inf, math.inf),
+    "_variance": (0.0, math.inf),
+}
+"""What the rule learns, with its bounds."""
 
 _LOG_MEMORY = 0.9
 """With which logarithms of gradient norms are forgotten: an overshoot grows within some ten steps."""
@@ -443,9 +456,11 @@ def make_rule(rule: Rule | str, hypergrad_lr: float | None) -> Rule:
         return rule
     names = ["auto", *PAPER_RULES]
     if not isinstance(rule, str):
-        raise TypeError(f"rule must be one of {names} or a Rule object, got {rule!r}")
+        meant = f"; did you mean {rule.__name__}()?" if isinstance(rule, type) and issubclass(rule, Rule) else ""
+        raise TypeError(f"rule must be one of {names} or a Rule object, got {rule!r}{meant}")
     if rule not in names:
-        raise ValueError(f"rule must be one of {names} or a Rule object, got {rule!r}")
+        meant = f"; did you mean {rule.lower()!r}?" if rule.lower() in names else ""
+        raise ValueError(f"rule must be one of {names} or a Rule object, got {rule!r}{meant}")
     if rule in PAPER_RULES:
         return PAPER_RULES[rule](hypergrad_lr=hypergrad_lr)
     if hypergrad_lr is not None:
@@ -476,3 +491,24 @@ def check_number(name: str, value: float, minimum: float = -math.inf, maximum: f
         bound += "" if maximum == math.inf else f" and at most {maximum:g}"
         raise ValueError(f"{name} must be a finite number{bound}, got {value!r}")
     return number
+
+
+def check_count(name: str, value: int) -> int:
+    """``value`` as a whole number of at least 0.
+
+    Raises:
+        TypeError: It is no whole number.
+        ValueError: It is negative.
+    """
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise TypeError(f"{name} must be a whole number, got {value!r}")
+    if value < 0:
+        raise ValueError(f"{name} must not be negative, got {value}")
+    return value
+
+
+def check_flag(name: str, value: bool) -> bool:
+    """``value``, which must be ``True`` or ``False``: else :class:`TypeError`."""
+    if not isinstance(value, bool):
+        raise TypeError(f"{name} must be True or False, got {value!r}")
+    return value

@@ -656,20 +656,6 @@ def test_four_quarter_batches_are_one_batch(cls: Any, settings: dict[str, Any]) 
     np.testing.assert_allclose(ends[1], ends[0], rtol=1e-9)
 
 
-def test_it_leaves_nothing_behind_when_it_is_detached() -> None:
-    for cls, settings in FAMILIES:
-        network = reference.torch_network()
-        optimizer = cls(network.parameters(), lr=0.01, **settings)
-        hd = HypergradientLR(optimizer)
-        run(network, optimizer, range(5))
-        hd.detach()
-        plain = cls(reference.torch_network().parameters(), lr=0.01, **settings)
-        run(network, optimizer, range(5, 10))
-        assert optimizer.param_groups[0]["lr"] == hd.lrs[0]
-        assert not any(str(key).startswith("hd_") for state in optimizer.state.values() for key in state)
-        assert optimizer.state_dict()["param_groups"][0].keys() == plain.state_dict()["param_groups"][0].keys()
-
-
 # ---------------------------------------------------------------------- where to start from
 
 

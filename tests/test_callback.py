@@ -14,13 +14,13 @@ import numpy as np
 import pytest
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.callbacks import EarlyStopping, LearningRateMonitor, ModelCheckpoint
+from lightning.pytorch.callbacks import LearningRateMonitor, ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy
 from sklearn.datasets import load_digits
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch import Tensor, nn
-from torch.optim import SGD, Adam, Optimizer, lr_scheduler
+from torch.optim import SGD, Adam, Optimizer
 from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_hd import Additive, HypergradientDescent
@@ -285,14 +285,6 @@ def test_rates_are_in_callback_metrics_and_in_the_progress_bar_if_asked(tmp_path
         assert ("hypergradient/lr-SGD" in trainer.progress_bar_metrics) == asked
 
 
-def test_early_stopping_can_monitor_the_rate(tmp_path: Path) -> None:
-    stop = EarlyStopping("hypergradient/lr-SGD", stopping_threshold=0.02, mode="max", check_on_train_epoch_end=True)
-    trainer = make_trainer(tmp_path, HypergradientDescent("multiplicative"), stop, max_epochs=50)
-    trainer.fit(Digits(lr=0.01))
-    assert trainer.current_epoch < 49
-    assert trainer.callback_metrics["hypergradient/lr-SGD"] > 0.02
-
-
 def test_without_a_logger_it_says_so_once_and_trains(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     hd = HypergradientDescent()
     with caplog.at_level(logging.INFO):
@@ -360,52 +352,6 @@ def test_several_optimizers_in_manual_optimization(tmp_path: Path) -> None:
     np.testing.assert_allclose(hd.lrs["lr-Adam"], lrs, rtol=1e-10)
 
 
-def test_clipped_gradients_are_what_counts(tmp_path: Path) -> None:
-    hd = HypergradientDescent()
-    make_trainer(tmp_path, hd, gradient_clip_val=0.01).fit(Reference())
-    (seen,) = hd.engines[0].last
-    assert seen is not None
-    assert seen.grad_norm == pytest.approx(0.01, rel=1e-3)
-
-
-@pytest.mark.parametrize("plateau", [False, True])
-def test_a_scheduler_computes_what_it_computes_alone(tmp_path: Path, plateau: bool) -> None:
-    def configure(network: Any) -> Any:
-        optimizer = SGD(network.parameters(), lr=0.01)
-        if plateau:
-            scheduler: Any = lr_scheduler.ReduceLROnPlateau(optimizer, patience=0)
-            config = {"scheduler": scheduler, "monitor": "loss", "interval": "step", "frequency": 20}
-        else:
-            config = {"scheduler": lr_scheduler.OneCycleLR(optimizer, 0.1, total_steps=200), "interval": "step"}
-        return {"optimizer": optimizer, "lr_scheduler": config}
-
-    class Recorder(Callback):
-        def __init__(self) -> None:
-            self.lrs: list[float] = []
-
-        def on_train_batch_end(self, trainer: Trainer, *_: Any) -> None:
-            self.lrs.append(trainer.optimizers[0].param_groups[0]["lr"])
-
-    class Constant(Reference):
-        """What the plateau scheduler monitors is the same in both runs."""
-
-        def training_step(self, batch: Any, batch_idx: int) -> Tensor:
-            loss = reference.torch_loss(self.network, *batch)
-            self.log("loss", 1.0)
-            return loss
-
-    runs = []
-    for callbacks in ([], [HypergradientDescent()]):
-        recorder = Recorder()
-        make_trainer(tmp_path, *callbacks, recorder).fit(Constant(configure))
-        runs.append(recorder.lrs)
-    assert runs[0] == runs[1]
-    assert len(set(runs[0])) > 2
-    hd = callbacks[0]
-    assert hd.lrs["lr-SGD"] != runs[0]
-    assert hd.engines[0].scales[0] != 1
-
-
 def test_two_fits_start_anew(tmp_path: Path) -> None:
     hd = HypergradientDescent()
     runs = []
@@ -414,17 +360,6 @@ def test_two_fits_start_anew(tmp_path: Path) -> None:
         runs.append(hd.lrs)
     assert runs[0] == runs[1]
     assert len(runs[0]["lr-SGD"]) == 50
-
-
-@pytest.mark.parametrize("arguments", [{"fast_dev_run": 3}, {"barebones": True}, {"precision": "bf16-mixed"}])
-def test_special_trainers(tmp_path: Path, arguments: dict[str, Any]) -> None:
-    hd = HypergradientDescent()
-    if arguments.get("barebones"):
-        trainer = Trainer(barebones=True, callbacks=[hd], accelerator="cpu", max_epochs=1, default_root_dir=tmp_path)
-    else:
-        trainer = make_trainer(tmp_path, hd, **arguments)
-    trainer.fit(Digits(lr=1e-3))
-    assert hd.lrs["lr-SGD"][-1] > hd.lrs["lr-SGD"][0]
 
 
 # ---------------------------------------------------------------------- detaching

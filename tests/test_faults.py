@@ -292,6 +292,75 @@ def test_a_tensor_rate_stays_the_tensor_that_it_is(dtype: torch.dtype, rule: str
     assert rates(tensor) == pytest.approx(rates(number), rel=1e-4)
 
 
+@pytest.mark.parametrize("rule", RULES)
+def test_two_optimizers_that_share_a_tensor_are_refused(rule: str, tmp_path: Path) -> None:
+    lr = torch.tensor(0.01)
+
+    class Shared(Manual):
+        def configure_optimizers(self) -> Any:
+            return [SGD(self.parts[0].parameters(), lr=lr), Adam(self.parts[1].parameters(), lr=lr)]
+
+    with pytest.raises(ValueError, match="two optimizers share one lr tensor, the second of them Adam"):
+        fit(tmp_path, Shared(), HypergradientDescent(rule))
+
+
+# ---------------------------------------------------------------------- optimizers that come and go
+
+
+@pytest.mark.parametrize("when", ["on_train_start", "on_train_batch_end"])
+def test_optimizers_that_are_replaced_are_tuned_and_it_is_told(when: str, tmp_path: Path) -> None:
+    class Replace(Callback):
+        def replace(self, trainer: Trainer, *_: Any) -> None:
+            if when == "on_train_start" or trainer.global_step == 10:
+                trainer.strategy.setup_optimizers(trainer)
+
+    replace, hd = Replace(), HypergradientDescent("multiplicative")
+    setattr(replace, when, replace.replace)
+    with pytest.warns(UserWarning, match="optimizers were replaced in mid-training, so tuning .* from the beginning"):
+        trainer = fit(tmp_path, Network(), hd, replace)
+    lrs = rates(hd)
+    assert len(lrs) == len(set(lrs)) == (20 if when == "on_train_start" else 10)
+    assert lrs[0] == 0.01
+    assert trainer.optimizers[0].param_groups[0]["lr"] == lrs[-1]
+    assert is_released(trainer.optimizers[0])
+
+
+def test_an_optimizer_whose_steps_are_not_seen_is_told(tmp_path: Path) -> None:
+    class Aside(Network):
+        def configure_optimizers(self) -> Any:
+            optimizer = super().configure_optimizers()
+            optimizer.step = lambda closure: closure()
+            return optimizer
+
+    with pytest.warns(UserWarning, match="no step of SGD was tuned"):
+        fit(tmp_path, Aside(), HypergradientDescent())
+
+
+def test_parameters_that_leave_a_group_do_not_spoil_the_checkpoint(tmp_path: Path) -> None:
+    module, hd = Network(momentum=0.0), HypergradientDescent()
+    leave = Before(range(10, 11), lambda m: m.trainer.optimizers[0].param_groups[0]["params"].pop())
+    trainer = fit(tmp_path, module, hd, leave)
+    assert len(trainer.optimizers[0].state_dict()["state"]) == 3
+    assert len(set(rates(hd))) == 20
+
+
+def test_a_callback_that_an_error_elsewhere_left_attached_serves_the_next_fit(tmp_path: Path) -> None:
+    class Worse(Callback):
+        def on_exception(self, *_: Any) -> None:
+            raise OSError("worse")
+
+    module, hd = Network(), HypergradientDescent()
+    kept = SGD(module.parameters(), lr=0.01)
+    module.configure = lambda _: kept
+    failing = Before(range(5, 6), lambda _: 1 / 0)
+    with pytest.raises(OSError, match="worse"):
+        fit(tmp_path, module, Worse(), hd, failing)
+    assert not is_released(kept)
+    fit(tmp_path, module, hd)
+    assert len(rates(hd)) == 20
+    assert is_released(kept)
+
+
 # ---------------------------------------------------------------------- errors of the user, and of others
 
 

@@ -352,7 +352,7 @@ def test_a_gan_learns_with_the_rule_auto(gan: dict[str, Any], tmp_path: Path) ->
 def test_the_gan_of_the_examples_compares_the_rules(
     gan: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr("sys.argv", ["gan.py", "--epochs", "1", "--logs", str(tmp_path)])
+    monkeypatch.setattr("sys.argv", ["gan.py", "--epochs", "1", "--folder", str(tmp_path)])
     gan["main"]()
     lines = [line for line in capsys.readouterr().out.splitlines() if "e-0" in line]
     table = {line[:24].strip(): [float(x) for x in line[24:].split()] for line in lines}

@@ -301,6 +301,20 @@ def test_a_backbone_follows_what_finetuning_writes(tmp_path: Path, rule: str, sc
     assert float(trainer.callback_metrics["hypergradient/lr-SGD/pg2"]) == pytest.approx(backbone[-1])
 
 
+@pytest.mark.parametrize("tag", ["hypergradient/lr-SGD", "hypergradient/lr-SGD/pg1"])
+def test_a_rate_is_monitored_on_though_a_group_was_added(tmp_path: Path, tag: str) -> None:
+    class Monitor(Callback):
+        def on_train_batch_end(self, trainer: Trainer, *_: Any) -> None:
+            seen.append(trainer.callback_metrics.get(tag))
+
+    seen: list[Any] = []
+    hd = HypergradientDescent()
+    fit(tmp_path, Example(), hd, callbacks.BackboneFinetuning(2), Monitor(), max_epochs=4)
+    known = [float(lr) for lr in seen if lr is not None]
+    assert len(known) == (2 if tag.endswith("pg1") else 4) * EPOCH
+    assert known == pytest.approx(hd.lrs["lr-SGD/pg1"][-len(known) :])
+
+
 @in_both_orders
 def test_accumulation_that_changes_is_logged_at_every_step(tmp_path: Path, reverse: bool) -> None:
     hd, accumulation = HypergradientDescent(), callbacks.GradientAccumulationScheduler({0: 1, 1: 4, 2: 2})

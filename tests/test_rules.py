@@ -69,6 +69,29 @@ def test_make_rule() -> None:
     assert make_rule("multiplicative", 0.3) == Multiplicative(0.3)
     own = Additive(0.1)
     assert make_rule(own, None) is own
+    with pytest.raises(TypeError, match=r"did you mean Additive\(\)\?"):
+        make_rule(Additive, None)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match=r"got 'Auto'; did you mean 'auto'\?"):
+        make_rule("Auto", None)
+
+
+def test_numbers_of_numpy_are_saved_as_plain_ones() -> None:
+    class Own(Rule):
+        def __init__(self) -> None:
+            self.mean, self.on, self.count, self.x = np.float64(0.5), True, 3, torch.ones(2, requires_grad=True)
+
+        def update(self, lr: float, seen: Observation, step: int) -> float:
+            return lr
+
+    saved = Own().state_dict()
+    assert {name: type(value) for name, value in saved.items()} == {
+        "mean": float,
+        "on": bool,
+        "count": int,
+        "x": torch.Tensor,
+    }
+    assert saved["mean"] == 0.5
+    assert not saved["x"].requires_grad
 
 
 @pytest.mark.parametrize(

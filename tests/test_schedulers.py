@@ -143,6 +143,57 @@ def test_schedulers_compose_in_a_trainer(tmp_path: Path, cls: Any, interval: str
         run.check(alone=runs[0])
 
 
+@pytest.mark.parametrize("cls", [lr_scheduler.LambdaLR, lr_scheduler.ExponentialLR])
+def test_a_scheduler_that_is_stepped_in_a_hook_of_the_optimizer(tmp_path: Path, cls: Any) -> None:
+    class Hooked(Reference):
+        def configure_optimizers(self) -> Any:
+            self.optimizer = two_groups(self.network)
+            self.scheduler = build(cls, self.optimizer)
+            self.optimizer.register_step_post_hook(lambda *_: self.scheduler.step())
+            return self.optimizer
+
+    runs = []
+    for hd in (None, *map(HypergradientDescent, RULES)):
+        run, module = Run(), Hooked()
+
+        class Record(Callback):
+            def on_train_batch_start(self, *_: Any, run: Run = run, module: Hooked = module) -> None:
+                run.before_step(module.optimizer, module.scheduler)
+
+            def on_train_batch_end(self, *_: Any, run: Run = run, hd: HypergradientDescent | None = hd) -> None:
+                if hd:
+                    run.after_step(hd.engines[0])
+
+        make_trainer(tmp_path, *([hd] if hd else []), Record(), limit_train_batches=EPOCHS * EPOCH).fit(module)
+        runs.append(run)
+    for run in runs[1:]:
+        run.check(alone=runs[0])
+
+
+def test_an_optimizer_that_changes_its_rate_in_a_step_does_so_under_a_schedule_as_well() -> None:
+    class Fading(SGD):
+        def step(self, closure: Any = None) -> Any:
+            result = super().step(closure)
+            self.param_groups[0]["lr"] *= 0.99
+            return result
+
+    runs: list[list[float]] = []
+    for tuned in (False, True):
+        network = reference.torch_network()
+        optimizer = Fading(network.parameters(), lr=0.01)
+        scheduler = lr_scheduler.ExponentialLR(optimizer, 0.9)
+        if tuned:
+            HypergradientLR(optimizer, "multiplicative")
+        runs.append([])
+        for batch in reference.torch_batches()[:10]:
+            optimizer.zero_grad()
+            reference.torch_loss(network, *batch).backward()
+            optimizer.step()
+            scheduler.step()
+            runs[-1].append(optimizer.param_groups[0]["lr"])
+    assert runs[1] == pytest.approx(runs[0], rel=1e-12)
+
+
 @pytest.mark.parametrize("scope", ["global", "group"])
 @pytest.mark.parametrize(("first", "every"), [("scheduler", 1), ("engine", EPOCH)])
 @pytest.mark.parametrize("cls", SCHEDULERS)

@@ -191,12 +191,13 @@ def disagree(what: str) -> None:
         optimizer.param_groups[0]["lr"] = 0.2 if what == "lrs" else 0.0
     beta = 0.1 * (1 + (what == "rule" and rank == 1))
     scope: Any = "group" if what == "scope" and rank == 1 else "global"
-    HypergradientLR(optimizer, rule="additive", hypergrad_lr=beta, scope=scope)
+    low = 0.01 if what == "min_lr" and rank == 1 else 0.0
+    HypergradientLR(optimizer, rule="additive", hypergrad_lr=beta, scope=scope, min_lr=low)
     p[0].grad = None if what == "lrs" and rank == 0 else torch.ones(3)
     optimizer.step()
 
 
-DISAGREEMENTS = ("rule", "scope", "lrs", "lrs, one of them 0", "shapes")
+DISAGREEMENTS = ("rule", "scope", "min_lr", "lrs", "lrs, one of them 0", "shapes")
 
 
 def disagree_in_turn() -> list[str]:
