@@ -1,5 +1,6 @@
 """Rates of groups and scopes: ratios, clamps, schedulers, groups that come late, rates that others write."""
 
+import copy
 import math
 import warnings
 from collections.abc import Callable, Sequence
@@ -214,15 +215,49 @@ def test_groups_with_rates_of_their_own_must_not_share_a_tensor() -> None:
         HypergradientLR(Adam(groups, lr=torch.tensor(0.1)), scope="group")
 
 
-@pytest.mark.parametrize(("key", "value"), [("lr", math.nan), ("used", None), ("reference", "0.1")])
-def test_a_state_with_a_damaged_number_is_refused(key: str, value: Any) -> None:
-    optimizer = SGD([nn.Parameter(torch.ones(1))], lr=0.1)
-    hd = HypergradientLR(optimizer)
-    saved = hd.state_dict()
-    saved["rates"]["scopes"][0][key] = value
-    with pytest.raises(ValueError, match=f"damaged.*{key} must be a"):
-        hd.load_state_dict(saved)
-    assert hd.lrs == [0.1]
+DAMAGED: list[tuple[str, Any]] = [
+    ("step_count", -3),
+    ("nonfinite_steps", 0.5),
+    ("last", 5),
+    ("last.0.weight", math.inf),
+    ("last.0.moved", [-1]),
+    ("last.0.direction", {"family": "Gradient", "momentum": 1}),
+    ("rates", None),
+    ("rates.scheduled", "False"),
+    ("rates.scopes", []),
+    ("rates.scopes.0.lr", math.nan),
+    ("rates.scopes.0.used", None),
+    ("rates.scopes.0.reference", "0.1"),
+    ("rates.scopes.0.reference", 0),
+    ("rates.scopes.0.started", 0),
+    ("rates.scopes.0.trial_lr", 0.0),
+    ("rates.scopes.0.rule._brake", math.inf),
+    ("rates.scopes.0.rule._variance", -1.0),
+    ("rates.scopes.0.rule._log_mean", math.nan),
+    ("rates.scopes.0.rule.brakes", 1.5),
+    ("rates.groups.0.lr", 10**400),
+    ("rates.groups.0.join", 0.0),
+    ("rates.groups.0.zero", "no"),
+]
+
+
+@pytest.mark.parametrize(("path", "value"), DAMAGED)
+def test_a_damaged_state_is_refused_and_changes_nothing(path: str, value: Any) -> None:
+    hds = []
+    for _ in range(2):
+        network = reference.torch_network()
+        optimizer = SGD(network.parameters(), lr=0.1)
+        hds.append(HypergradientLR(optimizer))
+        run(network, optimizer, range(3))
+    saved = copy.deepcopy(hds[0].state_dict())
+    *way, last = path.split(".")
+    place: Any = saved
+    for key in way:
+        place = place[int(key) if key.isdigit() else key]
+    place[last] = value
+    with pytest.raises(ValueError, match=r"the saved state (is damaged|has 0)|not a saved direction"):
+        hds[0].load_state_dict(saved)
+    assert hds[0].state_dict() == hds[1].state_dict()
 
 
 def test_a_tensor_rate_that_groups_share_under_a_schedule() -> None:
