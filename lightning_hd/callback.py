@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
+import torch.distributed as dist
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import Tensor, nn
@@ -234,10 +235,15 @@ class HypergradientDescent(Callback):
         for optimizer in optimizers:
             check_optimizer(optimizer)
         _check_tensors(optimizers)
+        group = None
+        if dist.is_initialized() and dist.get_world_size() > 1 and trainer.world_size == 1:
+            group = dist.new_group([dist.get_rank()], use_local_synchronization=True)  # others train something else
         for optimizer, name in zip(optimizers, optimizer_names(optimizers), strict=True):
             # Lightning's tuner takes all callbacks out while it searches, with steps that are no part of the training.
             self._pausing.append(optimizer.register_step_pre_hook(partial(self._pause, trainer)))
-            engine = HypergradientLR(optimizer, self.rule, self.hypergrad_lr, self.scope, self.min_lr, self.max_lr)
+            engine = HypergradientLR(
+                optimizer, self.rule, self.hypergrad_lr, self.scope, self.min_lr, self.max_lr, process_group=group
+            )
             self.engines.append(engine)
             if any(optimizer is other for other in scheduled):
                 engine.scheduled = True

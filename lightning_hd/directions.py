@@ -302,8 +302,17 @@ def check_optimizer(optimizer: Optimizer) -> None:
             raise TypeError(
                 f"optimizer {name} has no learning rate to tune: {reason}. Use SGD, Adam, AdamW or the like"
             )
+    # By its name, for the import alone makes torch warn.
+    if any(base.__name__ == "ZeroRedundancyOptimizer" for base in type(optimizer).__mro__):
+        raise TypeError(
+            f"optimizer {name} is not supported: its checkpoints lack what is not its own. Shard the model with "
+            "torch.distributed.fsdp.fully_shard instead"
+        )
     if not hasattr(optimizer, "state") or not hasattr(optimizer, "defaults"):
-        raise TypeError(f"optimizer {name} was not initialized: its class must call super().__init__(params, defaults)")
+        raise TypeError(
+            f"optimizer {name} was not initialized: its class must call super().__init__(params, defaults). If it is a "
+            "wrapper, tune the optimizer inside of it"
+        )
     if not optimizer.param_groups:
         raise ValueError(f"optimizer {name} has no parameter groups")
     for i, group in enumerate(optimizer.param_groups):

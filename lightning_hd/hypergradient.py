@@ -1,6 +1,6 @@
 """HypergradientLR: attached to one torch optimizer; gradients and directions in, learning rate out."""
 
-import itertools
+import inspect
 import logging
 import math
 import warnings
@@ -143,7 +143,8 @@ class HypergradientLR:
         TypeError: ``optimizer`` is not an optimizer or has no rate to tune (LBFGS, Rprop, SparseAdam), or another
             argument is of the wrong type. In the first step: a gradient is sparse, or the optimizer moves the
             parameters before it evaluates its closure (SAM).
-        ValueError: An argument or a configured rate is out of range.
+        ValueError: An argument or a configured rate is out of range, or ``process_group`` lacks processes that hold
+            shards of the parameters.
         RuntimeError: The optimizer has a :class:`HypergradientLR` already. In the first step: the processes do not
             tune the same (on every one of them).
 
@@ -175,6 +176,7 @@ class HypergradientLR:
         self._rule, low, high = check_arguments(rule, hypergrad_lr, scope, min_lr, max_lr)
         check_optimizer(optimizer)
         self._ranks = Ranks(process_group)
+        self._ranks.check_meshes(p for settings in optimizer.param_groups for p in settings["params"])
         self._compared = False
         self.optimizer = unwrap(optimizer)
         self.scope = scope
@@ -349,39 +351,49 @@ class HypergradientLR:
     @torch.no_grad()
     def _prepare(self) -> bool:
         """The gradients are there: prepare the update, or leave all as it was. Returns which."""
-        if not self.step_count:
-            self._rates.check()
-        self._compare()
         # A fused optimizer under a GradScaler unscales inside of its step, and skips it where an inf was found: the
         # scaler tells it so by these two attributes, which exist during the step only.
         found_inf = getattr(self.optimizer, "found_inf", None)
         if found_inf is not None and float(found_inf) != 0:
             return False
-        self._dry = self._is_dry()
-        with_gradient = [
-            [p for p in settings["params"] if p.grad is not None] for settings in self.optimizer.param_groups
-        ]
-        if self._dry or not any(with_gradient):
+        error = self._error()
+        self._dry = error is None and self._is_dry()
+        if self._dry:
             return False
-        for p in itertools.chain.from_iterable(with_gradient):
-            check_gradient(p)
+        self._compare(error)
+        if error is not None:
+            raise error
         try:
-            self._tune(with_gradient)
+            return self._tune()
         except BaseException:
             self._abandon_step()
             raise
-        return True
+
+    def _error(self) -> Exception | None:
+        """What is wrong with the rates or the gradients."""
+        try:
+            if not self.step_count:
+                self._rates.check()
+            for settings in self.optimizer.param_groups:
+                for p in settings["params"]:
+                    check_gradient(p)
+        except (TypeError, ValueError) as error:
+            return error
+        return None
 
     def _is_dry(self) -> bool:
         """Whether this is the dry step by which ``torch.distributed.checkpoint`` makes a fresh optimizer's state.
 
-        That is before the first step, with all rates and all gradients set to 0.
+        That is before the first step, with all rates and all gradients set to 0. One rank may do so alone, unless it
+        has shards only.
         """
         if self.step_count or any(map(get_lr, self.optimizer.param_groups)):
             return False
         gradients = [p.grad for settings in self.optimizer.param_groups for p in settings["params"]]
-        nonzero = self._zeros(1) + sum(bool(local(g).any()) for g in gradients if g is not None)
-        return not self._ranks.sum(nonzero).item()
+        nonzero = any(bool(local(g).any()) for g in gradients if g is not None)
+        if any(isinstance(g, DTensor) for g in gradients):
+            nonzero = bool(self._ranks.sum(self._zeros(1) + nonzero).item())
+        return not nonzero
 
     def _make_room(self) -> None:
         """Make the tensors that are saved, where the optimizer has made its own state."""
@@ -413,9 +425,12 @@ class HypergradientLR:
                     "off from here on",
                 )
 
-    def _tune(self, with_gradient: list[list[Tensor]]) -> None:
-        """Observe, set the rates, keep what the directions will need."""
+    def _tune(self) -> bool:
+        """Observe, set the rates, keep what the directions will need; ``False`` where no rank has a gradient."""
         groups = self.optimizer.param_groups
+        with_gradient = [[p for p in settings["params"] if p.grad is not None] for settings in groups]
+        if self._ranks.count == 1 and not any(with_gradient):
+            return False
         if not self.step_count and self._drop_tensors():  # whoever goes on with them has loaded the step count as well
             self._warn(
                 "fresh start",
@@ -426,6 +441,9 @@ class HypergradientLR:
         rules = [scope.rule.state_dict() for scope in self._rates.scopes]
         step = self._step = _Step(rules, restore=[get_lr(settings) for settings in groups])
         self._observe(step)
+        if not any(step.has_gradient):
+            self._step = None
+            return False
         step.rates = [self._next_rate(step, i) for i in range(len(self._rates.scopes))]
         if self._rates.under_schedule and all(scope.from_zero for scope in self._rates.scopes):
             self._warn(
@@ -434,6 +452,7 @@ class HypergradientLR:
             )
         for i, (lr, weight) in enumerate(self._rates.effective([used for _, used in step.rates])):
             self._set_out(step, i, with_gradient[i], lr, weight)
+        return True
 
     def _sync(self) -> None:
         """Take over what others did since the last step."""
@@ -443,20 +462,22 @@ class HypergradientLR:
             self._drop_tensors(without={p for settings in groups for p in settings["params"]})
         self._last += [_Last() for _ in self._rates.groups[len(self._last) :]]
 
-    def _compare(self) -> None:
+    def _compare(self, error: Exception | None) -> None:
         """Before the first step: raise on all ranks where they do not tune the same, rather than wait forever."""
-        if self._compared:
+        if self._compared or self._ranks.count == 1:
             return
         own = {
+            "error": error and repr(error),
             "optimizer": type(self.optimizer).__name__,
             "rule": (type(self._rule).__name__, _constants(self._rule)),
             "scope": self.scope,
             "min_lr, max_lr": self._rates.limits,
             "step_count": self.step_count,
-            "lrs": [get_lr(settings) for settings in self.optimizer.param_groups],
+            "lrs": [str(settings["lr"]) if error else get_lr(settings) for settings in self.optimizer.param_groups],
             "shapes of parameters": [
                 [tuple(p.shape) for p in settings["params"]] for settings in self.optimizer.param_groups
             ],
+            "what was learned": repr(self._rates.state_dict()["scopes"]),
         }
         for rank, other in enumerate(everyone := self._ranks.gather(own)):
             for key, value in other.items():
@@ -681,16 +702,25 @@ class HypergradientLR:
         late = any(isinstance(group.direction, Measured) for group in step.groups) and any(
             isinstance(own, dict) and own.keys() - {DIRECTION, DISCOUNTED} for own in state.values()
         )
-        for group in step.groups:
-            if not group.direction.copies:
-                continue
-            candidates, group.moved = group.moved, []
-            for p in candidates:
+        copied = [group for group in step.groups if group.direction.copies]
+        for group in copied:
+            for p in group.moved:
                 group.direction.settle(step.kept[p], p, state.get(p, {}))
-                own = state.get(p, {}).keys() - {DIRECTION, DISCOUNTED}
-                if not (late and isinstance(group.direction, Measured) and not own and not step.kept[p].any()):
-                    state[p][DIRECTION] = step.kept[p]
-                    group.moved.append(p)
+        without = [
+            p
+            for group in copied
+            for p in group.moved
+            if late and isinstance(group.direction, Measured) and not state.get(p, {}).keys() - {DIRECTION, DISCOUNTED}
+        ]
+        if without:  # which all ranks know, but not all may have seen them move
+            moves = self._zeros(len(without))
+            moves += moves.new_tensor([bool(local(step.kept[p]).any()) for p in without])
+            stood = {p for p, moved in zip(without, self._ranks.sum(moves).tolist(), strict=True) if not moved}
+            for group in copied:
+                group.moved = [p for p in group.moved if p not in stood]
+        for group in copied:
+            for p in group.moved:
+                state[p][DIRECTION] = step.kept[p]
 
     def _rescale(self, step: _Step) -> None:
         """Replace steps at a rate for trial by steps at the rate that they should have had."""
@@ -747,12 +777,12 @@ class HypergradientLR:
                 sums += torch.stack([d, theta, nonzero]).to(sums.device) / self._copies(p)
         return sums
 
-    @staticmethod
-    def _hold(step: _Step, groups: list[_GroupStep]) -> None:
+    def _hold(self, step: _Step, groups: list[_GroupStep]) -> None:
         """Take back the steps of these groups."""
         for group in groups:
             for p in group.moved:
                 p.copy_(step.before[p])
+                self.optimizer.state[p].pop(DIRECTION, None)
             group.moved = []
 
     def _discount(self, step: _Step) -> None:
@@ -804,4 +834,6 @@ def _returned(value: Any, rule: Rule, method: str) -> float:
 
 def _constants(rule: Rule) -> dict[str, Any]:
     """What can be compared of a rule's arguments."""
-    return {name: value for name, value in vars(rule).items() if isinstance(value, (int, float, str, type(None)))}
+    plain = {name: value for name, value in vars(rule).items() if isinstance(value, (int, float, str, type(None)))}
+    functions = {name: value.__qualname__ for name, value in vars(rule).items() if inspect.isfunction(value)}
+    return plain | functions

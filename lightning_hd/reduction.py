@@ -1,7 +1,7 @@
 """Dot products and norms over the tensors of a model, with enough digits for every dtype, over all ranks and shards."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
@@ -65,6 +65,17 @@ class Ranks:
     def is_first(self) -> bool:
         """Whether this process speaks for all of them."""
         return self.count == 1 or dist.get_rank(self._group) == 0
+
+    def check_meshes(self, parameters: Iterable[Tensor]) -> None:
+        """Raise :class:`ValueError` where a parameter has shards, or copies, on processes that are not of these."""
+        meshes = {p.device_mesh for p in parameters if isinstance(p, DTensor)}
+        for mesh in meshes if self._group is not None else ():
+            missing = set(mesh.mesh.flatten().tolist()) - set(dist.get_process_group_ranks(self._group))
+            if missing:
+                raise ValueError(
+                    f"process_group lacks the ranks {sorted(missing)}, which hold shards of the parameters as well: "
+                    "give all processes that train the model together"
+                )
 
     def sum(self, tensor: Tensor) -> Tensor:
         """The sum over all ranks, equal on all of them bit for bit; one collective, or none for a single rank."""

@@ -820,6 +820,13 @@ def test_a_rule_that_returns_no_number_is_named(value: Any) -> None:
 def optimizers_to_refuse() -> Iterator[Any]:
     p = [nn.Parameter(torch.ones(2))]
     yield pytest.param(torch.optim.LBFGS(p), TypeError, "LBFGS has no learning rate to tune", id="LBFGS")
+    zero = type("ZeroRedundancyOptimizer", (SGD,), {})
+    yield pytest.param(zero(p), TypeError, "its checkpoints lack what is not its own", id="ZeRO")
+    late = SGD.__new__(SGD)
+    yield pytest.param(late, TypeError, r"was not initialized: its class must call super\(\)", id="not initialized")
+    twice = SGD(p, lr=0.1)
+    twice.param_groups[0]["params"] *= 2
+    yield pytest.param(twice, ValueError, r"has a parameter twice in param_groups\[0\]", id="twice")
     yield pytest.param(torch.optim.Rprop(p), TypeError, "Rprop has no learning rate to tune", id="Rprop")
     yield pytest.param(torch.optim.SparseAdam(p), TypeError, "sparse gradients are not supported", id="SparseAdam")
     without_lr = SGD(p, lr=0.1)

@@ -4,8 +4,10 @@ import contextlib
 import functools
 import itertools
 import math
+import tempfile
 import warnings
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -14,15 +16,19 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import fp16_compress_hook
+from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor.debug import CommDebugMode
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import SGD
 
-from lightning_hd import HypergradientLR
+from lightning_hd import Additive, HypergradientDescent, HypergradientLR
+from lightning_hd.directions import DISCOUNTED
+from lightning_hd.rules import inverse_square
 from tests.distributed.processes import run
 from tests.distributed.training import CASES, OPTIMIZERS, Case, Kind, Trained, network, train
+from tests.test_callback import Reference, make_trainer
 
 STEPS = 100
 
@@ -183,6 +189,10 @@ def test_there_is_one_collective_a_step() -> None:
     assert outcomes(count_collectives_of_groups_without_gradients) == [[1, 1, 1]] * 2
 
 
+def inverse(step: int) -> float:
+    return 1 / step
+
+
 def disagree(what: str) -> None:
     rank = dist.get_rank()
     p = [nn.Parameter(torch.ones(3)) for _ in range(2)]
@@ -192,19 +202,22 @@ def disagree(what: str) -> None:
     beta = 0.1 * (1 + (what == "rule" and rank == 1))
     scope: Any = "group" if what == "scope" and rank == 1 else "global"
     low = 0.01 if what == "min_lr" and rank == 1 else 0.0
-    HypergradientLR(optimizer, rule="additive", hypergrad_lr=beta, scope=scope, min_lr=low)
+    rule = Additive(beta, weight=inverse if what == "function" and rank == 1 else inverse_square)
+    HypergradientLR(optimizer, rule, scope=scope, min_lr=low)
+    if rank == 1 and what == "error":
+        optimizer.param_groups[0]["lr"] = math.nan
     p[0].grad = None if what == "lrs" and rank == 0 else torch.ones(3)
     optimizer.step()
 
 
-DISAGREEMENTS = ("rule", "scope", "min_lr", "lrs", "lrs, one of them 0", "shapes")
+DISAGREEMENTS = ("error", "rule", "function", "scope", "min_lr", "lrs", "lrs, one of them 0", "shapes")
 
 
 def disagree_in_turn() -> list[str]:
     """What is told of each disagreement."""
     told = []
     for what in DISAGREEMENTS:
-        with pytest.raises(RuntimeError) as error:
+        with pytest.raises((RuntimeError, ValueError)) as error:
             disagree(what)
         told.append(str(error.value))
     return told
@@ -214,7 +227,9 @@ def test_processes_that_disagree_are_told_on_every_rank() -> None:
     for told in outcomes(disagree_in_turn):
         assert not isinstance(told, Exception), told
         for what, words in zip(DISAGREEMENTS, told, strict=True):
-            assert f"the processes do not tune the same: {what.partition(',')[0]}" in words
+            key = "rule" if what == "function" else what.partition(",")[0]
+            assert f"the processes do not tune the same: {key}" in words
+            assert what != "error" or "lr of SGD param_groups[0] must be a finite number" in words
 
 
 def drift() -> None:
@@ -288,7 +303,82 @@ def test_a_shard_without_elements_takes_part_in_a_first_step_at_a_rate_of_0() ->
     assert first[-1][0] > 0
 
 
+def without_gradients_by_turns() -> list[list[float]]:
+    """Each rank has a gradient in two of three steps, none has one in the last; the gradients are those of the sum."""
+    p = nn.Parameter(torch.ones(3, dtype=torch.float64))
+    optimizer = SGD([p], lr=0.1)
+    hd = HypergradientLR(optimizer, "multiplicative")
+    lrs = []
+    for step in range(12):
+        p.grad = None if step % 3 == dist.get_rank() or step >= 9 else p.detach().clone()
+        optimizer.step()
+        lrs.append(hd.lrs)
+        dist.broadcast(p.detach(), 0)
+    assert hd.step_count == 9
+    return lrs
+
+
+def test_a_rank_without_a_gradient_takes_part() -> None:
+    first, second = outcomes(without_gradients_by_turns)
+    assert first == second, "bit for bit"
+    assert len({lr for (lr,) in first[:9]}) > 5
+    assert first[8:] == [first[8]] * 4
+
+
+def shard_over_more_than_the_group() -> str:
+    layer = nn.Linear(3, 2)
+    fully_shard(layer, mesh=init_device_mesh("cpu", (2,)))
+    own = dist.new_group([dist.get_rank()], use_local_synchronization=True)
+    with pytest.raises(ValueError, match="process_group lacks the ranks") as error:
+        HypergradientLR(SGD(layer.parameters(), lr=0.1), process_group=own)
+    return str(error.value)
+
+
+def test_a_process_group_without_all_that_hold_shards_is_refused() -> None:
+    first, second = outcomes(shard_over_more_than_the_group)
+    assert "lacks the ranks [1]" in first
+    assert "lacks the ranks [0]" in second
+
+
+def trainers_apart() -> list[float]:
+    """A training on a single device each, of another length, while processes are together for something else."""
+    hd = HypergradientDescent()
+    with tempfile.TemporaryDirectory() as folder:
+        trainer = make_trainer(Path(folder), hd, limit_train_batches=5 * (1 + dist.get_rank()), log_every_n_steps=2)
+        trainer.fit(Reference())
+    return hd.lrs["lr-SGD"]
+
+
+def test_trainers_of_one_process_each_tune_apart(tmp_path: Path) -> None:
+    first, second = outcomes(trainers_apart)
+    hd = HypergradientDescent()
+    make_trainer(tmp_path, hd, limit_train_batches=10).fit(Reference())
+    assert (first, second) == (hd.lrs["lr-SGD"][:5], hd.lrs["lr-SGD"])
+
+
+def save_from_one_rank() -> set[str]:
+    """DDP's state is the same on all ranks, so that one may ask for it alone, before the first step as well."""
+    model = DistributedDataParallel(nn.Linear(3, 2))
+    optimizer = SGD(model.parameters(), lr=0.1, momentum=0.9)
+    HypergradientLR(optimizer)
+    if dist.get_rank() == 0:
+        get_optimizer_state_dict(model.module, optimizer)
+    for _ in range(2):
+        optimizer.zero_grad()
+        model(torch.ones(4, 3)).square().mean().backward()
+        optimizer.step()
+    return {key for state in optimizer.state.values() for key in state}
+
+
+def test_the_state_may_be_asked_for_on_one_rank_alone() -> None:
+    assert outcomes(save_from_one_rank) == [{"momentum_buffer", DISCOUNTED}] * 2
+
+
 WORKERS: list[Callable[[], Any]] = [
+    without_gradients_by_turns,
+    shard_over_more_than_the_group,
+    trainers_apart,
+    save_from_one_rank,
     train_variants,
     count_collectives,
     count_collectives_of_groups_without_gradients,
