@@ -103,19 +103,18 @@ def products(g: Tensor, d: Tensor | None) -> Tensor:
         least, for a gradient that is scaled to a norm near 1, and accumulated in the dtype of the result.
     """
     exact = torch.float32 if g.device.type == "mps" else torch.float64
-    g = widen(local(as_real(g)))
-    if d is None:
-        zero = torch.zeros((), dtype=exact, device=g.device)
-        return torch.stack([zero, squared_norm(g, exact), zero])
-    d = widen(local(as_real(d)))
-    if g.dtype != d.dtype:
-        dtype = torch.promote_types(g.dtype, d.dtype)
-        g, d = g.to(dtype), d.to(dtype)
+    g = local(as_real(g))
     norm = squared_norm(g, exact).sqrt()
+    if d is None:
+        zero = torch.zeros_like(norm)
+        return torch.stack([zero, norm.square(), zero])
+    d = local(as_real(d))
+    dtype = torch.promote_types(torch.promote_types(g.dtype, d.dtype), torch.float32)
     exponent = torch.frexp(norm).exponent  # scaling by a power of two is exact
-    exponent = exponent.clamp(min=math.frexp(torch.finfo(g.dtype).tiny)[1])  # 2 to minus that is finite
-    scale = torch.ldexp(torch.ones_like(norm), -exponent).to(g.dtype)
-    dots = [torch.sum((a * scale).mul_(b), dtype=exact) for a, b in zip(_pieces(g), _pieces(d), strict=True)]
+    exponent = exponent.clamp(min=math.frexp(torch.finfo(dtype).tiny)[1])  # 2 to minus that is finite
+    scale = torch.ldexp(torch.ones_like(norm), -exponent).to(dtype)
+    pairs = zip(_pieces(g), _pieces(d), strict=True)
+    dots = [torch.sum((a.to(dtype) * scale).mul_(b), dtype=exact) for a, b in pairs]
     return torch.stack([torch.ldexp(torch.stack(dots).sum(), exponent), norm.square(), squared_norm(d, exact)])
 
 

@@ -123,6 +123,13 @@ def test_the_code_in_the_readme_runs(code: str, tmp_path: Path, monkeypatch: pyt
         hd = HypergradientDescent(rule=names["Sign"]())
         make_trainer(tmp_path, hd).fit(Reference())
         assert max(hd.lrs["lr-SGD"]) > 0.01
+    elif "remove" in names:
+        hd = HypergradientDescent()
+        trainer = make_trainer(tmp_path, hd)
+        trainer.fit(Reference())
+        assert any("hd_discounted" in state for state in trainer.optimizers[0].state.values())
+        names["remove"](trainer.optimizers[0])
+        assert not any("hd_discounted" in state for state in trainer.optimizers[0].state.values())
     else:  # without Lightning
         assert names["hd"].step_count == 100
         assert names["hd"].lrs == [group["lr"] for group in names["optimizer"].param_groups] != [0.01]
