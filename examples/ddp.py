@@ -3,10 +3,12 @@ r"""Train on scikit-learn's digits on several processes, and compare the learnin
 python examples/ddp.py                          # two processes on CPU, or all GPUs where there are any
 python examples/ddp.py --strategy fully_shard   # parameters sharded over them
 torchrun --nnodes 2 --nproc-per-node 1 --rdzv-backend c10d --rdzv-id 1 --rdzv-endpoint HOST:29500 \
-    examples/ddp.py --processes 1 --nodes 2     # on each of two nodes
+    --max-restarts 3 examples/ddp.py --processes 1 --nodes 2   # on each of two nodes
 """
 
 import argparse
+import gc
+import warnings
 from pathlib import Path
 
 import torch
@@ -47,47 +49,55 @@ class Classifier(LightningModule):
         return torch.optim.Adam(self.parameters(), lr=1e-6)
 
 
+def train(strategy_name: str, processes: int, nodes: int, epochs: int, folder: Path) -> list[float]:
+    """The learning rate of every step that this process took."""
+    seed_everything(0, verbose=False)
+    images, labels = load_digits(return_X_y=True)
+    data = TensorDataset(torch.tensor(images / 16, dtype=torch.float32), torch.tensor(labels))
+    strategy: Strategy = DDPStrategy()
+    if strategy_name == "fully_shard":
+        strategy = ModelParallelStrategy(data_parallel_size=nodes * processes, tensor_parallel_size=1)
+    hd = HypergradientDescent()
+    trainer = Trainer(
+        accelerator="gpu" if torch.cuda.is_available() else "cpu",
+        devices=processes,
+        num_nodes=nodes,
+        strategy=strategy,
+        max_epochs=epochs,
+        callbacks=[hd],
+        logger=TensorBoardLogger(folder, name="ddp", version=""),
+        log_every_n_steps=5,
+        enable_checkpointing=False,
+        enable_model_summary=False,
+        enable_progress_bar=False,
+    )
+    trainer.fit(Classifier(strategy_name == "fully_shard"), DataLoader(data, batch_size=64, shuffle=True))
+    return hd.lrs["lr-Adam"]
+
+
 def main() -> None:
     """Train, then compare."""
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--strategy", choices=("ddp", "fully_shard"), default="ddp")
     parser.add_argument("--processes", type=int, default=torch.cuda.device_count() or 2, help="on each node")
     parser.add_argument("--nodes", type=int, default=1, help="default: %(default)s")
     parser.add_argument("--epochs", type=int, default=5, help="default: %(default)s")
     parser.add_argument("--folder", type=Path, default=Path("runs"), help="folder of the event files (default: runs)")
     arguments = parser.parse_args()
+    warnings.filterwarnings("ignore", message=".*isinstance.treespec, LeafSpec.*")
 
-    seed_everything(0, verbose=False)
-    images, labels = load_digits(return_X_y=True)
-    data = TensorDataset(torch.tensor(images / 16, dtype=torch.float32), torch.tensor(labels))
-    strategy: Strategy = DDPStrategy()
-    if arguments.strategy == "fully_shard":
-        strategy = ModelParallelStrategy(
-            data_parallel_size=arguments.nodes * arguments.processes, tensor_parallel_size=1
+    own = train(*(getattr(arguments, name) for name in ("strategy", "processes", "nodes", "epochs", "folder")))
+    everyone: list[list[float]] = [[]] * dist.get_world_size()
+    dist.all_gather_object(everyone, own)
+    if dist.get_rank() == 0:
+        every = max(1, len(own) // 8)
+        print(f"learning rates of {len(own)} steps, each {every}th: {', '.join(f'{lr:.2e}' for lr in own[::every])}")
+        print(
+            f"{len(everyone)} processes, {'equal bit for bit' if everyone == [own] * len(everyone) else 'THEY DIFFER'}"
         )
-    hd = HypergradientDescent()
-    trainer = Trainer(
-        accelerator="gpu" if torch.cuda.is_available() else "cpu",
-        devices=arguments.processes,
-        num_nodes=arguments.nodes,
-        strategy=strategy,
-        max_epochs=arguments.epochs,
-        callbacks=[hd],
-        logger=TensorBoardLogger(arguments.folder, name="ddp", version=""),
-        log_every_n_steps=5,
-        enable_checkpointing=False,
-        enable_model_summary=False,
-        enable_progress_bar=False,
-    )
-    trainer.fit(Classifier(arguments.strategy == "fully_shard"), DataLoader(data, batch_size=64, shuffle=True))
-
-    everyone: list[list[float]] = [[]] * trainer.world_size
-    dist.all_gather_object(everyone, hd.lrs["lr-Adam"])
-    if trainer.is_global_zero:
-        equal = all(lrs == everyone[0] for lrs in everyone)
-        rates = ", ".join(f"{lr:.2e}" for lr in everyone[0][:: max(1, len(everyone[0]) // 8)])
-        print(f"learning rates of {len(everyone[0])} steps: {rates}")
-        print(f"{trainer.world_size} processes, {'equal bit for bit' if equal else 'THEY DIFFER'}")
+        print(f"The curve: tensorboard --logdir {arguments.folder / 'ddp'}")
+    dist.barrier()
+    gc.collect()  # what is left of the model holds process groups, whose threads must not outlive the interpreter
     dist.destroy_process_group()
 
 

@@ -96,6 +96,7 @@ def main() -> None:
     arguments = parser.parse_args()
     logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
     warnings.filterwarnings("ignore", message=".*does not have many workers.*")
+    warnings.filterwarnings("ignore", message=".*isinstance.treespec, LeafSpec.*")
 
     callback = HypergradientDescent()
     plain = fit("plain", arguments.lr, arguments.epochs, arguments.folder, None)

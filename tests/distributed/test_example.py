@@ -30,7 +30,7 @@ def start(path: Path, *command: str) -> subprocess.Popen[str]:
 
 def rates(output: str) -> list[str]:
     assert "2 processes, equal bit for bit" in output
-    found = re.search(r"learning rates of \d+ steps: (.*)", output)
+    found = re.search(r"learning rates of \d+ steps, each \d+th: (.*)", output)
     assert found is not None
     return found[1].split(", ")
 

@@ -1,19 +1,21 @@
-"""ModelParallelStrategy through a Trainer: what is saved of sharded parameters comes back bit for bit."""
+"""Through a Trainer: sharded runs resume bit for bit, and runs go on with more or fewer processes."""
 
 import os
 import sys
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
 from lightning.fabric.plugins.environments.torchelastic import TorchElasticEnvironment
 from lightning.pytorch import LightningModule
 from lightning.pytorch.callbacks import ModelCheckpoint
-from lightning.pytorch.strategies import ModelParallelStrategy
+from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy
 from torch import Tensor
 from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor
 from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_hd import HypergradientDescent
@@ -38,10 +40,12 @@ class Sharded(LightningModule):
     def __init__(self, name: str) -> None:
         super().__init__()
         self.name = name
+        self.batch_size = 8
         self.network = network("alone", 7).float()
 
     def configure_model(self) -> None:
-        assert self.device_mesh is not None
+        if self.device_mesh is None:  # DDP
+            return
         fully_shard(self.network, mesh=self.device_mesh["data_parallel"])
 
     def training_step(self, batch: list[Tensor], batch_idx: int) -> Tensor:
@@ -53,7 +57,9 @@ class Sharded(LightningModule):
         return OPTIMIZERS[self.name](self.parameters())
 
     def train_dataloader(self) -> Any:
-        return DataLoader(TensorDataset(torch.randn(64, 5, generator=torch.Generator().manual_seed(0))), batch_size=8)
+        return DataLoader(
+            TensorDataset(torch.randn(64, 5, generator=torch.Generator().manual_seed(0))), batch_size=self.batch_size
+        )
 
 
 def fit(case: Case, folder: Path, ckpt_path: Path | None = None) -> tuple[list[float], list[Tensor]]:
@@ -79,6 +85,49 @@ def fit_all(folder: Path) -> list[Any]:
         at = folder / str(i)
         results.append((fit(case, at), fit(case, at / "resumed", at / "epoch=1.ckpt")))
     return results
+
+
+def fit_on(strategy: str, folder: Path, ckpt_path: Path | None) -> list[float]:
+    """The same global batches in float64 on any number of processes."""
+    count = dist.get_world_size()
+    rank = str(dist.get_rank())
+    os.environ.update(RANK=rank, LOCAL_RANK=rank, WORLD_SIZE=str(count))
+    module, hd = Sharded("Adam"), HypergradientDescent()
+    module.network.double()
+    module.batch_size = 32 // count
+    made: Any = (
+        ModelParallelStrategy(count, 1, save_distributed_checkpoint=True) if strategy == "sharded" else DDPStrategy()
+    )
+    saver = ModelCheckpoint(folder, "{epoch}", save_top_k=-1)
+    arguments: dict[str, Any] = {"max_epochs": 8, "devices": count, "plugins": [TorchElasticEnvironment()]}
+    make_trainer(folder, hd, saver, strategy=made, **arguments).fit(module, ckpt_path=ckpt_path)
+    (engine,) = hd.engines
+    for p in module.parameters():
+        assert isinstance(engine.optimizer.state[p]["hd_discounted"], DTensor) == isinstance(p, DTensor)
+        assert isinstance(p, DTensor) == (strategy == "sharded")
+    return hd.lrs["lr-Adam"]
+
+
+def fit_on_all(folder: Path, resume: bool) -> list[list[float]]:
+    return [
+        fit_on(
+            strategy,
+            folder / f"{strategy} {dist.get_world_size()}",
+            folder / f"{strategy} 2" / "epoch=3.ckpt" if resume else None,
+        )
+        for strategy in ("ddp", "sharded")
+    ]
+
+
+def test_runs_go_on_with_more_or_fewer_processes(tmp_path: Path) -> None:
+    whole, other = run(fit_on_all, 2, tmp_path, False)
+    assert whole == other, "bit for bit"
+    assert [len(set(lrs)) for lrs in whole] == [16, 16]
+    for count in (1, 4):
+        for rank in run(fit_on_all, count, tmp_path, True):
+            assert not isinstance(rank, Exception), rank
+            for lrs, expected in zip(rank, whole, strict=True):
+                np.testing.assert_allclose(lrs, expected[8:], rtol=1e-12)
 
 
 def test_a_sharded_run_resumes_bit_for_bit(tmp_path: Path) -> None:

@@ -1,5 +1,6 @@
 """Jobs that torchrun starts: two nodes of which a process dies, and two models that train apart in one job."""
 
+import gc
 import os
 import signal
 import socket
@@ -135,4 +136,5 @@ if __name__ == "__main__":
     output = Path(sys.argv[2])
     result = {"train_node": train_node, "train_pairs": train_pairs}[sys.argv[1]](output)
     torch.save(result, output / f"rank{dist.get_rank()}")
+    gc.collect()  # what is left of models holds process groups, whose threads must not outlive the interpreter
     dist.destroy_process_group()

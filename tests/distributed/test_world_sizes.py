@@ -1,8 +1,5 @@
-"""A process that dies, and runs that go on with more or fewer processes."""
+"""Runs of a plain loop that go on with more or fewer processes."""
 
-import os
-import signal
-import time
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +18,7 @@ from tests.distributed.training import BATCH, OPTIMIZERS, Kind, network, share
 STEPS, SAVED = 40, 20
 
 
-def train(kind: Kind, folder: Path, name: str, resume: bool, die_at: int | None = None) -> list[float]:
+def train(kind: Kind, folder: Path, name: str, resume: bool) -> list[float]:
     """The rates of the steps from the beginning, or from the checkpoint."""
     model = network(kind, 8)
     optimizer = OPTIMIZERS[name](model.parameters())
@@ -33,8 +30,6 @@ def train(kind: Kind, folder: Path, name: str, resume: bool, die_at: int | None 
     for step in range(hd.step_count, STEPS):
         if step == SAVED and not resume:
             save(model, optimizer, hd, folder)
-        if step == die_at and dist.get_rank() == 1:
-            os.kill(os.getpid(), signal.SIGKILL)
         x = torch.randn(BATCH, 5, generator=torch.Generator().manual_seed(step), dtype=torch.float64)
         optimizer.zero_grad()
         (model(x[part]) - torch.sin(x[part, :3])).square().mean().backward()
@@ -79,15 +74,3 @@ def test_a_run_goes_on_with_as_many_more_or_fewer_processes(tmp_path: Path) -> N
                 if count == 2:
                     assert lrs == expected[SAVED:], "bit for bit"
                 np.testing.assert_allclose(lrs, expected[SAVED:], rtol=1e-12, err_msg=str(case))
-
-
-def test_a_process_that_is_killed_ends_the_others_and_the_run_can_be_resumed(tmp_path: Path) -> None:
-    (tmp_path / "whole").mkdir()
-    whole, _ = run(train, 2, "ddp", tmp_path / "whole", "Adam", False)
-    begin = time.monotonic()
-    survivor, killed = run(train, 2, "ddp", tmp_path, "Adam", False, 30)
-    assert time.monotonic() - begin < 75, "the time-out of the process group is 60 s"
-    assert killed is None
-    assert isinstance(survivor, RuntimeError)
-    for lrs in run(train, 2, "ddp", tmp_path, "Adam", True):
-        assert lrs == whole[SAVED:]
