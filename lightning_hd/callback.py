@@ -62,7 +62,7 @@ class HypergradientDescent(Callback):
     Attributes:
         engines: The :class:`~lightning_hd.HypergradientLR` of each optimizer, while training and after it.
         lrs: The effective learning rate of every optimizer step since training started or was resumed: a list for each
-            group, under the name that its tag ends with (``lr-Adam``).
+            group, under the name that its tag ends with (``lr-Adam``). That of a group that was added later is shorter.
 
     Raises:
         TypeError: An argument is of the wrong type; when training starts: an optimizer, a strategy or a module is not

@@ -87,9 +87,12 @@ class HypergradientLR:
     ``g_t`` being the new gradient and ``d_{t-1}`` the direction of the last update, ``θ_{t-1} = θ_{t-2} - α d_{t-1}``.
     The default rule (:class:`~lightning_hd.Auto`) takes it with respect to all steps of a long horizon.
     Source: "Online Learning Rate Adaptation with Hypergradient Descent" (Baydin et al., ICLR 2018, arXiv 1703.04782),
-    Section 3. The cost is two or three passes over gradients and directions a step, and one buffer of the parameters'
-    size; with the paper's rules that is for SGD without momentum, Nesterov's and optimizers that have no formula in
-    :mod:`lightning_hd.directions` only.
+    Section 3.
+
+    Each step passes two or three times over gradients and directions. The default rule keeps one buffer of the
+    parameters' shape, in float32 at least, and holds a second one during a step of optimizers that
+    :mod:`lightning_hd.directions` keeps a copy for. The paper's rules keep that copy only: for SGD without momentum,
+    Nesterov's, ASGD, and optimizers whose directions are measured.
 
     ``g_t`` is the gradient that the optimizer sees: after clipping and unscaling, with L2 (coupled) weight decay, with
     its sign flipped under ``maximize=True``. (Step hooks run in the order in which they are registered: one that
@@ -102,9 +105,8 @@ class HypergradientLR:
     rate that the schedule has reached (the configured one at least), so that observations count for less where the
     schedule has gone down. A rule that picks its own first rate, as the default does, needs no warm-up: the configured
     rate does not count, and where a schedule rises to a new height, the scale is lowered for ``α`` to stay the same.
-    Without a scheduler,
-    ``param_groups[i]["lr"]`` holds the effective rate, and a value that is written there between two steps becomes the
-    new ``α``.
+    Without a scheduler, ``param_groups[i]["lr"]`` holds the effective rate, and a value that is written there between
+    two steps becomes the new ``α``.
 
     A step whose gradient, norm or dot product is not finite leaves the rate as it was and is counted.
 
@@ -429,7 +431,7 @@ class HypergradientLR:
         """Observe, set the rates, keep what the directions will need; ``False`` where no rank has a gradient."""
         groups = self.optimizer.param_groups
         with_gradient = [[p for p in settings["params"] if p.grad is not None] for settings in groups]
-        if self._ranks.count == 1 and not any(with_gradient):
+        if not any(with_gradient) and (self._ranks.count == 1 or not any(settings["params"] for settings in groups)):
             return False
         if not self.step_count and self._drop_tensors():  # whoever goes on with them has loaded the step count as well
             self._warn(

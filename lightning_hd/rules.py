@@ -142,14 +142,17 @@ class Auto(Rule):
     The horizon is blind to an instability: steps to and fro cancel in it. So the rule brakes where the norm of the
     gradient leaps. Where ``log ‖g_t‖`` exceeds its running mean by more than what is usual, by ``e`` (1 at most), the
     step is taken with ``α_t exp(-e)``, and ``e`` wears off. A leap alone may be a batch like no other; where another
-    follows before that, ``log α`` itself falls by ``e`` times what was left, but no further than to ``α_1``.
+    follows before that, ``log α`` itself falls by ``e`` times what was left, but no further than to ``α_1`` (to 0 with
+    ``start="configured"``).
 
     The source is this project: the constants come from experiments on small networks (``tests/benchmarks``). One buffer
     of the parameters' size is kept.
 
     Args:
         start: ``"automatic"``, or ``"configured"``: start from the rate that the optimizer is configured with. The
-            climb from there is slow, 7 % a step at most.
+            climb from there is slow, 7 % a step at most. For optimizers that keep the rate in their own state (a
+            momentum that contains it, schedule-free averages, Lookahead's copies), which the first step of the
+            automatic start, taken on trial where directions are measured, would leave a wrong one in.
         horizon: ``H``, in steps: the horizon of the first steps. Below 100 the rule turns greedy.
         growth: The horizon as a part of the steps taken, once that is longer than ``horizon``.
         memory: ``κ``, with which the squares of the cosine are forgotten. With 0.995 the rate is restless enough for

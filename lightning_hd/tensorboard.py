@@ -7,7 +7,7 @@ from torch.optim import Optimizer
 
 
 def tag(quantity: str, name: str) -> str:
-    """The tag of a quantity (``lr``, ``cosine``, ``value``, ``scale``): ``hypergradient/lr-Adam``."""
+    """The tag of a quantity (``lr``, ``scale``, ``value``, ``cosine``, ``brakes``): ``hypergradient/lr-Adam``."""
     return f"hypergradient/{quantity}-{name}"
 
 
