@@ -10,6 +10,7 @@ counts as well.
 """
 
 import argparse
+import gc
 import os
 import sys
 import time
@@ -62,6 +63,8 @@ def measure(parameters: int, rounds: int) -> Cost:
     times: dict[str, list[float]] = {kind: [] for kind in KINDS}
     for _ in range(2):
         for kind in KINDS:
+            optimizer = None
+            gc.collect()  # an optimizer and what is hooked to it refer to each other
             optimizer = optimizer_of(kind, parameters, own)
             for i in range(rounds + 2):
                 dist.barrier()
@@ -69,6 +72,7 @@ def measure(parameters: int, rounds: int) -> Cost:
                 optimizer.step()
                 if i >= 2:
                     times[kind].append(1e3 * (time.perf_counter() - begin))
+    assert optimizer is not None
     with profile(activities=[ProfilerActivity.CPU], record_shapes=True) as profiler:
         optimizer.step()
     sent = [event for event in profiler.events() or () if event.name == "gloo:all_reduce"]
