@@ -1,22 +1,26 @@
 """What the README says is supported: each combination is tried, each test that it names exists, as does each error."""
 
 import ast
+import functools
 import os
 import re
 import sys
-from collections.abc import Iterator
+import tempfile
+from collections.abc import Callable, Iterator
+from functools import partial
 from itertools import product
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
 import torch
 import torch.distributed as dist
 from lightning.fabric.plugins.environments.torchelastic import TorchElasticEnvironment
-from lightning.pytorch import LightningModule
+from lightning.pytorch import Callback, LightningModule, callbacks
 from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy
 from torch import Tensor
-from torch.distributed.fsdp import fully_shard
+from torch.distributed.fsdp import FSDPModule, fully_shard
+from torch.optim import SGD, Adam, lr_scheduler
 from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_hd import HypergradientDescent
@@ -37,19 +41,18 @@ STRATEGIES = {
     "`ModelParallelStrategy` (`fully_shard`)": lambda: ModelParallelStrategy(2, 1),
 }
 PRECISIONS = ("32-true", "64-true", "bf16-mixed", "bf16-true", "16-true")
-Outcomes = dict[tuple[str, str, str], str]
 
 
 class AnyDtype(LightningModule):
     """A network that takes its inputs in its own dtype."""
 
-    def __init__(self, name: str) -> None:
+    def __init__(self, name: str = "Adam") -> None:
         super().__init__()
         self.name = name
         self.network = network("alone", 7).float()
 
     def configure_model(self) -> None:
-        if self.device_mesh is not None:
+        if self.device_mesh is not None and not isinstance(self.network, FSDPModule):
             fully_shard(self.network, mesh=self.device_mesh["data_parallel"])
 
     def training_step(self, batch: list[Tensor], batch_idx: int) -> Tensor:
@@ -65,51 +68,166 @@ class AnyDtype(LightningModule):
         return optimizer
 
     def train_dataloader(self) -> Any:
-        return DataLoader(TensorDataset(torch.randn(48, 5, generator=torch.Generator().manual_seed(0))), batch_size=8)
+        return DataLoader(TensorDataset(torch.randn(96, 5, generator=torch.Generator().manual_seed(0))), batch_size=8)
 
 
-def attempt(folder: Path, strategy: str, precision: Any, name: str) -> str:
-    """What comes of a short training: "yes" where the rates of all steps are finite and move, or an error."""
-    arguments: dict[str, Any] = {"precision": precision, "max_epochs": 2}
+class Validated(AnyDtype):
+    def validation_step(self, batch: list[Tensor], batch_idx: int) -> None:
+        self.log("val_loss", self.training_step(batch, batch_idx), sync_dist=True)
+
+    val_dataloader = AnyDtype.train_dataloader
+
+
+class TwoGroups(AnyDtype):
+    def configure_optimizers(self) -> Any:
+        p = list(self.parameters())
+        return Adam([{"params": p[:2], "lr": 1e-3}, {"params": p[2:], "lr": 2e-3}])
+
+
+class Scheduled(AnyDtype):
+    def configure_optimizers(self) -> Any:
+        optimizer = Adam(self.parameters())
+        schedule = lr_scheduler.CosineAnnealingLR(optimizer, 12)
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+
+
+class Manual(AnyDtype):
+    """Two optimizers that step in turn, the first twice a batch."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.automatic_optimization = False
+
+    def training_step(self, batch: list[Tensor], batch_idx: int) -> None:  # type: ignore[override]
+        first, second = self.optimizers()  # type: ignore[attr-defined]
+        for optimizer in (first, first, second):
+            self.zero_grad()
+            self.manual_backward(super().training_step(batch, batch_idx))
+            optimizer.step()
+
+    def configure_optimizers(self) -> Any:
+        p = list(self.parameters())
+        return [Adam(p[:2]), SGD(p[2:], lr=0.01)]
+
+
+class Compiled(AnyDtype):
+    def configure_model(self) -> None:
+        super().configure_model()
+        self.network.compile(backend="eager")
+
+
+class Feature(NamedTuple):
+    """What is used beside the callback, and its arguments."""
+
+    module: Callable[[], AnyDtype] = AnyDtype
+    trainer: dict[str, Any] = {}  # noqa: RUF012
+    hd: dict[str, Any] = {}  # noqa: RUF012
+    callback: Callable[[], Callback] | None = None
+
+
+FEATURES = {
+    "the paper's rules": Feature(hd={"rule": "multiplicative"}),
+    '`scope="group"`': Feature(TwoGroups, hd={"scope": "group"}),
+    "a scheduler": Feature(Scheduled),
+    "accumulated batches": Feature(trainer={"accumulate_grad_batches": 3}),
+    "clipping by norm": Feature(trainer={"gradient_clip_val": 0.1}),
+    "clipping by value": Feature(trainer={"gradient_clip_val": 0.01, "gradient_clip_algorithm": "value"}),
+    "manual optimization, two optimizers": Feature(Manual),
+    "validation in mid-epoch": Feature(Validated, {"val_check_interval": 3, "limit_val_batches": 2}),
+    "`torch.compile` of a module": Feature(Compiled),
+    "`GradientAccumulationScheduler`": Feature(callback=lambda: callbacks.GradientAccumulationScheduler({0: 1, 1: 2})),
+    "`StochasticWeightAveraging`": Feature(callback=lambda: callbacks.StochasticWeightAveraging(1e-3, 1)),
+    "`EMAWeightAveraging`": Feature(callback=lambda: callbacks.EMAWeightAveraging()),
+    "`LearningRateFinder`": Feature(
+        callback=lambda: callbacks.LearningRateFinder(num_training_steps=5, update_attr=False)
+    ),
+}
+
+
+def fit(folder: Path, strategy: str, feature: Feature, precision: Any, tuned: bool) -> dict[str, list[float]]:
+    arguments: dict[str, Any] = {"precision": precision, "max_epochs": 2, "limit_val_batches": 0, **feature.trainer}
     make = STRATEGIES[strategy]
     if make is not None:
         arguments |= {"strategy": make(), "devices": 2, "plugins": [TorchElasticEnvironment()]}
-    hd = HypergradientDescent()
+    hd = HypergradientDescent(**feature.hd)
+    others = [feature.callback()] if feature.callback else []
+    make_trainer(folder, *([hd] if tuned else []), *others, **arguments).fit(feature.module())
+    return hd.lrs
+
+
+def error_of(run: Callable[[], Any]) -> str:
+    """The last line of the error that it raises, or nothing."""
     try:
-        make_trainer(folder, hd, **arguments).fit(AnyDtype(name))
-    except (TypeError, ValueError, RuntimeError) as error:
-        return f"no: {error}"
-    (lrs,) = hd.lrs.values()
-    return "yes" if len(set(lrs)) == len(lrs) and torch.tensor(lrs).isfinite().all() else f"no: its rates are {lrs}"
+        run()
+    except KeyboardInterrupt:
+        raise
+    except BaseException as error:  # such as torch's CheckpointException
+        return (str(error).strip() or type(error).__name__).splitlines()[-1]
+    return ""
+
+
+def attempt(folder: Path, strategy: str, feature: Feature, precision: Any = "32-true") -> tuple[str, Any]:
+    """What comes of a short training: "yes" where the rates of all steps are finite and move, else why; the rates."""
+    lrs: dict[str, list[float]] = {}
+    if error := error_of(lambda: lrs.update(fit(folder, strategy, feature, precision, tuned=True))):
+        without = error_of(lambda: fit(folder, strategy, feature, precision, tuned=False))
+        return f"no: {'without the callback as well: ' if without == error else ''}{error}", None
+    moves = all(len(set(own)) == len(own) > 3 and torch.tensor(own).isfinite().all() for own in lrs.values())
+    return "yes" if lrs and moves else f"no: its rates are {lrs}", lrs
+
+
+Outcomes = dict[tuple[str, ...], tuple[str, Any]]
 
 
 def attempt_all(folder: Path, strategies: list[str]) -> Outcomes:
     if dist.is_initialized():
         rank, count = str(dist.get_rank()), str(dist.get_world_size())
         os.environ.update(RANK=rank, LOCAL_RANK=rank, WORLD_SIZE=count)
-    return {case: attempt(folder, *case) for case in product(strategies, PRECISIONS, OPTIMIZERS)}
+    outcomes: Outcomes = {}
+    for strategy in strategies:
+        for precision, name in product(PRECISIONS, OPTIMIZERS):
+            feature = Feature(partial(AnyDtype, name))
+            outcomes[strategy, precision, name] = attempt(folder, strategy, feature, precision)
+        for what, feature in FEATURES.items():
+            outcomes[strategy, what] = attempt(folder, strategy, feature)
+    return outcomes
 
 
-def table(outcomes: Outcomes) -> str:
-    """The outcomes as the README has them, with a footnote for each error."""
-    notes: list[str] = []
-    lines = [f"| strategy | precision | {' | '.join(OPTIMIZERS)} |", "|---" * (2 + len(OPTIMIZERS)) + "|"]
-    for strategy, precision in product(STRATEGIES, PRECISIONS):
-        cells = []
-        for name in OPTIMIZERS:
-            outcome = outcomes[strategy, precision, name]
-            if outcome != "yes" and outcome not in notes:
-                notes.append(outcome)
-            cells.append("yes" if outcome == "yes" else f"no ({notes.index(outcome) + 1})")
-        lines.append(f"| {strategy} | {precision} | {' | '.join(cells)} |")
-    return "\n".join([*lines, "", *(f"({i}) {note[4:]}" for i, note in enumerate(notes, 1))])
-
-
-def test_the_readme_tells_which_strategies_precisions_and_optimizers_work(tmp_path: Path) -> None:
+@functools.cache
+def outcomes() -> Outcomes:
+    """Of all strategies; those of two processes have the same ones, and the same rates, on both."""
     alone, *together = STRATEGIES
-    first, second = run(attempt_all, 2, tmp_path, together)
-    assert first == second
-    expected = table({**attempt_all(tmp_path, [alone]), **first})
+    with tempfile.TemporaryDirectory() as folder:
+        first, second = run(attempt_all, 2, Path(folder), together)
+        assert not isinstance(first, Exception), first
+        assert first == second
+        return {**attempt_all(Path(folder), [alone]), **first}
+
+
+def table(head: list[str], lines: dict[tuple[str, ...], list[str]]) -> str:
+    """Lines of outcomes as the README has them, with a footnote for each error."""
+    notes: list[str] = []
+    rows = [f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
+    for names, cells in lines.items():
+        notes += [cell for cell in dict.fromkeys(cells) if cell != "yes" and cell not in notes]
+        rows.append(f"| {' | '.join([*names, *(c if c == 'yes' else f'no ({notes.index(c) + 1})' for c in cells)])} |")
+    return "\n".join([*rows, "", *(f"({i}) {note.removeprefix('no: ')}" for i, note in enumerate(notes, 1))]).rstrip()
+
+
+def test_the_readme_tells_which_strategies_precisions_and_optimizers_work() -> None:
+    lines: dict[tuple[str, ...], list[str]] = {
+        (strategy, precision): [outcomes()[strategy, precision, name][0] for name in OPTIMIZERS]
+        for strategy, precision in product(STRATEGIES, PRECISIONS)
+    }
+    expected = table(["strategy", "precision", *OPTIMIZERS], lines)
+    assert expected in (ROOT / "README.md").read_text(), expected
+
+
+def test_the_readme_tells_which_features_work_with_which_strategies() -> None:
+    lines: dict[tuple[str, ...], list[str]] = {
+        (what,): [outcomes()[strategy, what][0] for strategy in STRATEGIES] for what in FEATURES
+    }
+    expected = table(["Adam, 32-true", *STRATEGIES], lines)
     assert expected in (ROOT / "README.md").read_text(), expected
 
 
