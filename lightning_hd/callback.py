@@ -100,6 +100,8 @@ class HypergradientDescent(Callback):
         self._restored: list[dict[str, Any]] | None = None
         self._loading: list[RemovableHandle] = []
         self._pausing: list[RemovableHandle] = []
+        self._alone: dist.ProcessGroup | None = None
+        self._began = False  # whether a batch of this training has begun
         self._paused: list[bool] | None = None  # while a tuner searches: whether the engines were paused before
 
     @property
@@ -111,6 +113,7 @@ class HypergradientDescent(Callback):
         """Forget an earlier training, and a checkpoint that was loaded to validate or test with."""
         if stage == "fit":
             self._detach()  # where another callback's error has kept it from being done
+            self._began = False
             self.engines, self._trackers, self._restored = [], [], None
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -154,6 +157,7 @@ class HypergradientDescent(Callback):
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         """Attach to other optimizers, where they were replaced."""
+        self._began = True
         now, before = _with_groups(trainer), [engine.optimizer for engine in self.engines]
         if len(now) != len(before) or any(unwrap(a) is not b for a, b in zip(now, before, strict=True)):
             rank_zero_warn(
@@ -207,7 +211,7 @@ class HypergradientDescent(Callback):
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Detach."""
         for name, tracker in zip(optimizer_names(_with_groups(trainer)), self._trackers, strict=False):
-            if trainer.fit_loop.total_batch_idx >= 0 and not tracker.engine.step_count:
+            if self._began and not (tracker.engine.step_count or tracker.engine.paused):
                 rank_zero_warn(
                     f"HypergradientDescent: no step of {name} was tuned: its `step` was not called, or replaced, or "
                     "there was no gradient. The parameters have moved, if at all, at the configured learning rate."
@@ -227,7 +231,15 @@ class HypergradientDescent(Callback):
     def __getstate__(self) -> dict[str, Any]:
         """A copy has the arguments, and no part in the training of the original."""
         own = {name: value for name, value in vars(self).items() if name not in ("log", "log_dict")}  # the module's
-        return {**own, "engines": [], "_trackers": [], "_loading": [], "_pausing": [], "_paused": None}
+        fresh: dict[str, Any] = {
+            "engines": [],
+            "_trackers": [],
+            "_loading": [],
+            "_pausing": [],
+            "_paused": None,
+            "_alone": None,
+        }
+        return {**own, **fresh}
 
     def _attach(self, trainer: Trainer) -> None:
         scheduled = [config.scheduler.optimizer for config in trainer.lr_scheduler_configs]
@@ -235,14 +247,14 @@ class HypergradientDescent(Callback):
         for optimizer in optimizers:
             check_optimizer(optimizer)
         _check_tensors(optimizers)
-        group = None
         if dist.is_initialized() and dist.get_world_size() > 1 and trainer.world_size == 1:
-            group = dist.new_group([dist.get_rank()], use_local_synchronization=True)  # others train something else
+            # The other processes train something else.
+            self._alone = dist.new_group([dist.get_rank()], use_local_synchronization=True)
         for optimizer, name in zip(optimizers, optimizer_names(optimizers), strict=True):
             # Lightning's tuner takes all callbacks out while it searches, with steps that are no part of the training.
             self._pausing.append(optimizer.register_step_pre_hook(partial(self._pause, trainer)))
             engine = HypergradientLR(
-                optimizer, self.rule, self.hypergrad_lr, self.scope, self.min_lr, self.max_lr, process_group=group
+                optimizer, self.rule, self.hypergrad_lr, self.scope, self.min_lr, self.max_lr, process_group=self._alone
             )
             self.engines.append(engine)
             if any(optimizer is other for other in scheduled):
@@ -285,6 +297,9 @@ class HypergradientDescent(Callback):
         for engine, tracker in zip(self.engines, self._trackers, strict=True):
             engine.detach(keep_state=True)
             tracker.detach()
+        if self._alone is not None and dist.is_initialized():
+            dist.destroy_process_group(self._alone)
+        self._alone = None
 
 
 class _Tracker:

@@ -84,12 +84,12 @@ class StepHooks:
         return args, {**kwargs, "closure": self._wrap(closure)}
 
     def _wrap(self, closure: Callable[[], Any]) -> Callable[[], Any]:
-        before = self._versions()
+        before, caller = self._versions(), self._caller
         done = False
 
         def prepare_after_backward() -> Any:
             nonlocal done
-            if done:
+            if done or self._caller is not caller:  # it has failed, or the hooks were removed
                 return closure()
             if self._versions() != before:
                 raise TypeError(
@@ -101,7 +101,7 @@ class StepHooks:
             except BaseException:
                 self._caller = None
                 raise
-            done = self._call_prepare()
+            done = self._caller is caller and self._call_prepare()
             return loss
 
         return prepare_after_backward

@@ -189,6 +189,7 @@ class HypergradientLR:
         self._last = [_Last() for _ in self._rates.groups]
         self._step: _Step | None = None
         self._dry = False
+        self._without_schedule = False  # whether a state was loaded that knew of none, where there is one
         self._warned: set[str] = set()
         self._hooks: StepHooks | None = None
         self._loading: list[RemovableHandle] = []
@@ -227,7 +228,7 @@ class HypergradientLR:
 
     @scheduled.setter
     def scheduled(self, value: bool | None) -> None:
-        self._rates.scheduled = value
+        self._rates.scheduled = None if value is None else bool(value)
 
     @property
     def attached(self) -> bool:
@@ -316,12 +317,7 @@ class HypergradientLR:
             self._rates.load_state_dict(state_dict["rates"])
         except (KeyError, IndexError, TypeError, ValueError, AttributeError) as error:
             raise ValueError(f"the saved state is damaged, or of other parameter groups: {error!r}") from error
-        if scheduled and not self._rates.under_schedule:
-            self._warn(
-                "new schedule",
-                "the saved state is of a training without a scheduler: the learned scale starts anew from what the "
-                "scheduler says",
-            )
+        self._without_schedule = scheduled and not self._rates.under_schedule
         self._last = last
         vars(self).update(counts)
 
@@ -359,7 +355,7 @@ class HypergradientLR:
         if found_inf is not None and float(found_inf) != 0:
             return False
         error = self._error()
-        self._dry = error is None and self._is_dry()
+        self._dry = self._is_dry(error)
         if self._dry:
             return False
         self._compare(error)
@@ -383,19 +379,25 @@ class HypergradientLR:
             return error
         return None
 
-    def _is_dry(self) -> bool:
+    def _is_dry(self, error: Exception | None) -> bool:
         """Whether this is the dry step by which ``torch.distributed.checkpoint`` makes a fresh optimizer's state.
 
         That is before the first step, with all rates and all gradients set to 0. One rank may do so alone, unless it
-        has shards only.
+        has shards.
         """
-        if self.step_count or any(map(get_lr, self.optimizer.param_groups)):
+        if self.step_count:
             return False
-        gradients = [p.grad for settings in self.optimizer.param_groups for p in settings["params"]]
-        nonzero = any(bool(local(g).any()) for g in gradients if g is not None)
-        if any(isinstance(g, DTensor) for g in gradients):
-            nonzero = bool(self._ranks.sum(self._zeros(1) + nonzero).item())
-        return not nonzero
+        params = [p for settings in self.optimizer.param_groups for p in settings["params"]]
+        gradients = [p.grad for p in params if p.grad is not None]
+        live = (
+            error is not None
+            or any(map(get_lr, self.optimizer.param_groups))
+            or (not gradients and any(p.requires_grad for p in params))
+            or any(bool(local(g).any()) for g in gradients)
+        )
+        if any(isinstance(p, DTensor) for p in params):
+            live = bool(self._ranks.sum(self._zeros(1) + live).item())
+        return not live
 
     def _make_room(self) -> None:
         """Make the tensors that are saved, where the optimizer has made its own state."""
@@ -440,6 +442,13 @@ class HypergradientLR:
                 "starts from the beginning",
             )
         self._sync()
+        if self._without_schedule and self._rates.under_schedule:
+            self._warn(
+                "new schedule",
+                "the saved state is of a training without a scheduler: the learned scale starts anew from what the "
+                "scheduler says",
+            )
+        self._without_schedule = False
         rules = [scope.rule.state_dict() for scope in self._rates.scopes]
         step = self._step = _Step(rules, restore=[get_lr(settings) for settings in groups])
         self._observe(step)
@@ -459,9 +468,9 @@ class HypergradientLR:
     def _sync(self) -> None:
         """Take over what others did since the last step."""
         self._rates.sync()
-        groups = self.optimizer.param_groups
-        if len(self.optimizer.state) > sum(len(settings["params"]) for settings in groups):
-            self._drop_tensors(without={p for settings in groups for p in settings["params"]})
+        own = {p for settings in self.optimizer.param_groups for p in settings["params"]}
+        if not own.issuperset(self.optimizer.state):
+            self._drop_tensors(without=own)
         self._last += [_Last() for _ in self._rates.groups[len(self._last) :]]
 
     def _compare(self, error: Exception | None) -> None:
@@ -479,7 +488,7 @@ class HypergradientLR:
             "shapes of parameters": [
                 [tuple(p.shape) for p in settings["params"]] for settings in self.optimizer.param_groups
             ],
-            "what was learned": repr(self._rates.state_dict()["scopes"]),
+            "what was learned": _plain(self._rates.state_dict()["scopes"]),
         }
         for rank, other in enumerate(everyone := self._ranks.gather(own)):
             for key, value in other.items():
@@ -532,7 +541,8 @@ class HypergradientLR:
         known = measured = False
         for i in self._rates.members(scope):
             last, settings = self._last[i], self.optimizer.param_groups[i]
-            measured |= isinstance(last.direction, Measured) and last.direction.lr * last.weight != 0
+            if last.moved and isinstance(last.direction, Measured):
+                measured |= last.direction.lr * last.weight != 0
             for p in settings["params"]:
                 if p.grad is not None:
                     d = self._last_direction(last, p)
@@ -679,7 +689,8 @@ class HypergradientLR:
             known.lr = group.lr
             last.weight, last.direction, last.moved = group.weight, group.direction, set(group.moved)
             scope = self._rates.scopes[known.scope]
-            scope.started |= bool(group.moved) and group.weight != 0 and not (scope.rule.picks_start and group.probed)
+            moves = step.has_gradient[known.scope] and group.weight != 0
+            scope.started |= moves and not (scope.rule.picks_start and group.probed)
         if self._rule.long_horizon:
             self._discount(step)
         if self._rates.under_schedule:
@@ -688,11 +699,12 @@ class HypergradientLR:
         self.step_count += 1
 
     def _give_back_rates(self, step: _Step) -> None:
-        """What the scheduler says; by a factor that the optimizer has put to its rate during the step, if it has."""
+        """What the scheduler says; less by as much as the optimizer has lowered its rate during the step, if it has."""
         groups = self.optimizer.param_groups
         holding = [get_lr(settings) for settings in groups]  # first of all, for groups may share a tensor
         for settings, restore, group, held in zip(groups, step.restore, step.groups, holding, strict=True):
-            set_lr(settings, restore if held == group.lr or not group.lr else restore * (held / group.lr))
+            lowered = held / group.lr if group.lr else 1.0
+            set_lr(settings, restore * lowered if 0 <= lowered < 1 else restore)
 
     def _settle(self, step: _Step) -> None:
         """Put the copies that the directions need into the optimizer's state.
@@ -714,12 +726,14 @@ class HypergradientLR:
             for p in group.moved
             if late and isinstance(group.direction, Measured) and not state.get(p, {}).keys() - {DIRECTION, DISCOUNTED}
         ]
-        if without:  # which all ranks know, but not all may have seen them move
-            moves = self._zeros(len(without))
-            moves += moves.new_tensor([bool(local(step.kept[p]).any()) for p in without])
-            stood = {p for p, moved in zip(without, self._ranks.sum(moves).tolist(), strict=True) if not moved}
-            for group in copied:
-                group.moved = [p for p in group.moved if p not in stood]
+        sharded = [p for p in without if isinstance(p, DTensor)]
+        stood = {p for p in without if not isinstance(p, DTensor) and not step.kept[p].any()}
+        if sharded:  # not all ranks may have seen them move
+            moves = self._zeros(len(sharded))
+            moves += moves.new_tensor([bool(local(step.kept[p]).any()) for p in sharded])
+            stood |= {p for p, moved in zip(sharded, self._ranks.sum(moves).tolist(), strict=True) if not moved}
+        for group in copied:
+            group.moved = [p for p in group.moved if p not in stood]
         for group in copied:
             for p in group.moved:
                 state[p][DIRECTION] = step.kept[p]
@@ -757,6 +771,7 @@ class HypergradientLR:
             scope = self._rates.scopes[i]
             if not math.isfinite(d_squared):
                 self._stay(step, scope, "the first direction, so this step is not taken")
+                scope.reduce_trial()
             if not math.isfinite(d_squared) or not nonzero:
                 self._hold(step, groups)  # without a gradient, weight decay alone would give the scale
             elif d_squared:  # else there is no direction yet to take a first step in
@@ -764,7 +779,7 @@ class HypergradientLR:
                 lr = _returned(first, scope.rule, "first_lr")
                 if not math.isfinite(lr):
                     raise ValueError(f"{type(scope.rule).__name__}.first_lr must return a finite number, got {lr}")
-                scope.lr = lr
+                scope.lr = lr = min(max(lr, -_LARGEST), _LARGEST)
                 scope.lr = scope.used = self._rates.clamp(i, lr)
                 scope.started = True
 
@@ -832,6 +847,17 @@ def _returned(value: Any, rule: Rule, method: str) -> float:
     if isinstance(value, str) or not hasattr(value, "__float__"):
         raise TypeError(f"{type(rule).__name__}.{method} must return a number, got {value!r}")
     return float(value)
+
+
+def _plain(value: Any) -> Any:
+    """What can be compared of a state, wherever it is."""
+    if isinstance(value, dict):
+        return {key: _plain(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_plain(item) for item in value]
+    if isinstance(value, Tensor):
+        return value.tolist()
+    return value if isinstance(value, (int, float, str, type(None))) else type(value).__name__
 
 
 def _constants(rule: Rule) -> dict[str, Any]:

@@ -34,7 +34,11 @@ class Scope:
 
     def enlarge_trial(self) -> None:
         """Try a larger rate: a step at the last one vanished in the rounding of the parameters."""
-        self.trial_lr = min(self.trial_lr * 2.0**10, 2.0**94)
+        self.trial_lr = min(self.trial_lr * 2.0**10, 2.0**44)
+
+    def reduce_trial(self) -> None:
+        """Try a smaller rate: a step at the last one was not finite."""
+        self.trial_lr = max(self.trial_lr * 2.0**-5, _TRIAL_LR)
 
     @property
     def scale(self) -> float:
@@ -331,8 +335,14 @@ class Rates:
             for group, saved in zip(self.groups, saved_groups, strict=True)
         ]
         under_schedule = check_flag("scheduled", state_dict["scheduled"])
-        for scope, saved in zip(scopes, saved_scopes, strict=True):
-            scope.rule.load_state_dict(saved["rule"])
+        before = [scope.rule.state_dict() for scope in scopes]
+        try:
+            for scope, saved in zip(scopes, saved_scopes, strict=True):
+                scope.rule.load_state_dict(saved["rule"])
+        except Exception:
+            for scope, own in zip(scopes, before, strict=True):
+                scope.rule.load_state_dict(own)
+            raise
         self.scopes, self.groups, self.under_schedule = scopes, groups, under_schedule
         if self.under_schedule and not self._is_scheduled():
             self.scheduled = True  # said by the user then, for a scheduler that leaves no mark

@@ -103,12 +103,12 @@ def products(g: Tensor, d: Tensor | None) -> Tensor:
         least, for a gradient that is scaled to a norm near 1, and accumulated in the dtype of the result.
     """
     exact = torch.float32 if g.device.type == "mps" else torch.float64
-    g = local(as_real(g))
+    g = local(as_real(g)).flatten()
     norm = squared_norm(g, exact).sqrt()
     if d is None:
         zero = torch.zeros_like(norm)
         return torch.stack([zero, norm.square(), zero])
-    d = local(as_real(d))
+    d = local(as_real(d)).flatten()
     dtype = torch.promote_types(torch.promote_types(g.dtype, d.dtype), torch.float32)
     exponent = torch.frexp(norm).exponent  # scaling by a power of two is exact
     exponent = exponent.clamp(min=math.frexp(torch.finfo(dtype).tiny)[1])  # 2 to minus that is finite

@@ -423,6 +423,24 @@ def test_a_step_that_raises_leaves_the_rate(cls: Any, scheduled: bool, monkeypat
         assert optimizer.param_groups[0]["lr"] == written
 
 
+def test_a_step_in_which_it_is_detached_is_that_of_the_optimizer_alone() -> None:
+    ends = []
+    for tuned in (False, True):
+        p = nn.Parameter(torch.ones(3))
+        optimizer = SGD([p], lr=1e-3)
+        hd = HypergradientLR(optimizer) if tuned else None
+
+        def closure(p: nn.Parameter = p, hd: HypergradientLR | None = hd) -> float:
+            p.grad = 20 * p.detach()
+            if hd:
+                hd.detach()
+            return 1.0
+
+        optimizer.step(closure)
+        ends.append((p.tolist(), optimizer.param_groups[0]["lr"]))
+    assert ends[0] == ends[1]
+
+
 class Counting(Rule):
     """Counts its updates; one of them fails."""
 
@@ -647,19 +665,33 @@ def test_a_lost_direction_costs_one_observation_and_is_told() -> None:
     assert hd.lrs != before
 
 
+class Plain(Optimizer):
+    """Gradient descent, of which the directions are measured."""
+
+    def __init__(self, params: Any, lr: float) -> None:
+        super().__init__(params, {"lr": lr})
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]
+        for group in self.param_groups:
+            for p in group["params"]:
+                p.sub_(group["lr"] * p.grad)
+
+
+@pytest.mark.filterwarnings("ignore:.*the first direction, so this step is not taken.*")
+def test_a_trial_that_overflows_is_followed_by_shorter_ones() -> None:
+    p = nn.Parameter(torch.full((3,), 100.0, dtype=torch.float16))
+    hd = HypergradientLR(Plain([p], 0.1))
+    for gradient in (*[6e-8] * 3, *[1.0] * 20):
+        p.grad = torch.full_like(p, gradient)
+        hd.optimizer.step()
+    assert hd.nonfinite_steps <= 3
+    assert bool((p < 100).all() and (p > 0).all())
+
+
 @pytest.mark.filterwarnings("error::RuntimeWarning")
 @pytest.mark.parametrize(("rule", "lr"), [("auto", 0.1), ("auto", 0.0), ("additive", 0.0)])
 def test_gradients_whose_first_step_vanishes_in_rounding_are_tried_with_longer_ones(rule: str, lr: float) -> None:
-    class Plain(Optimizer):
-        def __init__(self, params: Any, lr: float) -> None:
-            super().__init__(params, {"lr": lr})
-
-        @torch.no_grad()
-        def step(self, closure: Any = None) -> None:  # type: ignore[override]
-            for group in self.param_groups:
-                for p in group["params"]:
-                    p.sub_(group["lr"] * p.grad)
-
     p = nn.Parameter(torch.ones(4))
     hd = HypergradientLR(Plain([p], lr), rule, None if rule == "auto" else 1e26)
     begun = []

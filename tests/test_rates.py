@@ -260,6 +260,18 @@ def test_a_damaged_state_is_refused_and_changes_nothing(path: str, value: Any) -
     assert hds[0].state_dict() == hds[1].state_dict()
 
 
+def test_a_damaged_rule_of_one_group_leaves_those_of_the_others() -> None:
+    p = [nn.Parameter(torch.ones(2)) for _ in range(2)]
+    hd = HypergradientLR(SGD([{"params": [q]} for q in p], lr=0.1), scope="group")
+    before = hd.state_dict()
+    saved = copy.deepcopy(before)
+    saved["rates"]["scopes"][0]["rule"]["_norms"] = 7
+    saved["rates"]["scopes"][1]["rule"]["_norms"] = -1
+    with pytest.raises(ValueError, match="_norms must not be negative"):
+        hd.load_state_dict(saved)
+    assert hd.state_dict() == before
+
+
 def test_a_tensor_rate_that_groups_share_under_a_schedule() -> None:
     ends = []
     for shared in (True, False):

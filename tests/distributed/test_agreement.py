@@ -21,7 +21,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor.debug import CommDebugMode
 from torch.nn.parallel import DistributedDataParallel
-from torch.optim import SGD
+from torch.optim import SGD, Optimizer
 
 from lightning_hd import Additive, HypergradientDescent, HypergradientLR
 from lightning_hd.directions import DISCOUNTED
@@ -325,6 +325,58 @@ def test_a_rank_without_a_gradient_takes_part() -> None:
     assert first[8:] == [first[8]] * 4
 
 
+class ForMatrices(Optimizer):
+    """An optimizer with a state for matrices only."""
+
+    def __init__(self, params: Any) -> None:
+        super().__init__(params, {"lr": 0.1})
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]
+        for p in self.param_groups[0]["params"]:
+            if p.grad is not None:
+                if p.ndim == 2:
+                    self.state[p].setdefault("mean", torch.zeros_like(p)).lerp_(p.grad, 0.1)
+                p.sub_(self.param_groups[0]["lr"] * p.grad)
+
+
+def start_without_a_gradient() -> list[list[float]]:
+    """The first rank has a gradient in the first step, the second has none: at a rate of 0, and with a late state."""
+    lrs = []
+    for late in (False, True):
+        p = [nn.Parameter(torch.ones(2, 2)), nn.Parameter(torch.ones(3))]
+        optimizer = ForMatrices(p) if late else SGD(p, lr=0.0)
+        hd = HypergradientLR(optimizer)
+        for step in range(4):
+            for q in p:
+                q.grad = None if step == 0 and dist.get_rank() else q.detach().clone()
+            optimizer.step()
+            lrs.append(hd.lrs)
+    return lrs
+
+
+def test_a_rank_without_a_gradient_in_the_first_step_takes_part() -> None:
+    first, second = outcomes(start_without_a_gradient)
+    assert first == second, "bit for bit"
+    assert [len({lr for (lr,) in lrs}) for lrs in (first[:4], first[4:])] == [4, 4]
+
+
+def disagree_with_shards() -> str:
+    layer = nn.Linear(3, 2)
+    fully_shard(layer, mesh=init_device_mesh("cpu", (2,)))
+    optimizer = SGD(layer.parameters(), lr=0.1 * dist.get_rank())
+    HypergradientLR(optimizer)
+    layer(torch.ones(4, 3)).square().mean().backward()
+    with pytest.raises(RuntimeError) as error:
+        optimizer.step()
+    return str(error.value)
+
+
+def test_processes_with_shards_that_disagree_are_told_on_every_rank() -> None:
+    for words in outcomes(disagree_with_shards):
+        assert "the processes do not tune the same: lrs is [0.0] on rank 0 and [0.1] on rank 1" in words
+
+
 def shard_over_more_than_the_group() -> str:
     layer = nn.Linear(3, 2)
     fully_shard(layer, mesh=init_device_mesh("cpu", (2,)))
@@ -375,6 +427,8 @@ def test_the_state_may_be_asked_for_on_one_rank_alone() -> None:
 
 
 WORKERS: list[Callable[[], Any]] = [
+    start_without_a_gradient,
+    disagree_with_shards,
     without_gradients_by_turns,
     shard_over_more_than_the_group,
     trainers_apart,
