@@ -214,13 +214,18 @@ def table(head: list[str], lines: dict[tuple[str, ...], list[str]]) -> str:
     return "\n".join([*rows, "", *(f"({i}) {note.removeprefix('no: ')}" for i, note in enumerate(notes, 1))]).rstrip()
 
 
+def comparable(text: str) -> str:
+    """Errors that are not the callback's are worded otherwise in other versions of Lightning and torch."""
+    return re.sub(r"(without the callback as well): .*", r"\1", text)
+
+
 def test_the_readme_tells_which_strategies_precisions_and_optimizers_work() -> None:
     lines: dict[tuple[str, ...], list[str]] = {
         (strategy, precision): [outcomes()[strategy, precision, name][0] for name in OPTIMIZERS]
         for strategy, precision in product(STRATEGIES, PRECISIONS)
     }
     expected = table(["strategy", "precision", *OPTIMIZERS], lines)
-    assert expected in (ROOT / "README.md").read_text(), expected
+    assert comparable(expected) in comparable((ROOT / "README.md").read_text()), expected
 
 
 def test_the_readme_tells_which_features_work_with_which_strategies() -> None:
@@ -228,7 +233,7 @@ def test_the_readme_tells_which_features_work_with_which_strategies() -> None:
         (what,): [outcomes()[strategy, what][0] for strategy in STRATEGIES] for what in FEATURES
     }
     expected = table(["Adam, 32-true", *STRATEGIES], lines)
-    assert expected in (ROOT / "README.md").read_text(), expected
+    assert comparable(expected) in comparable((ROOT / "README.md").read_text()), expected
 
 
 def rows(heading: str) -> Iterator[list[str]]:
