@@ -872,7 +872,7 @@ def optimizers_to_refuse() -> Iterator[Any]:
     yield pytest.param(None, TypeError, "must be a torch.optim.Optimizer, got NoneType", id="None")
 
 
-@pytest.mark.parametrize(("optimizer", "error", "words"), optimizers_to_refuse())
+@pytest.mark.parametrize(("optimizer", "error", "words"), list(optimizers_to_refuse()))
 def test_an_optimizer_that_cannot_be_tuned_is_refused(optimizer: Any, error: type[Exception], words: str) -> None:
     with pytest.raises(error, match=words):
         HypergradientLR(optimizer)
