@@ -150,9 +150,9 @@ class Auto(Rule):
 
     Args:
         start: ``"automatic"``, or ``"configured"``: start from the rate that the optimizer is configured with. The
-            climb from there is slow, 7 % a step at most. For optimizers that keep the rate in their own state (a
-            momentum that contains it, schedule-free averages, Lookahead's copies), which the first step of the
-            automatic start, taken on trial where directions are measured, would leave a wrong one in.
+            climb from there is slow, 7 % a step at most. Use it with optimizers whose own state contains the rate (in a
+            momentum, schedule-free averages, or Lookahead's copies): where directions are measured, the automatic start
+            takes the first step on trial and leaves the rate of the trial there.
         horizon: ``H``, in steps: the horizon of the first steps. Below 100 the rule turns greedy.
         growth: The horizon as a part of the steps taken, once that is longer than ``horizon``.
         memory: ``κ``, with which the squares of the cosine are forgotten. With 0.995 the rate is restless enough for
