@@ -530,6 +530,16 @@ def test_an_engine_that_the_user_pauses_stays_paused(tmp_path: Path) -> None:
     assert hd.engines[0].step_count == len(hd.lrs["lr-SGD"]) == 15
 
 
+def test_a_copy_leaves_the_module_behind(tmp_path: Path) -> None:
+    hd, module = HypergradientDescent("multiplicative"), Reference(lambda network: SGD(network.parameters(), lr=0.01))
+    make_trainer(tmp_path, hd, limit_train_batches=5).fit(module)
+    with pytest.raises((AttributeError, pickle.PicklingError)):
+        pickle.dumps(module)
+    for other in (pickle.loads(pickle.dumps(hd)), copy.deepcopy(hd)):
+        assert (other.rule, other.engines) == ("multiplicative", [])
+        assert not any(isinstance(getattr(value, "__self__", None), nn.Module) for value in vars(other).values())
+
+
 def test_the_callback_can_be_copied_and_pickled(tmp_path: Path) -> None:
     for hd in (HypergradientDescent(), HypergradientDescent(Additive(1e-3), scope="group", max_lr=1.0)):
         for twin in (copy.deepcopy(hd), pickle.loads(pickle.dumps(hd))):

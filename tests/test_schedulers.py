@@ -170,6 +170,27 @@ def test_a_scheduler_that_is_stepped_in_a_hook_of_the_optimizer(tmp_path: Path, 
         run.check(alone=runs[0])
 
 
+@pytest.mark.parametrize("rule", RULES)
+def test_a_scheduler_that_comes_in_on_resuming_is_told(rule: str) -> None:
+    def train(optimizer: Optimizer, network: nn.Module, steps: slice) -> None:
+        for batch in reference.torch_batches()[steps]:
+            optimizer.zero_grad()
+            reference.torch_loss(network, *batch).backward()
+            optimizer.step()
+
+    network, other = reference.torch_network(), reference.torch_network()
+    optimizer = SGD(network.parameters(), lr=0.01)
+    first = HypergradientLR(optimizer, rule)
+    train(optimizer, network, slice(10))
+    resumed = SGD(other.parameters(), lr=0.01)
+    lr_scheduler.LambdaLR(resumed, lambda _: 1.0)
+    second = HypergradientLR(resumed, rule)
+    second.load_state_dict(first.state_dict())
+    with pytest.warns(RuntimeWarning, match="training without a scheduler: the learned scale starts anew"):
+        train(resumed, other, slice(10, 11))
+    assert first.scales != [1.0]
+
+
 def test_an_optimizer_that_changes_its_rate_in_a_step_does_so_under_a_schedule_as_well() -> None:
     class Fading(SGD):
         def step(self, closure: Any = None) -> Any:
