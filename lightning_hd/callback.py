@@ -17,7 +17,7 @@ from torch.utils.hooks import RemovableHandle
 from lightning_hd.checkpoints import keep_tensors, load_tensors
 from lightning_hd.directions import check_optimizer, unwrap
 from lightning_hd.hypergradient import HypergradientLR, check_arguments
-from lightning_hd.rules import Rule
+from lightning_hd.rules import Rule, check_count
 from lightning_hd.tensorboard import group_names, optimizer_names, tag
 
 
@@ -84,10 +84,7 @@ class HypergradientDescent(Callback):
     ) -> None:
         check_arguments(rule, hypergrad_lr, scope, min_lr, max_lr)
         if log_every_n_steps is not None:
-            if isinstance(log_every_n_steps, bool) or not isinstance(log_every_n_steps, int):
-                raise TypeError(f"log_every_n_steps must be a whole number or None, got {log_every_n_steps!r}")
-            if log_every_n_steps < 0:
-                raise ValueError(f"log_every_n_steps must not be negative, got {log_every_n_steps}")
+            check_count("log_every_n_steps", log_every_n_steps)
         self.rule = rule
         self.hypergrad_lr = hypergrad_lr
         self.scope = scope
@@ -210,11 +207,12 @@ class HypergradientDescent(Callback):
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Detach."""
-        for name, tracker in zip(optimizer_names(_with_groups(trainer)), self._trackers, strict=False):
+        for tracker in self._trackers:
             if self._began and not (tracker.engine.step_count or tracker.engine.paused):
                 rank_zero_warn(
-                    f"HypergradientDescent: no step of {name} was tuned: its `step` was not called, or replaced, or "
-                    "there was no gradient. The parameters have moved, if at all, at the configured learning rate."
+                    f"HypergradientDescent: no step of {tracker.name} was tuned: its `step` was not called, or "
+                    "replaced, or there was no gradient. The parameters have moved, if at all, at the configured "
+                    "learning rate."
                 )
         self._detach()
 
@@ -308,7 +306,7 @@ class _Tracker:
     def __init__(self, engine: HypergradientLR, name: str) -> None:
         self.engine = engine
         self.first_tag = tag("lr", group_names(name, engine.optimizer)[0])
-        self._name = name
+        self.name = name
         self._history: list[array[float]] = []
         self._sums: dict[tuple[str, int], tuple[float, int]] = {}  # with how many numbers were added
         self._step_count = engine.step_count
@@ -342,7 +340,7 @@ class _Tracker:
                 self._sums[quantity, i] = total + value, count + 1
 
     def history(self) -> list[tuple[str, list[float]]]:
-        names = group_names(self._name, self.engine.optimizer)
+        names = group_names(self.name, self.engine.optimizer)
         return [(name, lrs.tolist()) for name, lrs in zip(names, self._history, strict=False)]
 
     @property
@@ -351,14 +349,14 @@ class _Tracker:
         return self.engine.lrs[0]
 
     def lr_metrics(self) -> dict[str, float]:
-        names = group_names(self._name, self.engine.optimizer)
+        names = group_names(self.name, self.engine.optimizer)
         return {tag("lr", name): lr for name, lr in zip(names, self.engine.lrs, strict=True)}
 
     def collect(self) -> dict[str, float]:
         """All that is logged now; the means start anew."""
         scales = self.engine.scales
         by_group = self.engine.scope == "group"
-        names = group_names(self._name, self.engine.optimizer) if by_group else [self._name]
+        names = group_names(self.name, self.engine.optimizer) if by_group else [self.name]
         metrics = self.lr_metrics()
         metrics |= {tag("scale", name): scale for name, scale in zip(names, scales, strict=False)}
         metrics |= {tag("brakes", name): float(n) for name, n in zip(names, self.engine.brakes, strict=False) if n}

@@ -480,7 +480,7 @@ class HypergradientLR:
         own = {
             "error": error and repr(error),
             "optimizer": type(self.optimizer).__name__,
-            "rule": (type(self._rule).__name__, _constants(self._rule)),
+            "rule": (type(self._rule).__name__, _plain(vars(self._rule))),
             "scope": self.scope,
             "min_lr, max_lr": self._rates.limits,
             "step_count": self.step_count,
@@ -734,7 +734,6 @@ class HypergradientLR:
             stood |= {p for p, moved in zip(sharded, self._ranks.sum(moves).tolist(), strict=True) if not moved}
         for group in copied:
             group.moved = [p for p in group.moved if p not in stood]
-        for group in copied:
             for p in group.moved:
                 state[p][DIRECTION] = step.kept[p]
 
@@ -850,18 +849,13 @@ def _returned(value: Any, rule: Rule, method: str) -> float:
 
 
 def _plain(value: Any) -> Any:
-    """What can be compared of a state, wherever it is."""
+    """What can be compared between processes: tensors by their numbers, functions by name, other objects by class."""
     if isinstance(value, dict):
         return {key: _plain(item) for key, item in value.items()}
     if isinstance(value, (list, tuple)):
         return [_plain(item) for item in value]
     if isinstance(value, Tensor):
         return value.tolist()
+    if inspect.isfunction(value):
+        return value.__qualname__
     return value if isinstance(value, (int, float, str, type(None))) else type(value).__name__
-
-
-def _constants(rule: Rule) -> dict[str, Any]:
-    """What can be compared of a rule's arguments."""
-    plain = {name: value for name, value in vars(rule).items() if isinstance(value, (int, float, str, type(None)))}
-    functions = {name: value.__qualname__ for name, value in vars(rule).items() if inspect.isfunction(value)}
-    return plain | functions

@@ -38,6 +38,12 @@ def run(worker: Callable[..., Any], world_size: int, *args: Any, timeout_s: floa
         return [torch.load(path, weights_only=False) if path.exists() else None for path in results]
 
 
+def tell_lightning() -> None:
+    """Set the variables that Lightning's ``TorchElasticEnvironment`` reads, as torchrun does."""
+    rank = str(dist.get_rank())
+    os.environ.update(RANK=rank, LOCAL_RANK=rank, WORLD_SIZE=str(dist.get_world_size()))
+
+
 def _work(worker: Callable[..., Any], rank: int, world_size: int, folder: str, args: tuple[Any, ...]) -> None:
     torch.set_num_threads(1)
     os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")

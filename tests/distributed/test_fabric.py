@@ -1,6 +1,5 @@
 """Lightning Fabric: a HypergradientLR in the loop, and nothing else, tunes as in plain torch."""
 
-import os
 import sys
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -18,7 +17,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import fully_shard
 
 from lightning_hd import HypergradientLR
-from tests.distributed.processes import run
+from tests.distributed.processes import run, tell_lightning
 from tests.distributed.training import BATCH, OPTIMIZERS, network, whole
 
 pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="gloo processes are spawned with POSIX semantics")
@@ -113,8 +112,8 @@ def shard(model: nn.Module, mesh: DeviceMesh) -> nn.Module:
 
 def train_all(folder: Path) -> dict[tuple[str, bool, str], Run]:
     """On one rank: with copies and with shards, from the beginning and from a checkpoint on."""
-    rank, count = dist.get_rank(), dist.get_world_size()
-    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(count))
+    tell_lightning()
+    count = dist.get_world_size()
     # ModelParallelStrategy does not support 64-true, but with 32-true a model in float64 stays so.
     ways: list[tuple[Any, Any]] = [(DDPStrategy(), "64-true"), (ModelParallelStrategy(shard, count, 1), "32-true")]
     runs = {}

@@ -1,6 +1,5 @@
 """Through a Trainer: sharded runs resume bit for bit, and runs go on with more or fewer processes."""
 
-import os
 import sys
 from pathlib import Path
 from typing import Any
@@ -19,7 +18,7 @@ from torch.distributed.tensor import DTensor
 from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_hd import HypergradientDescent
-from tests.distributed.processes import run
+from tests.distributed.processes import run, tell_lightning
 from tests.distributed.training import OPTIMIZERS, RULES, network, whole
 from tests.test_callback import make_trainer
 
@@ -78,8 +77,7 @@ def fit(case: Case, folder: Path, ckpt_path: Path | None = None) -> tuple[list[f
 
 def fit_all(folder: Path) -> list[Any]:
     """Each case from the beginning, and from the checkpoint of its second epoch."""
-    rank, count = str(dist.get_rank()), str(dist.get_world_size())
-    os.environ.update(RANK=rank, LOCAL_RANK=rank, WORLD_SIZE=count)
+    tell_lightning()
     results = []
     for i, case in enumerate(CASES):
         at = folder / str(i)
@@ -90,8 +88,7 @@ def fit_all(folder: Path) -> list[Any]:
 def fit_on(strategy: str, folder: Path, ckpt_path: Path | None) -> list[float]:
     """The same global batches in float64 on any number of processes."""
     count = dist.get_world_size()
-    rank = str(dist.get_rank())
-    os.environ.update(RANK=rank, LOCAL_RANK=rank, WORLD_SIZE=str(count))
+    tell_lightning()
     module, hd = Sharded("Adam"), HypergradientDescent()
     module.network.double()
     module.batch_size = 32 // count

@@ -2,7 +2,6 @@
 
 import ast
 import functools
-import os
 import re
 import sys
 import tempfile
@@ -24,7 +23,7 @@ from torch.optim import SGD, Adam, lr_scheduler
 from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_hd import HypergradientDescent
-from tests.distributed.processes import run
+from tests.distributed.processes import run, tell_lightning
 from tests.distributed.training import OPTIMIZERS, network
 from tests.test_callback import make_trainer
 
@@ -181,8 +180,7 @@ Outcomes = dict[tuple[str, ...], tuple[str, Any]]
 
 def attempt_all(folder: Path, strategies: list[str]) -> Outcomes:
     if dist.is_initialized():
-        rank, count = str(dist.get_rank()), str(dist.get_world_size())
-        os.environ.update(RANK=rank, LOCAL_RANK=rank, WORLD_SIZE=count)
+        tell_lightning()
     outcomes: Outcomes = {}
     for strategy in strategies:
         for precision, name in product(PRECISIONS, OPTIMIZERS):
