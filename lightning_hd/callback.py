@@ -14,10 +14,11 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
-from lightning_hd.checkpoints import keep_tensors, load_tensors
-from lightning_hd.directions import check_optimizer, unwrap
+from lightning_hd.checkpoints import copies_of, load_copies
+from lightning_hd.checks import check_count
 from lightning_hd.hypergradient import HypergradientLR, check_arguments
-from lightning_hd.rules import Rule, check_count
+from lightning_hd.optimizers import check_optimizer, unwrap
+from lightning_hd.rules import Rule
 from lightning_hd.tensorboard import group_names, optimizer_names, tag
 
 
@@ -56,6 +57,8 @@ class HypergradientDescent(Callback):
             ``"group"``: one for each.
         min_lr: Lower clamp on the effective learning rate; ``None``: unclamped, as in the paper.
         max_lr: Upper clamp; ``None``: unclamped.
+        probe: How many coordinates of the parameters to look at; ``None``: all. ``"default"``: 2^18 with the default
+            rule, all with the paper's.
         log_every_n_steps: Logging interval in steps; ``None``: the Trainer's. 0: loggers get nothing.
         prog_bar: Whether to show the learning rates in the progress bar.
 
@@ -79,10 +82,11 @@ class HypergradientDescent(Callback):
         scope: Literal["global", "group"] = "global",
         min_lr: float | None = 0.0,
         max_lr: float | None = None,
+        probe: int | None | Literal["default"] = "default",
         log_every_n_steps: int | None = None,
         prog_bar: bool = False,
     ) -> None:
-        check_arguments(rule, hypergrad_lr, scope, min_lr, max_lr)
+        check_arguments(rule, hypergrad_lr, scope, min_lr, max_lr, probe)
         if log_every_n_steps is not None:
             check_count("log_every_n_steps", log_every_n_steps)
         self.rule = rule
@@ -90,12 +94,12 @@ class HypergradientDescent(Callback):
         self.scope = scope
         self.min_lr = min_lr
         self.max_lr = max_lr
+        self.probe = probe
         self.log_every_n_steps = log_every_n_steps
         self.prog_bar = prog_bar
         self.engines: list[HypergradientLR] = []
         self._trackers: list[_Tracker] = []
         self._restored: list[dict[str, Any]] | None = None
-        self._loading: list[RemovableHandle] = []
         self._pausing: list[RemovableHandle] = []
         self._alone: dist.ProcessGroup | None = None
         self._began = False  # whether a batch of this training has begun
@@ -122,19 +126,19 @@ class HypergradientDescent(Callback):
             self._restore()
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Before a checkpoint's optimizer states are loaded: see that the engines' tensors stay as they are."""
-        optimizers = [optimizer for optimizer in trainer.optimizers if isinstance(optimizer, Optimizer)]
-        self._loading = [handle for optimizer in optimizers for handle in keep_tensors(optimizer)]
+        """Before a checkpoint's optimizer states are loaded: see that what is ours in them is found."""
+        for optimizer in trainer.optimizers:
+            if isinstance(optimizer, Optimizer):
+                copies_of(optimizer)
 
     def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         """Load the engines' tensors, where Lightning does not."""
         if "ModelParallelStrategy" in _strategies(trainer) and trainer.ckpt_path and Path(trainer.ckpt_path).is_dir():
             for i, optimizer in enumerate(trainer.optimizers):
-                load_tensors(pl_module, optimizer, f"optimizer_{i}", Path(trainer.ckpt_path))
+                load_copies(pl_module, optimizer, f"optimizer_{i}", Path(trainer.ckpt_path))
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Attach to every optimizer."""
-        self._end_loading()
         _check_strategy(trainer)
         _check_modules(pl_module)
         self._attach(trainer)
@@ -202,7 +206,6 @@ class HypergradientDescent(Callback):
         exception: BaseException,
     ) -> None:
         """Detach."""
-        self._end_loading()
         self._detach()
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -216,10 +219,6 @@ class HypergradientDescent(Callback):
                 )
         self._detach()
 
-    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Detach, where training did not start."""
-        self._end_loading()
-
     def state_dict(self) -> dict[str, Any]:
         """The learned scalars of every optimizer; the tensors are in the optimizers' own state, under keys ``hd_*``."""
         if self._restored is not None:  # training has not started yet
@@ -232,7 +231,6 @@ class HypergradientDescent(Callback):
         fresh: dict[str, Any] = {
             "engines": [],
             "_trackers": [],
-            "_loading": [],
             "_pausing": [],
             "_paused": None,
             "_alone": None,
@@ -252,7 +250,14 @@ class HypergradientDescent(Callback):
             # Lightning's tuner takes all callbacks out while it searches, with steps that are no part of the training.
             self._pausing.append(optimizer.register_step_pre_hook(partial(self._pause, trainer)))
             engine = HypergradientLR(
-                optimizer, self.rule, self.hypergrad_lr, self.scope, self.min_lr, self.max_lr, process_group=self._alone
+                optimizer,
+                self.rule,
+                self.hypergrad_lr,
+                self.scope,
+                self.min_lr,
+                self.max_lr,
+                self.probe,
+                process_group=self._alone,
             )
             self.engines.append(engine)
             if any(optimizer is other for other in scheduled):
@@ -281,11 +286,6 @@ class HypergradientDescent(Callback):
             for engine, paused in zip(self.engines, self._paused, strict=True):
                 engine.paused = paused
             self._paused = None
-
-    def _end_loading(self) -> None:
-        for handle in self._loading:
-            handle.remove()
-        self._loading = []
 
     def _detach(self) -> None:
         """Checkpoints may be written after training as well, so the engines' state stays."""

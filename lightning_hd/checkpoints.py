@@ -1,5 +1,6 @@
-"""Checkpoints: the tensors of the engine come back as they were saved, where torch would narrow or leave them out."""
+"""Checkpoints: parameter-sized tensors of ours go into ``optimizer.state_dict()``, and never into ``optimizer.state``."""
 
+import weakref
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -12,40 +13,96 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
-from lightning_hd.directions import DIRECTION, DISCOUNTED
-from lightning_hd.reduction import as_real, widen
+DIRECTION = "hd_direction"
+"""Key of a parameter's copy in ``optimizer.state_dict()["state"]``."""
 
 
-def keep_tensors(optimizer: Optimizer) -> list[RemovableHandle]:
-    """From now on, ``optimizer.load_state_dict`` takes over the engine's tensors as they were saved.
+class Copies:
+    """A tensor of the parameter's shape and dtype for each of an optimizer's parameters, saved and loaded with it.
 
-    torch casts all of an optimizer's state to the dtype of its parameters, but the sum of directions of 16-bit
-    parameters is kept in float32; and it leaves whole what is not known to be sharded.
+    The optimizer itself does not see them, so that they cannot be taken for a state of its own.
 
-    Returns:
-        Handles that end this.
+    Attributes:
+        tensors: The copy of each parameter that has one.
+        loads: How often the optimizer has loaded a state.
     """
-    saved: list[tuple[Tensor, str, Tensor]] = []
 
-    def before(optimizer: Optimizer, state_dict: dict[str, Any]) -> None:
-        saved.clear()
-        names = (name for group in state_dict["param_groups"] for name in group["params"])
-        for name, p in zip(names, _parameters(optimizer), strict=False):  # torch tells if there are not as many
-            state = state_dict["state"].get(name, {})
-            saved.extend((p, key, state[key]) for key in (DIRECTION, DISCOUNTED) if isinstance(state.get(key), Tensor))
+    def __init__(self) -> None:
+        self.tensors: dict[Tensor, Tensor] = {}
+        self.loads = 0
+        self._handles: list[RemovableHandle] = []
 
-    def after(optimizer: Optimizer) -> None:
-        for p, key, tensor in saved:
-            if isinstance(p, DTensor) and not isinstance(tensor, DTensor):
-                tensor = distribute_tensor(tensor.to(p.device), p.device_mesh, p.placements, src_data_rank=None)
-            optimizer.state[p][key] = tensor.to(p.device, copy=True)
-        saved.clear()
+    def follow(self, optimizer: Optimizer) -> None:
+        """Save and load with this optimizer from now on."""
+        self._handles = [
+            optimizer.register_state_dict_post_hook(self._save),
+            optimizer.register_load_state_dict_pre_hook(self._load),
+        ]
 
-    return [optimizer.register_load_state_dict_pre_hook(before), optimizer.register_load_state_dict_post_hook(after)]
+    def remove(self) -> None:
+        """Forget all, and leave the optimizer's state as its own."""
+        for handle in self._handles:
+            handle.remove()
+        self.tensors.clear()
+
+    def place_for(self, p: Tensor) -> Tensor:
+        """The copy of a parameter, to be written to."""
+        copy = self.tensors.get(p)
+        if copy is None or (copy.shape, copy.dtype, copy.device) != (p.shape, p.dtype, p.device):
+            copy = self.tensors[p] = torch.zeros_like(p.detach())
+        return copy
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**vars(self), "_handles": []}
+
+    def _save(self, optimizer: Optimizer, state_dict: dict[str, Any]) -> dict[str, Any]:
+        """Add the copies to the saved state, of which the optimizer's own are not changed."""
+        state = dict(state_dict["state"])
+        for name, p in zip(_names(state_dict), _parameters(optimizer), strict=False):
+            if p in self.tensors:
+                state[name] = {**state.get(name, {}), DIRECTION: self.tensors[p]}
+        return {**state_dict, "state": state}
+
+    def _load(self, optimizer: Optimizer, state_dict: dict[str, Any]) -> dict[str, Any]:
+        """Take the copies out of the saved state."""
+        self.loads += 1
+        self.tensors.clear()
+        state = dict(state_dict["state"])
+        for name, p in zip(_names(state_dict), _parameters(optimizer), strict=False):  # torch checks their numbers
+            saved = state.get(name)
+            if isinstance(saved, dict) and isinstance(saved.get(DIRECTION), Tensor):
+                self.tensors[p] = _placed(saved[DIRECTION], p)
+                state[name] = {key: value for key, value in saved.items() if key != DIRECTION}
+                if not state[name]:
+                    del state[name]
+        return {**state_dict, "state": state}
 
 
-def load_tensors(model: nn.Module, optimizer: Optimizer, prefix: str, folder: Path) -> None:
-    """Load the engine's tensors from a distributed checkpoint, of which Lightning loads only what the optimizer has.
+_copies: "weakref.WeakKeyDictionary[Optimizer, Copies]" = weakref.WeakKeyDictionary()
+
+
+def copies_of(optimizer: Optimizer) -> Copies:
+    """The copies of an optimizer's parameters, empty at first."""
+    if optimizer not in _copies:
+        keep_copies(optimizer, Copies())
+    return _copies[optimizer]
+
+
+def keep_copies(optimizer: Optimizer, copies: Copies) -> None:
+    """Make these its copies."""
+    copies.follow(optimizer)
+    _copies[optimizer] = copies
+
+
+def drop_copies(optimizer: Optimizer, copies: Copies) -> None:
+    """Leave the optimizer without these."""
+    copies.remove()
+    if _copies.get(optimizer) is copies:
+        del _copies[optimizer]
+
+
+def load_copies(model: nn.Module, optimizer: Optimizer, prefix: str, folder: Path) -> None:
+    """Load the copies from a distributed checkpoint, of which Lightning loads only what the optimizer has.
 
     Args:
         model: The model, sharded.
@@ -54,18 +111,26 @@ def load_tensors(model: nn.Module, optimizer: Optimizer, prefix: str, folder: Pa
         folder: The checkpoint.
     """
     saved = FileSystemReader(folder).read_metadata().state_dict_metadata
-    own = set(_parameters(optimizer))
-    tensors = {}
+    own, copies, tensors = set(_parameters(optimizer)), copies_of(optimizer), {}
     for name, p in model.named_parameters():
-        name = name.replace("_orig_mod.", "")  # torch.compile adds that, the checkpoint leaves it out
-        path = f"{prefix}.state.{name}"
-        if p in own and f"{path}.{DIRECTION}" in saved:
-            tensors[f"{path}.{DIRECTION}"] = optimizer.state[p][DIRECTION] = torch.zeros_like(p.detach())
-        if p in own and f"{path}.{DISCOUNTED}" in saved:
-            zeros = widen(torch.zeros_like(as_real(p.detach())))
-            tensors[f"{path}.{DISCOUNTED}"] = optimizer.state[p][DISCOUNTED] = zeros
+        # torch.compile adds a part to the name that the checkpoint leaves out
+        path = f"{prefix}.state.{name.replace('_orig_mod.', '')}.{DIRECTION}"
+        if p in own and path in saved:
+            tensors[path] = copies.place_for(p)
     if tensors:
         load(tensors, checkpoint_id=folder)  # in place
+
+
+def _placed(tensor: Tensor, p: Tensor) -> Tensor:
+    """A saved tensor on the parameter's device, and sharded as it is."""
+    if isinstance(p, DTensor) and not isinstance(tensor, DTensor):
+        tensor = distribute_tensor(tensor.to(p.device), p.device_mesh, p.placements, src_data_rank=None)
+    return tensor.to(p.device, copy=True)
+
+
+def _names(state_dict: dict[str, Any]) -> Iterator[Any]:
+    for group in state_dict["param_groups"]:
+        yield from group["params"]
 
 
 def _parameters(optimizer: Optimizer) -> Iterator[Tensor]:

@@ -1,9 +1,9 @@
-"""Update directions: ``d_t`` of each optimizer family, so that ``∂u_t/∂α = -d_t``.
+"""Update directions: ``d_t`` of each optimizer family, so that ``∂u_t/∂α = -d_t``, as formulas on flat vectors.
 
 | optimizer                   | d_t                                               | where it is found               |
 |-----------------------------|---------------------------------------------------|---------------------------------|
 | SGD                         | g_t                                               | one copy                        |
-| SGD, Nesterov               | g_t + μ v_t                                       | one copy                        |
+| SGD, Nesterov               | g_t + μ v_t                                       | one copy, and the momentum      |
 | SGD, heavy ball             | v_t = μ v_{t-1} + (1-τ) g_t                       | the optimizer's momentum buffer |
 | Adam, AdamW (and amsgrad)   | m̂_t / (√v̂_t + ε), plus λ θ_{t-1} where decoupled | the optimizer's m and v         |
 | ASGD                        | g_t + λ θ_{t-1}                                   | one copy                        |
@@ -14,7 +14,6 @@ Sources: "Online Learning Rate Adaptation with Hypergradient Descent" (arXiv 170
 Adam-HD; the formulas of d in the documentation of ``torch.optim``.
 """
 
-import inspect
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
@@ -22,40 +21,15 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
-from torch.distributed.fsdp import FlatParameter
-from torch.optim import (
-    ASGD,
-    LBFGS,
-    SGD,
-    Adadelta,
-    Adagrad,
-    Adam,
-    Adamax,
-    AdamW,
-    NAdam,
-    Optimizer,
-    RAdam,
-    RMSprop,
-    Rprop,
-    SparseAdam,
-)
+from torch.optim import ASGD, SGD, Adam, AdamW, Optimizer
 
-from lightning_hd.reduction import as_real, widen
+from lightning_hd.optimizers import is_coupled, torch_class
 
-DIRECTION = "hd_direction"
-"""Key in ``optimizer.state[p]`` of the copy that the families without ``d_{t-1}`` in the optimizer's state keep."""
+COPY, PARAMETER = "copy", "parameter"
+"""What a direction may ask for, beside the names of the optimizer's state."""
 
-DISCOUNTED = "hd_discounted"
-"""Key in ``optimizer.state[p]`` of the discounted sum of directions, for rules with a long horizon."""
-
-_COUPLED: tuple[type[Optimizer] | None, ...] = (SGD, Adam, ASGD, Adadelta, Adagrad, Adamax, NAdam, RAdam, RMSprop)
-"""Optimizers whose ``weight_decay`` adds ``λ θ`` to the gradient, unless the group says ``decoupled_weight_decay``."""
-
-_REFUSED = {
-    LBFGS: "its step is the outcome of a line search, not a multiple of the learning rate",
-    Rprop: "its step sizes do not depend on the learning rate after the first step",
-    SparseAdam: "sparse gradients are not supported",
-}
+Get = Callable[[str], Tensor]
+"""A quantity of a bucket by its name: flat, of 32 bits at least, not to be written to."""
 
 
 @dataclass(frozen=True)
@@ -63,22 +37,27 @@ class Direction(ABC):
     """How ``d_t`` of one parameter group is found, for the hyperparameters of the step that is being taken."""
 
     copies: ClassVar[bool] = False
-    """Whether a copy of the parameter's size is needed, because the optimizer's own state does not hold ``d_t``."""
+    """Whether a copy of the parameter's size is kept, because the optimizer's own state does not hold ``d_t``."""
+    counts: ClassVar[bool] = False
+    """Whether it depends on how many steps the optimizer has taken."""
 
-    def keep(self, copy: Tensor, p: Tensor, gradient: Callable[[], Tensor]) -> None:
-        """Before the update: write what will be needed after it into ``copy``; ``gradient`` makes ``g_t``."""
-        raise NotImplementedError(f"{type(self).__name__} keeps no copy")
-
-    def settle(self, copy: Tensor, p: Tensor, state: dict[str, Any]) -> None:
-        """After the update: turn what was kept into what :meth:`read` needs, in place."""
-        raise NotImplementedError(f"{type(self).__name__} keeps no copy")
+    @property
+    @abstractmethod
+    def needs(self) -> tuple[str, ...]:
+        """What of each parameter must be there for :meth:`read`."""
 
     @abstractmethod
-    def read(self, p: Tensor, state: dict[str, Any]) -> Tensor:
-        """``d_t`` of the parameter, at any time after step ``t`` and before the next: real, not to be written to."""
+    def read(self, get: Get, step: int) -> Tensor:
+        """``d_t`` at any time after step ``t`` and before the next: flat, not to be written to.
 
-    def correct(self, state: dict[str, Any], lr: float) -> None:  # noqa: B027
-        """Correct what the optimizer derived from an earlier rate, for the next step to be taken at ``lr``."""
+        Args:
+            get: Gives the quantities.
+            step: ``t``, as the optimizer counts it for these parameters.
+        """
+
+    def first(self, g: Tensor, p: Tensor) -> Tensor | None:
+        """``d_1`` before the first step, from the gradient and the parameter; ``None`` where it cannot be known."""
+        return None
 
     def to_dict(self) -> dict[str, Any]:
         """Plain numbers from which :func:`direction_from_dict` builds it again."""
@@ -89,43 +68,45 @@ class Direction(ABC):
 class Gradient(Direction):
     """SGD without momentum, SGD with Nesterov's, and ASGD: ``d_t = g_t + μ v_t + λ θ_{t-1}``.
 
-    ASGD moves by a rate that decays, ``η_t = lr / (1 + λ lr t)^power``; its direction is taken with respect to ``η_t``,
-    which equals the learning rate while ``λ lr t`` is small.
+    The copy is that of ``g_t + λ θ_{t-1}``. ASGD moves by a rate that decays, ``η_t = lr / (1 + λ lr t)^power``. Its
+    direction is taken with respect to ``η_t``, which equals the learning rate while ``λ lr t`` is small.
     """
 
     copies: ClassVar[bool] = True
     nesterov: float = 0.0
     decay: float = 0.0
-    power: float = 0.0
 
-    def keep(self, copy: Tensor, p: Tensor, gradient: Callable[[], Tensor]) -> None:
-        """``g_t + λ θ_{t-1}``."""
-        copy.copy_(gradient())
-        if self.decay:
-            copy.add_(p, alpha=self.decay)
+    @property
+    def needs(self) -> tuple[str, ...]:
+        """The copy, and Nesterov's momentum."""
+        return (COPY, "momentum_buffer") if self.nesterov else (COPY,)
 
-    def settle(self, copy: Tensor, p: Tensor, state: dict[str, Any]) -> None:
-        """Add ``μ v_t``, which only the step has made."""
-        if self.nesterov:
-            copy.add_(state["momentum_buffer"], alpha=self.nesterov)
+    def read(self, get: Get, step: int) -> Tensor:
+        """The copy, and the momentum."""
+        return torch.add(get(COPY), get("momentum_buffer"), alpha=self.nesterov) if self.nesterov else get(COPY)
 
-    def read(self, p: Tensor, state: dict[str, Any]) -> Tensor:
-        """The copy."""
-        return as_real(state[DIRECTION])
-
-    def correct(self, state: dict[str, Any], lr: float) -> None:
-        """``η_t`` of ASGD, which it derives at the end of a step from the rate that it has then."""
-        if "eta" in state:
-            state["eta"].fill_(lr / (1 + self.decay * lr * float(state["step"])) ** self.power)
+    def first(self, g: Tensor, p: Tensor) -> Tensor | None:
+        """``g_1 + μ g_1 + λ θ_0``."""
+        d = g * (1 + self.nesterov)
+        return d.add_(p, alpha=self.decay) if self.decay else d
 
 
 @dataclass(frozen=True)
 class HeavyBall(Direction):
     """SGD with momentum: ``d_t = v_t``, which is the optimizer's momentum buffer."""
 
-    def read(self, p: Tensor, state: dict[str, Any]) -> Tensor:
+    @property
+    def needs(self) -> tuple[str, ...]:
+        """The optimizer's buffer."""
+        return ("momentum_buffer",)
+
+    def read(self, get: Get, step: int) -> Tensor:
         """The optimizer's own buffer."""
-        return as_real(state["momentum_buffer"])
+        return get("momentum_buffer")
+
+    def first(self, g: Tensor, p: Tensor) -> Tensor | None:
+        """``g_1``: the dampening acts from the second step on."""
+        return g
 
 
 @dataclass(frozen=True)
@@ -137,6 +118,7 @@ class AdaptiveMoments(Direction):
     the part that is due to weight decay.
     """
 
+    counts: ClassVar[bool] = True
     lr: float
     beta1: float
     beta2: float
@@ -144,54 +126,51 @@ class AdaptiveMoments(Direction):
     decoupled: float
     amsgrad: bool
 
-    def read(self, p: Tensor, state: dict[str, Any]) -> Tensor:
-        """Computed from the optimizer's m and v: a temporary of the size of the parameter."""
-        step = float(state["step"])
-        v = widen(as_real(state["max_exp_avg_sq" if self.amsgrad else "exp_avg_sq"]))
-        m = widen(as_real(state["exp_avg"]))
-        scale = v.sqrt().div_((1 - self.beta2**step) ** 0.5).add_(self.eps)
-        d = torch.div(m, scale, out=scale).div_(1 - self.beta1**step)
+    @property
+    def needs(self) -> tuple[str, ...]:
+        """M and v."""
+        return ("exp_avg", "max_exp_avg_sq" if self.amsgrad else "exp_avg_sq")
+
+    def read(self, get: Get, step: int) -> Tensor:
+        """Computed from the optimizer's m and v: ``m √(1-β2^t) / (√v + ε √(1-β2^t)) / (1-β1^t)``."""
+        root = (1 - self.beta2**step) ** 0.5
+        first, second = self.needs
+        scale = get(second).sqrt().add_(self.eps * root)
+        d = torch.div(get(first), scale, out=scale).mul_(root / (1 - self.beta1**step))
         if self.decoupled:
-            d.add_(as_real(p), alpha=self.decoupled).div_(1 - self.lr * self.decoupled)
+            d.add_(get(PARAMETER), alpha=self.decoupled).div_(1 - self.lr * self.decoupled)
         return d
+
+    def first(self, g: Tensor, p: Tensor) -> Tensor | None:
+        """``g_1 / (|g_1| + ε) + λ θ_0``."""
+        d = g / g.abs().add_(self.eps)
+        return d.add_(p, alpha=self.decoupled) if self.decoupled else d
 
 
 @dataclass(frozen=True)
 class Measured(Direction):
     """Any optimizer whose step is linear in its rate: ``d_t = (θ_{t-1} - θ_t) / α_t``, from the step it just took.
 
-    The measurement has the resolution of the parameter's dtype: a step that vanishes in rounding has no direction.
+    The copy is the numerator. The measurement has the resolution of the parameter's dtype: a step that vanishes in
+    rounding has no direction.
     """
 
     copies: ClassVar[bool] = True
     lr: float
 
-    def keep(self, copy: Tensor, p: Tensor, gradient: Callable[[], Tensor]) -> None:
-        """``θ_{t-1}``."""
-        copy.copy_(p)
+    @property
+    def needs(self) -> tuple[str, ...]:
+        """The copy."""
+        return (COPY,)
 
-    def settle(self, copy: Tensor, p: Tensor, state: dict[str, Any]) -> None:
-        """``θ_{t-1} - θ_t``."""
-        copy.sub_(p)
-
-    def read(self, p: Tensor, state: dict[str, Any]) -> Tensor:
-        """The difference over ``α_t``: a temporary of the size of the parameter. Without a rate there was no step."""
-        difference = widen(as_real(state[DIRECTION]))
-        return difference / self.lr if self.lr else difference
+    def read(self, get: Get, step: int) -> Tensor:
+        """The difference over ``α_t``. Without a rate there was no step."""
+        return get(COPY) / self.lr if self.lr else get(COPY)
 
 
 _FAMILIES: dict[str, type[Direction]] = {
     family.__name__: family for family in (Gradient, HeavyBall, AdaptiveMoments, Measured)
 }
-
-
-def torch_class(optimizer_class: type[Optimizer]) -> type[Optimizer] | None:
-    """The class of torch.optim whose ``step`` this class uses; ``None`` where it has a step of its own."""
-    for base in optimizer_class.__mro__:
-        if issubclass(base, Optimizer) and base.__module__.startswith("torch.optim.") and base is not Optimizer:
-            # torch wraps the step of each class that is instantiated, to run the hooks
-            return base if inspect.unwrap(optimizer_class.step) is inspect.unwrap(base.step) else None
-    return None
 
 
 def direction_of(optimizer: Optimizer, group: dict[str, Any], lr: float) -> Direction:
@@ -208,7 +187,7 @@ def direction_of(optimizer: Optimizer, group: dict[str, Any], lr: float) -> Dire
             return HeavyBall()
         return Gradient(nesterov=float(group["momentum"]) if group["nesterov"] else 0.0)
     if family is ASGD:
-        return Gradient(decay=float(group["lambd"]), power=float(group["alpha"]))
+        return Gradient(decay=float(group["lambd"]))
     if family in (Adam, AdamW):
         return AdaptiveMoments(
             lr=lr,
@@ -232,96 +211,3 @@ def direction_from_dict(saved: dict[str, Any]) -> Direction:
         return _FAMILIES[values.pop("family")](**values)
     except (KeyError, TypeError):
         raise ValueError(f"not a saved direction: {saved!r}") from None
-
-
-def is_coupled(optimizer: Optimizer, group: dict[str, Any]) -> bool:
-    """Whether the group's ``weight_decay`` is an L2 penalty in the objective rather than a part of the step.
-
-    The weight decay of classes with a step of their own is taken for a part of the step, as it is in all recent ones.
-    """
-    coupled = torch_class(type(optimizer)) in _COUPLED
-    return coupled and not group.get("decoupled_weight_decay", False)
-
-
-def objective_gradient(optimizer: Optimizer, group: dict[str, Any], p: Tensor, grad_scale: Tensor | None) -> Tensor:
-    """``g_t`` of one parameter: the gradient of the objective that the optimizer minimizes, at ``θ_{t-1}``.
-
-    Args:
-        optimizer: The optimizer about to step.
-        group: The parameter's group.
-        p: A parameter that has a gradient.
-        grad_scale: The factor that a GradScaler has left in the gradient, or ``None``.
-    """
-    assert p.grad is not None, "the caller passes parameters with a gradient only"
-    g = p.grad
-    if grad_scale is not None:
-        g = g / grad_scale.to(g.device)
-    if group.get("maximize", False):
-        g = -g
-    weight_decay = group.get("weight_decay", 0.0)
-    if weight_decay and is_coupled(optimizer, group):
-        g = g.add(p, alpha=float(weight_decay))
-    return g
-
-
-def check_gradient(p: Tensor) -> None:
-    """Raise :class:`TypeError` where the parameter's gradient is sparse."""
-    if p.grad is not None and p.grad.layout != torch.strided:
-        raise TypeError(
-            f"a parameter of shape {tuple(p.shape)} has a gradient of layout {p.grad.layout}: sparse gradients are not "
-            "supported; build the embedding with sparse=False"
-        )
-
-
-def unwrap(optimizer: Optimizer) -> Optimizer:
-    """The optimizer inside of a wrapper that imitates its class, as Lightning and Fabric make them."""
-    inner = getattr(optimizer, "optimizer", None)
-    if isinstance(inner, Optimizer) and isinstance(optimizer, type(inner)) and type(optimizer) is not type(inner):
-        return inner
-    return optimizer
-
-
-def is_normalized(optimizer: Optimizer) -> bool:
-    """Whether the optimizer divides the gradient by its scale, as Adam does, rather than following it, as SGD does."""
-    return not isinstance(optimizer, (SGD, ASGD))
-
-
-def check_optimizer(optimizer: Optimizer) -> None:
-    """Raise where no direction can be had from this optimizer.
-
-    Raises:
-        TypeError: It is not a :class:`torch.optim.Optimizer`, its step is not linear in its rate, or its parameters
-            are flat (FullyShardedDataParallel).
-        ValueError: It has no parameter group, a group without ``lr``, or one with a parameter twice.
-    """
-    if not isinstance(optimizer, Optimizer):
-        raise TypeError(f"optimizer must be a torch.optim.Optimizer, got {type(optimizer).__name__}")
-    name = type(optimizer).__name__
-    for refused, reason in _REFUSED.items():
-        if isinstance(optimizer, refused):
-            raise TypeError(
-                f"optimizer {name} has no learning rate to tune: {reason}. Use SGD, Adam, AdamW or the like"
-            )
-    # By its name, for the import alone makes torch warn.
-    if any(base.__name__ == "ZeroRedundancyOptimizer" for base in type(optimizer).__mro__):
-        raise TypeError(
-            f"optimizer {name} is not supported: its checkpoints lack what is not its own. Shard the model with "
-            "torch.distributed.fsdp.fully_shard instead"
-        )
-    if not hasattr(optimizer, "state") or not hasattr(optimizer, "defaults"):
-        raise TypeError(
-            f"optimizer {name} was not initialized: its class must call super().__init__(params, defaults). If it is a "
-            "wrapper, tune the optimizer inside of it"
-        )
-    if not optimizer.param_groups:
-        raise ValueError(f"optimizer {name} has no parameter groups")
-    for i, group in enumerate(optimizer.param_groups):
-        if "lr" not in group:
-            raise ValueError(f"optimizer {name} has no 'lr' in param_groups[{i}]: there is no learning rate to tune")
-        if len(set(group["params"])) < len(group["params"]):
-            raise ValueError(f"optimizer {name} has a parameter twice in param_groups[{i}]")
-        if any(isinstance(p, FlatParameter) for p in group["params"]):
-            raise TypeError(
-                f"optimizer {name} has flat parameters (FullyShardedDataParallel), which are not supported: shard the "
-                "model with torch.distributed.fsdp.fully_shard"
-            )

@@ -7,11 +7,9 @@ from typing import Any
 from torch import Tensor
 from torch.optim import Optimizer
 
-from lightning_hd.directions import is_normalized
-from lightning_hd.rules import Observation, Rule, check_flag, check_number
-
-_TRIAL_LR = 2.0**-6
-"""A power of two, so that dividing by it is exact; small enough for every optimizer to be linear."""
+from lightning_hd.checks import check_count, check_flag, check_number
+from lightning_hd.optimizers import is_normalized
+from lightning_hd.rules import Observation, Rule
 
 
 @dataclass
@@ -23,22 +21,15 @@ class Scope:
     used: float = 0.0  # γ_t, the rate of the last step: α_t itself but for rules with a transition
     reference: float = 1.0  # what α would be without learning
     from_zero: bool = False  # configured at 0: there is no ratio to keep, the groups count as equal, the reference is 1
-    started: bool = False  # whether a step has been taken
+    started: bool = False  # whether a step has been taken at a rate of its own
+    moved: bool = False  # whether the last step was one, and not at a rate of 0
+    vanished: int = 0  # how many steps on trial have left no trace
     last: Observation | None = None
-    trial_lr: float = _TRIAL_LR  # of a step whose direction is wanted before its rate is known, or where the rate is 0
 
     @property
-    def on_trial(self) -> bool:
-        """Whether the rate of the last step was not known, or 0."""
-        return not self.used or (self.rule.picks_start and not self.started)
-
-    def enlarge_trial(self) -> None:
-        """Try a larger rate: a step at the last one vanished in the rounding of the parameters."""
-        self.trial_lr = min(self.trial_lr * 2.0**10, 2.0**44)
-
-    def reduce_trial(self) -> None:
-        """Try a smaller rate: a step at the last one was not finite."""
-        self.trial_lr = max(self.trial_lr * 2.0**-5, _TRIAL_LR)
+    def waits(self) -> bool:
+        """Whether the rule has yet to pick the first rate."""
+        return self.rule.picks_start and not self.started
 
     @property
     def scale(self) -> float:
@@ -169,7 +160,7 @@ class Rates:
             frozen = group.zero and group.base == 0
             lr = 0.0 if frozen else min(max(free, self._min_lr), self._max_lr)
             rates.append((lr, group.unscaled / reference))
-            clamped.append(lr != free and (scope.started or not scope.rule.picks_start))
+            clamped.append(lr != free and not scope.waits)
         inside = {group.scope for group, out in zip(self.groups, clamped, strict=True) if group.base and not out}
         return [
             (lr, 0.0 if out and group.scope in inside else weight)
@@ -295,7 +286,8 @@ class Rates:
                     "reference": scope.reference,
                     "from_zero": scope.from_zero,
                     "started": scope.started,
-                    "trial_lr": scope.trial_lr,
+                    "moved": scope.moved,
+                    "vanished": scope.vanished,
                     "rule": scope.rule.state_dict(),
                 }
                 for scope in self.scopes
@@ -320,7 +312,8 @@ class Rates:
                 _check_divisor("reference", saved["reference"]),
                 from_zero=check_flag("from_zero", saved["from_zero"]),
                 started=check_flag("started", saved["started"]),
-                trial_lr=check_number("trial_lr", saved["trial_lr"], _TRIAL_LR),
+                moved=check_flag("moved", saved["moved"]),
+                vanished=check_count("vanished", saved["vanished"]),
             )
             for scope, saved in zip(self.scopes, saved_scopes, strict=True)
         ]
@@ -383,3 +376,14 @@ def set_lr(settings: dict[str, Any], lr: float) -> float:
         else:
             settings["lr"] = lr
     return get_lr(settings)
+
+
+def returned(value: Any, rule: Rule, method: str) -> float:
+    """What a rule's method returned, as a float.
+
+    Raises:
+        TypeError: It is no number.
+    """
+    if isinstance(value, str) or not hasattr(value, "__float__"):
+        raise TypeError(f"{type(rule).__name__}.{method} must return a number, got {value!r}")
+    return float(value)

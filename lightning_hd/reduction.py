@@ -1,7 +1,7 @@
-"""Dot products and norms over the tensors of a model, with enough digits for every dtype, over all ranks and shards."""
+"""One collective per step: sums over the processes that train together, each holding a copy or a shard."""
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -10,10 +10,6 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 from torch.distributed.tensor import DTensor
 
-_PIECE = 2**20
-"""Elements whose products are held at a time. ``torch.dot`` would hold none, but on CPU it adds float32 numbers one
-after the other, which is off by 3 % for 1e8 of them."""
-
 
 def as_real(tensor: Tensor) -> Tensor:
     """A complex tensor as the real one of twice the size that the optimizers see; any other tensor as it is."""
@@ -21,8 +17,13 @@ def as_real(tensor: Tensor) -> Tensor:
 
 
 def widen(tensor: Tensor) -> Tensor:
-    """A tensor of less than 32 bits an element in float32; any other tensor as it is."""
+    """A tensor of less than 32 bits per element in float32; any other tensor as it is."""
     return tensor.float() if tensor.dtype.itemsize < 4 else tensor
+
+
+def exact_dtype(device: torch.device) -> torch.dtype:
+    """The widest dtype of a device, in which sums are accumulated."""
+    return torch.float32 if device.type == "mps" else torch.float64
 
 
 def local(tensor: Tensor) -> Tensor:
@@ -30,12 +31,21 @@ def local(tensor: Tensor) -> Tensor:
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
-def shards(tensor: Tensor) -> int:
-    """Into how many parts a tensor is split: the ranks of its mesh's other dimensions hold copies of them."""
-    if not isinstance(tensor, DTensor):
-        return 1
-    mesh = tensor.device_mesh
-    return math.prod(mesh.size(i) for i, placement in enumerate(tensor.placements) if not placement.is_replicate())
+def gradient_of(p: Tensor) -> Tensor:
+    """The gradient of a parameter that has one, sharded as the parameter is."""
+    g = p.grad
+    assert g is not None, "the caller passes parameters with a gradient only"
+    if isinstance(p, DTensor) and isinstance(g, DTensor) and g.placements != p.placements:
+        g = g.redistribute(placements=p.placements)
+    return g
+
+
+def is_flat_shard(p: Tensor) -> bool:
+    """Whether a parameter is a slice of a flat one (``FullyShardedDataParallel`` with ``use_orig_params=True``).
+
+    torch marks them by this attribute, and has no public name for it.
+    """
+    return getattr(p, "_fsdp_flattened", False) and not isinstance(p, DTensor)
 
 
 class Ranks:
@@ -62,9 +72,35 @@ class Ranks:
         return dist.get_world_size(self._group) if dist.is_initialized() else 1
 
     @property
+    def rank(self) -> int:
+        """The place of this process among them."""
+        return dist.get_rank(self._group) if self.count > 1 else 0
+
+    @property
     def is_first(self) -> bool:
         """Whether this process speaks for all of them."""
-        return self.count == 1 or dist.get_rank(self._group) == 0
+        return self.rank == 0
+
+    def copies(self, p: Tensor) -> float:
+        """On how many ranks the same elements of a parameter are."""
+        if is_flat_shard(p):
+            return 1.0
+        if not isinstance(p, DTensor):
+            return float(self.count)
+        mesh = p.device_mesh
+        shards = math.prod(mesh.size(i) for i, placement in enumerate(p.placements) if not placement.is_replicate())
+        return self.count / shards
+
+    def speaks_for(self, p: Tensor) -> bool:
+        """Whether this process is the first of those that hold the same elements of a parameter."""
+        if is_flat_shard(p):
+            return True
+        if not isinstance(p, DTensor):
+            return self.is_first
+        place = p.device_mesh.get_coordinate()
+        return place is not None and not any(
+            index for index, placement in zip(place, p.placements, strict=True) if placement.is_replicate()
+        )
 
     def check_meshes(self, parameters: Iterable[Tensor]) -> None:
         """Raise :class:`ValueError` where a parameter has shards, or copies, on processes that are not of these."""
@@ -89,54 +125,3 @@ class Ranks:
         if self.count > 1:
             dist.all_gather_object(values, value, group=self._group)
         return values
-
-
-def products(g: Tensor, d: Tensor | None) -> Tensor:
-    """``g · d``, ``‖g‖²`` and ``‖d‖²`` of one parameter, as one tensor of shape (3,).
-
-    Args:
-        g: Gradient, real or complex, of any shape. Of sharded tensors, the part that this rank holds counts.
-        d: Direction, real, of the shape of ``as_real(g)``; ``None``: zero.
-
-    Returns:
-        The sums in float64 (float32 on devices without it), on the device of ``g``. Products are taken in float32 at
-        least, for a gradient that is scaled to a norm near 1, and accumulated in the dtype of the result.
-    """
-    exact = torch.float32 if g.device.type == "mps" else torch.float64
-    g = local(as_real(g)).flatten()
-    norm = squared_norm(g, exact).sqrt()
-    if d is None:
-        zero = torch.zeros_like(norm)
-        return torch.stack([zero, norm.square(), zero])
-    d = local(as_real(d)).flatten()
-    dtype = torch.promote_types(torch.promote_types(g.dtype, d.dtype), torch.float32)
-    exponent = torch.frexp(norm).exponent  # scaling by a power of two is exact
-    exponent = exponent.clamp(min=math.frexp(torch.finfo(dtype).tiny)[1])  # 2 to minus that is finite
-    scale = torch.ldexp(torch.ones_like(norm), -exponent).to(dtype)
-    pairs = zip(_pieces(g), _pieces(d), strict=True)
-    dots = [torch.sum((a.to(dtype) * scale).mul_(b), dtype=exact) for a, b in pairs]
-    return torch.stack([torch.ldexp(torch.stack(dots).sum(), exponent), norm.square(), squared_norm(d, exact)])
-
-
-def squared_norm(tensor: Tensor, dtype: torch.dtype = torch.float64) -> Tensor:
-    """``‖tensor‖²`` (of this rank's part), accumulated in ``dtype``, as a 0-dim tensor."""
-    norms = [torch.linalg.vector_norm(piece, dtype=dtype) for piece in _pieces(local(tensor))]
-    return norms[0].square() if len(norms) == 1 else torch.stack(norms).square().sum()
-
-
-def _pieces(tensor: Tensor) -> tuple[Tensor, ...]:
-    return torch.split(tensor.flatten(), _PIECE)
-
-
-def totals(parts: Sequence[Tensor], weights: Sequence[float], copies: Sequence[float]) -> Tensor:
-    """Sum over parameters of ``w g·d``, ``‖g‖²`` and ``w² ‖d‖²``, as one tensor of shape (3,).
-
-    Args:
-        parts: What :func:`products` returned for each parameter.
-        weights: ``w`` for each parameter, the derivative of its group's rate with respect to the scope's.
-        copies: On how many ranks the same elements of each are: summed over all ranks, each counts once.
-    """
-    device = parts[0].device
-    table = torch.stack([part.to(device) for part in parts])
-    w, shares = table.new_tensor(weights), 1 / table.new_tensor(copies)
-    return (table * torch.stack([w, torch.ones_like(w), w * w], dim=1) * shares[:, None]).sum(dim=0)

@@ -1,0 +1,48 @@
+"""Checks of single values: what an argument or a saved number must be."""
+
+import math
+
+from torch import Tensor
+
+
+def check_number(name: str, value: float, minimum: float = -math.inf, maximum: float = math.inf) -> float:
+    """``value`` as a finite float from ``minimum`` to ``maximum``.
+
+    Raises:
+        TypeError: It is not a real number.
+        ValueError: It is not finite, or out of range.
+    """
+    try:
+        if isinstance(value, (bool, str, Tensor)):
+            raise TypeError
+        number = float(value)
+    except OverflowError:
+        raise ValueError(f"{name} is too large a number") from None
+    except (TypeError, ValueError):
+        raise TypeError(f"{name} must be a number, got {value!r}") from None
+    if not math.isfinite(number) or not minimum <= number <= maximum:
+        bound = "" if minimum == -math.inf else f" of at least {minimum:g}"
+        bound += "" if maximum == math.inf else f" and at most {maximum:g}"
+        raise ValueError(f"{name} must be a finite number{bound}, got {value!r}")
+    return number
+
+
+def check_count(name: str, value: int) -> int:
+    """``value`` as a whole number of at least 0.
+
+    Raises:
+        TypeError: It is no whole number.
+        ValueError: It is negative.
+    """
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise TypeError(f"{name} must be a whole number, got {value!r}")
+    if value < 0:
+        raise ValueError(f"{name} must not be negative, got {value}")
+    return value
+
+
+def check_flag(name: str, value: bool) -> bool:
+    """``value``, which must be ``True`` or ``False``: else :class:`TypeError`."""
+    if not isinstance(value, bool):
+        raise TypeError(f"{name} must be True or False, got {value!r}")
+    return value

@@ -1,0 +1,314 @@
+"""The last step: its direction, for rules that ask whether it alone should have been longer. The paper's view."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F  # noqa: N812
+from torch.optim import Optimizer
+
+from lightning_hd.checkpoints import Copies
+from lightning_hd.checks import check_count, check_number
+from lightning_hd.directions import (
+    COPY,
+    PARAMETER,
+    Direction,
+    Get,
+    Gradient,
+    Measured,
+    direction_from_dict,
+    direction_of,
+)
+from lightning_hd.notices import Notices
+from lightning_hd.optimizers import coupled_decay
+from lightning_hd.probe import Bucket, Slot, gather, look, pack
+from lightning_hd.reduction import Ranks, exact_dtype, gradient_of, local, widen
+from lightning_hd.tables import Tables
+from lightning_hd.view import View
+
+_GRADIENT = "gradient"
+
+_ROW = 2**10
+"""Numbers that are summed in float32; the sums of rows are added in float64."""
+
+_SAFE = (1e-30, 1e30)
+"""Squared norms in float32 between these have lost nothing to underflow or overflow."""
+
+
+@dataclass
+class Last:
+    """The last step of one parameter group."""
+
+    weight: float = 0.0  # derivative of the group's rate with respect to the scope's
+    direction: Direction | None = None
+    moved: list[Tensor] = field(default_factory=list)  # the parameters that were updated
+
+
+class LastStep(View):
+    """The derivative of the loss with respect to the last rate, ``h_t = -g_t · d_{t-1}``.
+
+    Args:
+        optimizer: The optimizer.
+        budget: How many coordinates to look at; ``None``: all.
+        ranks: The processes that train together.
+        notices: For what the user should know.
+        copies: What is kept of the parameters' size.
+    """
+
+    def __init__(
+        self, optimizer: Optimizer, budget: int | None, ranks: Ranks, notices: Notices, copies: Copies
+    ) -> None:
+        self._optimizer = optimizer
+        self._budget = budget
+        self._ranks = ranks
+        self._notices = notices
+        self._copies = copies
+        self._tables = Tables()
+        self._last: list[Last] = []
+        self._next: list[Last] = []  # while a step is under way
+        self._steps: dict[Tensor, int] = {}  # how many each parameter has seen, where its direction depends on it
+        self._loads = copies.loads
+        self._layout_key: list[Any] = []
+        self._slots: list[Slot] = []
+        self._buckets: list[Bucket] = []
+
+    # ------------------------------------------------------------------ before a step
+
+    def observe(self, scopes: Sequence[int], grad_scale: Tensor | None, wide: bool = False) -> Tensor:
+        """For each scope ``-g·d``, ``‖g‖²``, ``‖d‖²`` and two flags; see :meth:`View.observe`."""
+        self._last += [Last() for _ in self._optimizer.param_groups[len(self._last) :]]
+        if self._loads != self._copies.loads:
+            self._loads, self._steps = self._copies.loads, {}
+        seen = self._seen()
+        latest = [max((step for k, _, _, step in seen if k == i and step is not None), default=0) for i in self._groups]
+        slots, buckets = self._layout(seen, latest)
+        flats: dict[tuple[str, int], Tensor] = {}
+        sums, factors = [], []
+        for bucket in buckets:
+            group, age = bucket.key
+            last, get = self._last[group], self._reader(bucket, slots, flats)
+            d = None
+            if age is not None and last.direction is not None:
+                d = last.direction.read(get, latest[group] - age)
+            g = self._objective_gradient(group, get, grad_scale)
+            sums.append(_products(g, d, bucket.weights, wide))
+            share = 1 / bucket.copies
+            factors.append((scopes[group], -last.weight * share, share, last.weight**2 * share))
+        has_gradient = {scopes[i] for i, _, _, _ in seen}
+        known = {scopes[i] for i, _, _, step in seen if step is not None}
+        flags = [(scope in has_gradient, scope in known) for scope in range(max(scopes) + 1)]
+        device = next(p.device for settings in self._optimizer.param_groups for p in settings["params"])
+        return self._tables.combine(sums, factors, flags, device)
+
+    def is_doubtful(self, sums: Sequence[Sequence[float]]) -> bool:
+        """Whether a norm may have lost something to underflow or overflow."""
+        low, high = _SAFE
+        return any(known and not all(low < square < high for square in squares) for _, *squares, _, known in sums)
+
+    def measured(self, group: int) -> bool:
+        """Whether the direction of a group was measured, from a step that was taken."""
+        last = self._last[group] if group < len(self._last) else Last()
+        return isinstance(last.direction, Measured) and last.direction.lr * last.weight != 0
+
+    @property
+    def _groups(self) -> range:
+        return range(len(self._optimizer.param_groups))
+
+    def _seen(self) -> list[tuple[int, int, Tensor, int | None]]:
+        """The parameters with a gradient: group, place in it, and the steps taken; ``None``: no last direction."""
+        seen: list[tuple[int, int, Tensor, int | None]] = []
+        for i, (settings, last) in enumerate(zip(self._optimizer.param_groups, self._last, strict=True)):
+            moved = set(map(id, last.moved))
+            for j, p in enumerate(settings["params"]):
+                if p.grad is not None:
+                    known = id(p) in moved and self._is_there(last, p)
+                    seen.append((i, j, p, self._steps_of(last, p) if known else None))
+        return seen
+
+    def _is_there(self, last: Last, p: Tensor) -> bool:
+        """Whether all that the direction of a parameter is computed from still is."""
+        state = self._optimizer.state.get(p, {})
+        names = () if last.direction is None else last.direction.needs
+        for name in names:
+            tensor = self._copies.tensors.get(p) if name == COPY else state.get(name)
+            if tensor is None or tensor.shape != p.shape:
+                self._notices.warn(
+                    "lost direction",
+                    "the optimizer's state has lost the last direction (was it loaded from a checkpoint written "
+                    "without it?); the learning rate stays as it is for one step",
+                )
+                return False
+        return True
+
+    def _steps_of(self, last: Last, p: Tensor) -> int:
+        """How many steps the optimizer has taken with a parameter: read once, counted from then on."""
+        if last.direction is None or not last.direction.counts:
+            return 0
+        if p not in self._steps:
+            self._steps[p] = int(self._optimizer.state[p]["step"])
+        return self._steps[p]
+
+    def _layout(
+        self, seen: Sequence[tuple[int, int, Tensor, int | None]], latest: Sequence[int]
+    ) -> tuple[list[Slot], list[Bucket]]:
+        """Buckets of parameters of one group that have seen equally many steps."""
+        ages = [None if step is None else latest[i] - step for i, _, _, step in seen]
+        key = [(i, id(p), p.shape, p.dtype, age) for (i, _, p, _), age in zip(seen, ages, strict=True)]
+        if key != self._layout_key:
+            slots = look([(i, j, p) for i, j, p, _ in seen], self._budget, self._ranks, {})
+            known = {id(p): age for (_, _, p, _), age in zip(seen, ages, strict=True)}
+            self._layout_key, self._slots = key, slots
+            self._buckets = pack(slots, lambda slot: (slot.group, known[id(slot.p)]))
+        return self._slots, self._buckets
+
+    def _reader(self, bucket: Bucket, slots: Sequence[Slot], flats: dict[tuple[str, int], Tensor]) -> Get:
+        """Gives quantities of a bucket by name, in whole rows."""
+
+        def get(name: str) -> Tensor:
+            own = {}
+            for place in bucket.parts:
+                if (name, place) not in flats:
+                    flats[name, place] = slots[place].flat(self._tensor(name, slots[place].p))
+                own[place] = flats[name, place]
+            pieces = bucket.views(own)
+            if bucket.size % _ROW:
+                pieces.append(pieces[0].new_zeros(-bucket.size % _ROW))
+            return widen(gather(pieces))
+
+        return get
+
+    def _tensor(self, name: str, p: Tensor) -> Tensor:
+        if name == _GRADIENT:
+            return gradient_of(p)
+        if name == PARAMETER:
+            return p.detach()
+        tensor: Tensor = self._copies.tensors[p] if name == COPY else self._optimizer.state[p][name]
+        return tensor
+
+    def _objective_gradient(self, group: int, get: Get, grad_scale: Tensor | None) -> Tensor:
+        """``g_t``: that of the objective which the optimizer minimizes."""
+        settings, g = self._optimizer.param_groups[group], get(_GRADIENT)
+        if grad_scale is not None:
+            g = g / grad_scale.to(g.device)
+        if settings.get("maximize", False):
+            g = -g
+        decay = coupled_decay(self._optimizer, settings)
+        return g.add(get(PARAMETER), alpha=decay) if decay else g
+
+    # ------------------------------------------------------------------ around the update
+
+    def keep(self, group: int, lr: float, weight: float) -> None:
+        """Before the update of a group at rate ``lr``: keep what its direction will need."""
+        settings = self._optimizer.param_groups[group]
+        direction = direction_of(self._optimizer, settings, lr)
+        moved = [p for p in settings["params"] if p.grad is not None]
+        self._last[group].moved = []  # their directions are overwritten here, and known again once the step is done
+        self._next.append(Last(weight, direction, moved))
+        if not direction.copies or not moved:
+            return
+        # torch has no public function that copies many tensors at once.
+        copies = [local(self._copies.place_for(p)) for p in moved]
+        parameters = [local(p.detach()) for p in moved]
+        if isinstance(direction, Measured):
+            torch._foreach_copy_(copies, parameters)
+            return
+        torch._foreach_copy_(copies, [local(gradient_of(p)) for p in moved])
+        scale = getattr(self._optimizer, "grad_scale", None)
+        if scale is not None:
+            torch._foreach_div_(copies, scale.to(copies[0].device))
+        if settings.get("maximize", False):
+            torch._foreach_neg_(copies)
+        decay = coupled_decay(self._optimizer, settings) + (direction.decay if isinstance(direction, Gradient) else 0.0)
+        if decay:
+            torch._foreach_add_(copies, parameters, alpha=decay)
+
+    def remember(self, kept: Sequence[float | None]) -> None:
+        """The step was taken: its directions are known now."""
+        for last in self._next:
+            if isinstance(last.direction, Measured) and last.moved:
+                copies = [local(self._copies.tensors[p]) for p in last.moved]
+                torch._foreach_sub_(copies, [local(p.detach()) for p in last.moved])
+            if last.direction is not None and last.direction.counts:
+                for p in last.moved:
+                    if p in self._steps:
+                        self._steps[p] += 1
+        self._last, self._next = self._next, []
+
+    def abandon(self) -> None:
+        """The step was not taken; what is kept of the one before may be overwritten."""
+        self._next = []
+
+    def start(self) -> None:
+        """Forget what a former run has left; whoever goes on with it has loaded the step count as well."""
+        if any(bool(local(copy).any()) for copy in self._copies.tensors.values()):
+            self._notices.warn(
+                "fresh start",
+                "the optimizer's state has directions of a former run, but load_state_dict() was not called: tuning "
+                "starts from the beginning",
+            )
+        self._copies.tensors.clear()
+
+    def pause(self) -> None:
+        """It is not known what the steps in between do to the directions."""
+        for last in self._last:
+            last.moved = []
+
+    def make_room(self) -> None:
+        """Make the copies that are saved, before there are any."""
+        for settings in self._optimizer.param_groups:
+            if direction_of(self._optimizer, settings, 0.0).copies:
+                for p in settings["params"]:
+                    if p.grad is not None:
+                        self._copies.place_for(p)
+
+    def state_dict(self) -> list[dict[str, Any]]:
+        """Which parameters were moved, and how; the tensors are in the optimizer's state."""
+        groups = zip(self._last, self._optimizer.param_groups, strict=False)
+        return [
+            {
+                "weight": last.weight,
+                "direction": None if last.direction is None else last.direction.to_dict(),
+                "moved": [i for i, p in enumerate(settings["params"]) if any(p is q for q in last.moved)],
+            }
+            for last, settings in groups
+        ]
+
+    def load_state_dict(self, state_dict: list[dict[str, Any]]) -> None:
+        """Take over what :meth:`state_dict` returned.
+
+        Raises:
+            IndexError, KeyError, TypeError, ValueError: It is damaged, or of other groups.
+        """
+        groups = zip(state_dict, self._optimizer.param_groups, strict=False)
+        self._last = [
+            Last(
+                check_number("weight", saved["weight"]),
+                None if saved["direction"] is None else direction_from_dict(saved["direction"]),
+                [settings["params"][check_count("moved", i)] for i in saved["moved"]],
+            )
+            for saved, settings in groups
+        ]
+        self._steps = {}
+
+
+def _products(g: Tensor, d: Tensor | None, weights: Tensor | None, wide: bool) -> Tensor:
+    """``g·d``, ``‖g‖²`` and ``‖d‖²``, as one tensor of shape (3,); rows are summed first, in the dtype of ``g``."""
+    dtype = torch.float64 if wide else torch.promote_types(g.dtype, g.dtype if d is None else d.dtype)
+    g = g.to(dtype).view(-1, _ROW)
+    weights = None if weights is None else F.pad(weights, (0, g.numel() - len(weights))).to(dtype).view(-1, _ROW)
+    squares = _squares(g, weights)
+    if d is None:
+        zero = torch.zeros_like(squares)
+        return torch.stack([zero, squares, zero]).sum(1, dtype=exact_dtype(g.device))
+    d = d.to(dtype).view(-1, _ROW)
+    product = torch.mul(g, d)
+    rows = [(product if weights is None else product * weights).sum(1), squares, _squares(d, weights)]
+    return torch.stack(rows).sum(1, dtype=exact_dtype(g.device))
+
+
+def _squares(rows: Tensor, weights: Tensor | None) -> Tensor:
+    if weights is not None:
+        return (rows * rows * weights).sum(1)
+    return torch.linalg.vector_norm(rows, dim=1).square()

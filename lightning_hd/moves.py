@@ -1,0 +1,283 @@
+"""Moves: where the parameters are, and were on average. The view of rules with a long horizon.
+
+With ``E_t = φ_{t-1} E_{t-1} + (θ_t - θ_{t-1})``, the sum of the moves, ``θ_t - E_t`` is a running mean of the iterates:
+``r_{t-1} + (1 - φ_{t-1}) (θ_{t-1} - r_{t-1})``. So one vector is kept on the probe, and nothing of the optimizer is known.
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.distributed.tensor import DTensor
+from torch.optim import Optimizer
+
+from lightning_hd.checks import check_count
+from lightning_hd.notices import Notices
+from lightning_hd.optimizers import coupled_decay
+from lightning_hd.probe import Bucket, Range, Slot, gather, look, pack
+from lightning_hd.reduction import Ranks, exact_dtype, gradient_of, is_flat_shard, local
+from lightning_hd.tables import Tables
+from lightning_hd.view import View
+
+
+class Moves(View):
+    """The derivative of the loss with respect to the logarithm of the rate that all remembered steps shared.
+
+    Args:
+        optimizer: The optimizer.
+        budget: How many coordinates to look at; ``None``: all.
+        ranks: The processes that train together.
+        notices: For what the user should know.
+    """
+
+    def __init__(self, optimizer: Optimizer, budget: int | None, ranks: Ranks, notices: Notices) -> None:
+        self._optimizer = optimizer
+        self._budget = budget
+        self._ranks = ranks
+        self._notices = notices
+        self._tables = Tables()
+        self._parameters: list[Tensor] = []
+        self._slots: list[Slot] = []
+        self._places: list[tuple[int, int]] = []  # where the parameters lie in memory, and their sizes
+        self._buckets: list[Bucket] = []
+        self._pieces: list[list[Tensor]] = []  # of the parameters, for each bucket
+        self._means: list[Tensor | None] = []  # r, for each bucket
+        self._moved: list[Tensor] = []  # E, for each bucket, while a step is under way
+        self._saved: dict[tuple[int, int], tuple[int, int, Tensor]] = {}  # of a checkpoint: size, count, r
+        self._apart: set[int] = set()  # groups whose last move did not follow their scope's rate
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**vars(self), "_places": []}  # a copy's parameters lie elsewhere
+
+    @property
+    def share(self) -> tuple[int, int]:
+        """How many coordinates are looked at, and how many there are."""
+        return sum(slot.count for slot in self._slots), sum(slot.size for slot in self._slots)
+
+    def observe(self, scopes: Sequence[int], grad_scale: Tensor | None, wide: bool = False) -> Tensor:
+        """For each scope ``g·E``, ``‖g‖²``, ``‖E‖²`` and two flags; see :meth:`View.observe`."""
+        self._prepare(scopes)
+        missing = frozenset(i for i, p in enumerate(self._parameters) if p.grad is None)
+        flats = [
+            slot.flat(slot.p.detach() if place in missing else gradient_of(slot.p))
+            for place, slot in enumerate(self._slots)
+        ]
+        sums = []
+        self._moved = []
+        for bucket, pieces, mean in zip(self._buckets, self._pieces, self._means, strict=True):
+            theta = gather(pieces or bucket.views(self._flats()))
+            theta = theta.to(exact_dtype(bucket.device), copy=True)
+            g = self._gradient(bucket, gather(bucket.views(flats)), theta, grad_scale)
+            moved = theta if mean is None else theta.sub_(mean)
+            self._moved.append(moved)
+            if mean is None:
+                moved = torch.zeros_like(theta)
+            for group, (start, stop) in bucket.spans.items():
+                if group in self._apart and mean is not None:
+                    mean[start:stop] += moved[start:stop]
+                    moved[start:stop] = 0
+            if missing & bucket.parts.keys():
+                present = self._present(bucket, missing)
+                g, moved = g * present, moved * present
+            weighted = (g, moved) if bucket.weights is None else (g * bucket.weights, moved * bucket.weights)
+            products = (torch.dot(weighted[0], moved), torch.dot(weighted[0], g), torch.dot(weighted[1], moved))
+            sums.append(torch.stack(products))
+        has_gradient = {scopes[slot.group] for place, slot in enumerate(self._slots) if place not in missing}
+        known = any(mean is not None for mean in self._means)
+        return self._tables.combine(
+            sums,
+            [(bucket.key, 1 / bucket.copies, 1 / bucket.copies, 1 / bucket.copies) for bucket in self._buckets],
+            [(scope in has_gradient, known) for scope in range(max(scopes) + 1)],
+            self._device,
+        )
+
+    def keep(self, group: int, lr: float, weight: float) -> None:
+        """See which groups do not follow their scopes' rates: the moves that they make now are not counted."""
+        (self._apart.discard if weight else self._apart.add)(group)
+
+    def remember(self, kept: Sequence[float | None]) -> None:
+        """The step was taken: count the move before it in; where numbers were not finite, the memory stays."""
+        for i, (bucket, moved) in enumerate(zip(self._buckets, self._moved, strict=True)):
+            part, mean = kept[bucket.key], self._means[i]
+            if part is not None:
+                self._means[i] = moved if mean is None else mean.add_(moved, alpha=1 - part)
+        self._moved = []
+
+    def abandon(self) -> None:
+        """The step was not taken."""
+        self._moved = []
+
+    def pause(self) -> None:
+        """What moves the parameters in between is a move as any other."""
+
+    def make_room(self) -> None:
+        """Nothing is saved with the optimizer."""
+
+    def _gradient(self, bucket: Bucket, g: Tensor, theta: Tensor, grad_scale: Tensor | None) -> Tensor:
+        """``g_t``: that of the objective which the optimizer minimizes."""
+        g = g.to(theta.dtype, copy=True)
+        if grad_scale is not None:
+            g /= grad_scale.to(g.device)
+        for group, (start, stop) in bucket.spans.items():
+            settings = self._optimizer.param_groups[group]
+            if settings.get("maximize", False):
+                g[start:stop].neg_()
+            decay = coupled_decay(self._optimizer, settings)
+            if decay:
+                g[start:stop].add_(theta[start:stop], alpha=decay)
+        return g
+
+    def _present(self, bucket: Bucket, missing: frozenset[int]) -> Tensor:
+        """1 where a parameter has a gradient, else 0."""
+        flags = [
+            (float(place not in missing), stop - start) for place, runs in bucket.parts.items() for start, stop in runs
+        ]
+        values, lengths = zip(*flags, strict=True)
+        return self._tables.constant(values, bucket.device).repeat_interleave(
+            torch.tensor(lengths, device=bucket.device)
+        )
+
+    # ------------------------------------------------------------------ which parameters there are
+
+    @property
+    def _device(self) -> torch.device:
+        return next(p.device for settings in self._optimizer.param_groups for p in settings["params"])
+
+    def _prepare(self, scopes: Sequence[int]) -> None:
+        """See whether parameters came, went, or lie somewhere else now."""
+        groups = enumerate(self._optimizer.param_groups)
+        found = [(i, j, p) for i, settings in groups for j, p in enumerate(settings["params"]) if p.requires_grad]
+        parameters = [p for _, _, p in found]
+        places = [(tensor.data_ptr(), tensor.numel()) for tensor in map(local, parameters)]
+        if list(map(id, parameters)) == list(map(id, self._parameters)):
+            if places == self._places:
+                return
+            if [size for _, size in places] == [size for _, size in self._places] and self._slots:
+                self._places = places
+                self._pieces = self._views()
+                return
+        before = self._local_means()
+        self._parameters, self._places = parameters, places
+        self._slots = look(found, self._budget, self._ranks, flat_offsets(parameters, self._ranks))
+        self._buckets = pack(self._slots, lambda slot: scopes[slot.group])
+        self._pieces = self._views()
+        self._means = self._carried(before)
+        self._saved = {}
+
+    def _flats(self) -> list[Tensor]:
+        return [slot.flat(slot.p.detach()) for slot in self._slots]
+
+    def _views(self) -> list[list[Tensor]]:
+        """Of the parameters, to be gathered from in every step; of a bucket with copies among them none."""
+        flats = self._flats()
+        still = [flat.data_ptr() == local(slot.p).data_ptr() for flat, slot in zip(flats, self._slots, strict=True)]
+        return [bucket.views(flats) if all(still[place] for place in bucket.parts) else [] for bucket in self._buckets]
+
+    # ------------------------------------------------------------------ what was remembered
+
+    def _local_means(self) -> dict[tuple[int, int], tuple[Slot, Tensor]]:
+        """This process's part of ``r`` for each parameter."""
+        parts: dict[int, list[Tensor]] = {}
+        for bucket, mean in zip(self._buckets, self._means, strict=True):
+            if mean is not None:
+                lengths = [sum(stop - start for start, stop in runs) for runs in bucket.parts.values()]
+                for place, part in zip(bucket.parts, mean.split(lengths), strict=True):
+                    parts.setdefault(place, []).append(part)
+        slots = [self._slots[place] for place in parts]
+        return {
+            (slot.group, slot.index): (slot, torch.cat(tensors))
+            for slot, tensors in zip(slots, parts.values(), strict=True)
+        }
+
+    def _carried(self, before: Mapping[tuple[int, int], tuple[Slot, Tensor]]) -> list[Tensor | None]:
+        """``r`` for the present buckets, from that of the former ones, or of a checkpoint; else the parameters."""
+        known: dict[int, Tensor] = {}
+        for place, slot in enumerate(self._slots):
+            key = (slot.group, slot.index)
+            if key in before and (before[key][0].size, before[key][0].runs) == (slot.size, slot.runs):
+                known[place] = before[key][1]
+            elif key in self._saved and self._saved[key][:2] == (slot.size, slot.count):
+                known[place] = self._saved[key][2][slot.positions()]
+        if (self._saved or before) and len(known) < len(self._slots) and not known:
+            self._notices.warn(
+                "lost moves",
+                "what is remembered of former steps is of other parameters; the memory starts anew",
+            )
+        if not known:
+            return [None] * len(self._buckets)
+        means: list[Tensor | None] = []
+        taken = dict.fromkeys(known, 0)
+        for bucket in self._buckets:
+            mean = gather(bucket.views(self._flats()))
+            mean = mean.to(exact_dtype(bucket.device), copy=True)
+            at = 0
+            for place, runs in bucket.parts.items():
+                length = sum(stop - start for start, stop in runs)
+                if place in known:
+                    mean[at : at + length] = known[place][taken[place] : taken[place] + length]
+                    taken[place] += length
+                at += length
+            means.append(mean)
+        return means
+
+    def state_dict(self) -> dict[str, Any]:
+        """``r`` in the coordinates of the whole parameters; where they are sharded, to be called on every process."""
+        if not self._slots or all(mean is None for mean in self._means):
+            saved = [[*key, size, count] for key, (size, count, _) in self._saved.items()]
+            parts = [values for _, _, values in self._saved.values()]
+            return {"parameters": saved, "mean": torch.cat(parts) if parts else torch.zeros(0)}
+        own = self._local_means()
+        sharded = self._ranks.count > 1 and any(
+            isinstance(slot.p, DTensor) or slot.offset is not None for slot in self._slots
+        )
+        wholes = []
+        for slot in self._slots:
+            _, part = own.get((slot.group, slot.index), (slot, torch.zeros(0)))
+            whole = torch.zeros(slot.count, dtype=exact_dtype(self._device), device=self._device)
+            if not sharded:
+                whole = part.to(whole)
+            elif self._ranks.speaks_for(slot.p) and len(part):
+                whole[slot.positions().to(whole.device)] = part.to(whole)
+            wholes.append(whole)
+        mean = torch.cat(wholes)
+        return {
+            "parameters": [[slot.group, slot.index, slot.size, slot.count] for slot in self._slots],
+            "mean": self._ranks.sum(mean).cpu() if sharded else mean.cpu(),
+        }
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Take over what :meth:`state_dict` returned, in the next step.
+
+        Raises:
+            KeyError, TypeError, ValueError: It is damaged.
+        """
+        saved = [tuple(check_count("parameters", number) for number in entry) for entry in state_dict["parameters"]]
+        counts, mean = [entry[3] for entry in saved], state_dict["mean"]
+        if not isinstance(mean, Tensor) or mean.shape != (sum(counts),) or not mean.isfinite().all():
+            raise ValueError(f"mean must be {sum(counts)} finite numbers")
+        parts = mean.split(counts) if counts else ()
+        self._parameters, self._slots, self._buckets, self._means = [], [], [], []
+        self._saved = {(entry[0], entry[1]): (*entry[2:], part) for entry, part in zip(saved, parts, strict=True)}
+
+
+def flat_offsets(parameters: Sequence[Tensor], ranks: Ranks) -> dict[Tensor, Range]:
+    """For parameters that are flat shards, where this process's part begins, and the size of the whole.
+
+    Raises:
+        TypeError: Several processes hold the same elements, which cannot be told from shards.
+    """
+    flat = [p for p in parameters if is_flat_shard(p)]
+    if not flat:
+        return {}
+    content = sum(float(p.detach().double().sum()) for p in flat)
+    everyone = ranks.gather(([p.numel() for p in flat], content))
+    holding = [other for other in everyone if any(other[0])]
+    if any(a == b for i, a in enumerate(holding) for b in holding[:i]):
+        raise TypeError(
+            "several processes hold the same part of the flat parameters (ShardingStrategy.NO_SHARD or HYBRID_SHARD), "
+            "which is not supported: use FULL_SHARD or SHARD_GRAD_OP, or torch.distributed.fsdp.fully_shard"
+        )
+    table = torch.tensor([sizes for sizes, _ in everyone])
+    before, whole = table[: ranks.rank].sum(0).tolist(), table.sum(0).tolist()
+    return dict(zip(flat, zip(before, whole, strict=True), strict=True))

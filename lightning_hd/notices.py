@@ -1,0 +1,25 @@
+"""Warnings, each kind once, on the first of the processes that train together."""
+
+import warnings
+
+from lightning_hd.reduction import Ranks
+
+
+class Notices:
+    """What was said of one optimizer.
+
+    Args:
+        name: What the messages begin with.
+        ranks: The processes.
+    """
+
+    def __init__(self, name: str, ranks: Ranks) -> None:
+        self._name = name
+        self._ranks = ranks
+        self._given: set[str] = set()
+
+    def warn(self, kind: str, message: str) -> None:
+        """Warn, unless that kind of thing was said before."""
+        if kind not in self._given and self._ranks.is_first:
+            warnings.warn(f"{self._name}: {message}", RuntimeWarning, stacklevel=3)
+        self._given.add(kind)

@@ -1,0 +1,145 @@
+"""What is known of optimizers by their class: which can be tuned, and what their steps do with a gradient."""
+
+import inspect
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.distributed.fsdp import FlatParameter
+from torch.optim import (
+    ASGD,
+    LBFGS,
+    SGD,
+    Adadelta,
+    Adagrad,
+    Adam,
+    Adamax,
+    NAdam,
+    Optimizer,
+    RAdam,
+    RMSprop,
+    Rprop,
+    SparseAdam,
+)
+
+_COUPLED: tuple[type[Optimizer] | None, ...] = (SGD, Adam, ASGD, Adadelta, Adagrad, Adamax, NAdam, RAdam, RMSprop)
+"""Optimizers whose ``weight_decay`` adds ``λ θ`` to the gradient, unless the group says ``decoupled_weight_decay``."""
+
+_REFUSED = {
+    LBFGS: "its step is the outcome of a line search, not a multiple of the learning rate",
+    Rprop: "its step sizes do not depend on the learning rate after the first step",
+    SparseAdam: "sparse gradients are not supported",
+}
+
+
+def torch_class(optimizer_class: type[Optimizer]) -> type[Optimizer] | None:
+    """The class of torch.optim whose ``step`` this class uses; ``None`` where it has a step of its own."""
+    for base in optimizer_class.__mro__:
+        if issubclass(base, Optimizer) and base.__module__.startswith("torch.optim.") and base is not Optimizer:
+            # torch wraps the step of each class that is instantiated, to run the hooks
+            return base if inspect.unwrap(optimizer_class.step) is inspect.unwrap(base.step) else None
+    return None
+
+
+def is_coupled(optimizer: Optimizer, group: dict[str, Any]) -> bool:
+    """Whether the group's ``weight_decay`` is an L2 penalty in the objective rather than a part of the step.
+
+    The weight decay of classes with a step of their own is taken for a part of the step, as it is in all recent ones.
+    """
+    coupled = torch_class(type(optimizer)) in _COUPLED
+    return coupled and not group.get("decoupled_weight_decay", False)
+
+
+def coupled_decay(optimizer: Optimizer, group: dict[str, Any]) -> float:
+    """``λ`` of the L2 penalty that the optimizer adds to the objective of a group."""
+    weight_decay = float(group.get("weight_decay", 0.0))
+    return weight_decay if weight_decay and is_coupled(optimizer, group) else 0.0
+
+
+def follow_rate(optimizer: Optimizer, group: dict[str, Any], lr: float) -> None:
+    """Let the step that comes be taken at ``lr``: ASGD has derived its own rate at the end of the step before."""
+    if torch_class(type(optimizer)) is ASGD:
+        for p in group["params"]:
+            state = optimizer.state.get(p, {})
+            if "eta" in state:
+                decay, power = float(group["lambd"]), float(group["alpha"])
+                state["eta"].fill_(lr / (1 + decay * lr * float(state["step"])) ** power)
+
+
+def check_gradients(parameters: Iterable[Tensor]) -> None:
+    """Raise :class:`TypeError` where a gradient is sparse."""
+    for p in parameters:
+        if p.grad is not None and p.grad.layout != torch.strided:
+            raise TypeError(
+                f"a parameter of shape {tuple(p.shape)} has a gradient of layout {p.grad.layout}: sparse gradients are "
+                "not supported; build the embedding with sparse=False"
+            )
+
+
+def unwrap(optimizer: Optimizer) -> Optimizer:
+    """The optimizer inside of a wrapper that imitates its class, as Lightning and Fabric make them."""
+    inner = getattr(optimizer, "optimizer", None)
+    if isinstance(inner, Optimizer) and isinstance(optimizer, type(inner)) and type(optimizer) is not type(inner):
+        return inner
+    return optimizer
+
+
+def is_normalized(optimizer: Optimizer) -> bool:
+    """Whether the optimizer divides the gradient by its scale, as Adam does, rather than following it, as SGD does."""
+    return not isinstance(optimizer, (SGD, ASGD))
+
+
+def check_optimizer(optimizer: Optimizer) -> None:
+    """Raise where no direction can be had from this optimizer.
+
+    Raises:
+        TypeError: It is not a :class:`torch.optim.Optimizer`, its step is not linear in its rate, it is a wrapper that
+            was not initialized, or its parameters are flat (FullyShardedDataParallel without ``use_orig_params``).
+        ValueError: It has no parameter group, a group without ``lr``, or one with a parameter twice.
+    """
+    if not isinstance(optimizer, Optimizer):
+        raise TypeError(f"optimizer must be a torch.optim.Optimizer, got {type(optimizer).__name__}")
+    name = type(optimizer).__name__
+    for refused, reason in _REFUSED.items():
+        if isinstance(optimizer, refused):
+            raise TypeError(
+                f"optimizer {name} has no learning rate to tune: {reason}. Use SGD, Adam, AdamW or the like"
+            )
+    # By its name, for the import alone makes torch warn.
+    if any(base.__name__ == "ZeroRedundancyOptimizer" for base in type(optimizer).__mro__):
+        raise TypeError(
+            f"optimizer {name} is not supported: its checkpoints lack what is not its own. Shard the model with "
+            "torch.distributed.fsdp.fully_shard instead"
+        )
+    _check_initialized(optimizer)
+    if not optimizer.param_groups:
+        raise ValueError(f"optimizer {name} has no parameter groups")
+    for i, group in enumerate(optimizer.param_groups):
+        if "lr" not in group:
+            raise ValueError(f"optimizer {name} has no 'lr' in param_groups[{i}]: there is no learning rate to tune")
+        if len(set(group["params"])) < len(group["params"]):
+            raise ValueError(f"optimizer {name} has a parameter twice in param_groups[{i}]")
+        if any(isinstance(p, FlatParameter) for p in group["params"]):
+            raise TypeError(
+                f"optimizer {name} has flat parameters (FullyShardedDataParallel), of which groups cannot be told "
+                "apart: pass use_orig_params=True, or shard the model with torch.distributed.fsdp.fully_shard"
+            )
+
+
+def _check_initialized(optimizer: Optimizer) -> None:
+    """Raise :class:`TypeError` where the base class knows nothing of this object, so that its hooks do not work."""
+    try:
+        optimizer.register_step_pre_hook(lambda *_: None).remove()
+        initialized = hasattr(optimizer, "state") and hasattr(optimizer, "defaults")
+    except AttributeError:
+        initialized = False
+    if not initialized:
+        inner = {name: value for name, value in vars(optimizer).items() if isinstance(value, Optimizer)}
+        raise TypeError(
+            f"optimizer {type(optimizer).__name__} was not initialized: its class must call "
+            "super().__init__(params, defaults). "
+            + " ".join(
+                f"Tune the optimizer inside of it, {type(o).__name__}: its attribute {n!r}" for n, o in inner.items()
+            )
+        )

@@ -1,0 +1,274 @@
+"""The probe: which coordinates of the parameters are looked at, and how they are gathered into flat vectors.
+
+Coordinates are those of the whole parameter, whatever part of it a process holds, so that they are the same on any
+number of processes. They are chosen by a fixed seed, in contiguous blocks spread evenly over each parameter.
+"""
+
+import math
+import random
+from collections.abc import Callable, Hashable, Mapping, Sequence
+from dataclasses import dataclass, field
+from itertools import pairwise
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.distributed.tensor import DTensor
+
+from lightning_hd.reduction import Ranks, as_real, exact_dtype, local
+
+PROBE = 2**18
+"""How many coordinates a probe has by default: more do not change what is learned, fewer than some thousands do."""
+
+_BLOCK = 2**8
+"""Coordinates in a block: a kilobyte, for the memory to be read in long pieces."""
+
+_CACHED, _LAUNCHED = 2**18, 2**24
+"""Coordinates in a bucket, on a CPU for it to stay in the cache, elsewhere for few launches."""
+
+Range = tuple[int, int]
+
+
+@dataclass(frozen=True)
+class Slot:
+    """One parameter as the probe sees it on this process.
+
+    Args:
+        group: The index of its parameter group.
+        index: Its place in the group.
+        p: The parameter.
+        size: Its number of real coordinates, over all processes.
+        blocks: The coordinates looked at, in ascending order.
+        runs: The places of those that this process holds, in its own part.
+        copies: On how many processes the same elements are.
+        order: The dimensions by descending stride, where the parameter does not lie in memory row by row.
+        offset: Of a flat shard, where it begins in the whole, and the size of that.
+    """
+
+    group: int
+    index: int
+    p: Tensor
+    size: int
+    blocks: tuple[Range, ...]
+    runs: tuple[Range, ...]
+    copies: float
+    order: tuple[int, ...] | None
+    offset: Range | None
+
+    @property
+    def weight(self) -> float:
+        """For how many coordinates each one that is looked at stands."""
+        return self.size / self.count
+
+    @property
+    def count(self) -> int:
+        """How many coordinates are looked at, over all processes."""
+        return sum(stop - start for start, stop in self.blocks)
+
+    def flat(self, tensor: Tensor) -> Tensor:
+        """This process's part of a tensor of the parameter's shape, in one dimension: a view where there can be one."""
+        tensor = as_real(local(tensor))
+        return (tensor if self.order is None else tensor.permute(self.order)).reshape(-1)
+
+    def positions(self) -> Tensor:
+        """For each number of :attr:`runs`, its place among the parameter's coordinates that are looked at."""
+        own = coordinates(self.p, self.offset)
+        ids = torch.cat([own[start:stop] for start, stop in self.runs]) if self.runs else own[:0]
+        starts = torch.tensor([start for start, _ in self.blocks])
+        before = torch.tensor([0, *(stop - start for start, stop in self.blocks)]).cumsum(0)
+        block = torch.searchsorted(starts, ids, right=True) - 1
+        return before[block] + ids - starts[block]
+
+
+@dataclass
+class Bucket:
+    """Coordinates of several parameters, gathered into one flat vector.
+
+    Args:
+        key: What its parameters have in common.
+        device: Where they are.
+        copies: On how many processes.
+        size: How many there are.
+        parts: For each parameter the place of its slot, and the ranges of this process's part of it.
+        spans: Where the numbers of each parameter group are.
+        weights: For how many coordinates each number stands; ``None``: for one each.
+    """
+
+    key: Any
+    device: torch.device
+    copies: float
+    size: int = 0
+    parts: dict[int, list[Range]] = field(default_factory=dict)
+    spans: dict[int, Range] = field(default_factory=dict)
+    weights: Tensor | None = None
+
+    def add(self, place: int, group: int, run: Range) -> None:
+        """Take in a range of one parameter."""
+        self.parts.setdefault(place, []).append(run)
+        begin, _ = self.spans.get(group, (self.size, 0))
+        self.size += run[1] - run[0]
+        self.spans[group] = (begin, self.size)
+
+    def views(self, flats: Sequence[Tensor]) -> list[Tensor]:
+        """Its pieces of the flat tensors of all slots."""
+        pieces: list[Tensor] = []
+        for place, runs in self.parts.items():
+            flat = flats[place]
+            if len(runs) == 1:
+                ((start, stop),) = runs
+                pieces.append(flat if stop - start == len(flat) else flat[start:stop])
+            else:
+                ends = [0, *(end for run in runs for end in run), len(flat)]
+                pieces += flat.split_with_sizes([b - a for a, b in pairwise(ends)])[1::2]
+        return pieces
+
+
+def look(
+    parameters: Sequence[tuple[int, int, Tensor]], budget: int | None, ranks: Ranks, offsets: dict[Tensor, Range]
+) -> list[Slot]:
+    """Choose the coordinates.
+
+    Args:
+        parameters: Each with its group and its place in it.
+        budget: How many to look at; ``None``: all.
+        ranks: The processes.
+        offsets: For the parameters that are flat shards, where this process's part begins, and the size of the whole.
+    """
+    sizes = [_size(p, offsets) for _, _, p in parameters]
+    slots = []
+    for (group, index, p), size, count in zip(parameters, sizes, allot(sizes, budget), strict=True):
+        blocks = choose(size, count, f"{group}.{index}")
+        runs = _runs(p, blocks, offsets.get(p))
+        order = _order(as_real(local(p)))
+        slots.append(Slot(group, index, p, size, blocks, runs, ranks.copies(p), order, offsets.get(p)))
+    return slots
+
+
+def allot(sizes: Sequence[int], budget: int | None) -> list[int]:
+    """How many coordinates of each parameter to look at.
+
+    Half of the budget goes evenly to all parameters, half in proportion to their sizes, none gets more than it has: so
+    small ones are looked at as a whole, and what most of the coordinates do is known best.
+    """
+    total = sum(sizes)
+    if budget is None or total <= budget:
+        return list(sizes)
+    share = budget / (2 * total)
+    low, high = 0.0, float(max(sizes))
+    for _ in range(64):
+        middle = (low + high) / 2
+        fits = sum(min(size, middle + share * size) for size in sizes) <= budget
+        low, high = (middle, high) if fits else (low, middle)
+    return [min(size, max(1, int(low + share * size))) for size in sizes]
+
+
+def choose(size: int, count: int, seed: str) -> tuple[Range, ...]:
+    """Blocks of ``count`` coordinates of ``size``, one at random in each of as many equal parts."""
+    if count >= size:
+        return ((0, size),) if size else ()
+    generator = random.Random(f"{seed} {size} {count}")  # of a string, the same in every process and version
+    parts = math.ceil(count / _BLOCK)
+    blocks = []
+    for i in range(parts):
+        low, high = size * i // parts, size * (i + 1) // parts
+        length = min(count * (i + 1) // parts - count * i // parts, high - low)
+        start = low + int(generator.random() * (high - low - length + 1))
+        blocks.append((start, start + length))
+    return tuple(blocks)
+
+
+def pack(slots: Sequence[Slot], key: Callable[[Slot], Hashable]) -> list[Bucket]:
+    """Buckets for slots in the order of their groups, each for one key and device."""
+    buckets: list[Bucket] = []
+    filling: dict[Hashable, Bucket] = {}
+    for place, slot in enumerate(slots):
+        device = local(slot.p).device
+        limit = _CACHED if device.type == "cpu" else _LAUNCHED
+        kind = (key(slot), device, slot.copies)
+        for start, stop in slot.runs:
+            while start < stop:
+                if kind not in filling or filling[kind].size == limit:
+                    filling[kind] = Bucket(*kind)
+                    buckets.append(filling[kind])
+                end = min(stop, start + limit - filling[kind].size)
+                filling[kind].add(place, slot.group, (start, end))
+                start = end
+    for bucket in buckets:
+        each = [(slots[place].weight, stop - start) for place, runs in bucket.parts.items() for start, stop in runs]
+        if any(weight != 1 for weight, _ in each):
+            lengths = torch.tensor([length for _, length in each])
+            weights = torch.tensor([weight for weight, _ in each], dtype=exact_dtype(bucket.device))
+            bucket.weights = weights.repeat_interleave(lengths).to(bucket.device)
+    return buckets
+
+
+def gather(pieces: Sequence[Tensor]) -> Tensor:
+    """The pieces of a bucket as one vector: a view where there is one piece only."""
+    return pieces[0] if len(pieces) == 1 else torch.cat(list(pieces))
+
+
+def _size(p: Tensor, offsets: Mapping[Tensor, Range]) -> int:
+    """The number of real coordinates of the whole parameter."""
+    return offsets[p][1] if p in offsets else p.numel() * (2 if p.is_complex() else 1)
+
+
+def _order(tensor: Tensor) -> tuple[int, ...] | None:
+    """The dimensions by descending stride, where that is not their own order."""
+    if tensor.is_contiguous():
+        return None
+    strides = tensor.stride()
+    return tuple(sorted(range(tensor.dim()), key=lambda i: -strides[i]))
+
+
+def _runs(p: Tensor, blocks: Sequence[Range], offset: Range | None) -> tuple[Range, ...]:
+    """Which places of this process's part of a parameter the blocks are."""
+    own = _range(p, offset)
+    if own is not None:
+        low, high = own
+        cut = [(max(start, low) - low, min(stop, high) - low) for start, stop in blocks]
+        return tuple((start, stop) for start, stop in cut if start < stop)
+    ids = coordinates(p, offset)
+    if blocks == ((0, _size(p, {})),):
+        return ((0, len(ids)),) if len(ids) else ()
+    starts, stops = torch.tensor(blocks).T.contiguous()
+    block = torch.searchsorted(starts, ids, right=True) - 1
+    places = torch.nonzero((block >= 0) & (ids < stops[block.clamp(min=0)])).flatten().tolist()
+    breaks = [i for i, (a, b) in enumerate(pairwise(places), start=1) if b != a + 1]
+    edges = [0, *breaks, len(places)] if places else []
+    return tuple((places[a], places[b - 1] + 1) for a, b in pairwise(edges))
+
+
+def _chunk(p: DTensor) -> tuple[list[int], list[int], list[int]]:
+    """The shape of a sharded parameter, and the offsets and the sizes of this process's part of it, as real numbers."""
+    (chunk,) = p.__create_chunk_list__()  # what torch.distributed.checkpoint asks of every sharded tensor
+    tail = [2] if p.is_complex() else []
+    return [*p.shape, *tail], [*chunk.offsets, *([0] if tail else [])], [*chunk.sizes, *tail]
+
+
+def _range(p: Tensor, offset: Range | None) -> Range | None:
+    """The coordinates that this process holds, where they are a range."""
+    if offset is not None:
+        return offset[0], offset[0] + p.numel()
+    if not isinstance(p, DTensor):
+        return 0, _size(p, {})
+    shape, offsets, sizes = _chunk(p)
+    if not math.prod(sizes):
+        return 0, 0
+    cut = [i for i, (size, whole) in enumerate(zip(sizes, shape, strict=True)) if size != whole]
+    if cut and any(size != 1 for size in sizes[: cut[-1]]):
+        return None
+    start = sum(at * math.prod(shape[i + 1 :]) for i, at in enumerate(offsets))
+    return start, start + math.prod(sizes)
+
+
+def coordinates(p: Tensor, offset: Range | None) -> Tensor:
+    """The coordinate of each number that this process holds, in the order of memory for parameters that lie in rows."""
+    own = _range(p, offset)
+    if own is not None:
+        return torch.arange(*own)
+    assert isinstance(p, DTensor)
+    shape, offsets, sizes = _chunk(p)
+    ids = torch.zeros((), dtype=torch.int64)
+    for i, (at, size) in enumerate(zip(offsets, sizes, strict=True)):
+        ids = ids.unsqueeze(-1) + (at + torch.arange(size)) * math.prod(shape[i + 1 :])
+    return ids.flatten()

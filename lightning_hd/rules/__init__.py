@@ -1,0 +1,38 @@
+"""Rules, and which of them a name means."""
+
+from lightning_hd.rules.auto import Auto
+from lightning_hd.rules.base import Observation, Rule
+from lightning_hd.rules.paper import PAPER_RULES, Additive, Multiplicative
+
+__all__ = ["Additive", "Auto", "Multiplicative", "Observation", "Rule", "make_rule"]
+
+
+def make_rule(rule: Rule | str, hypergrad_lr: float | None) -> Rule:
+    """The rule that the arguments of the public classes name.
+
+    Raises:
+        TypeError: ``rule`` is neither a name nor a :class:`Rule`.
+        ValueError: No rule has that name, or ``hypergrad_lr`` comes beside a rule that has none or carries its own.
+    """
+    if isinstance(rule, Rule):
+        if hypergrad_lr is not None:
+            raise ValueError(
+                f"hypergrad_lr={hypergrad_lr} beside a rule object has no effect: give it to the {type(rule).__name__} "
+                "itself"
+            )
+        return rule
+    names = ["auto", *PAPER_RULES]
+    if not isinstance(rule, str):
+        meant = f"; did you mean {rule.__name__}()?" if isinstance(rule, type) and issubclass(rule, Rule) else ""
+        raise TypeError(f"rule must be one of {names} or a Rule object, got {rule!r}{meant}")
+    if rule not in names:
+        meant = f"; did you mean {rule.lower()!r}?" if rule.lower() in names else ""
+        raise ValueError(f"rule must be one of {names} or a Rule object, got {rule!r}{meant}")
+    if rule in PAPER_RULES:
+        return PAPER_RULES[rule](hypergrad_lr=hypergrad_lr)
+    if hypergrad_lr is not None:
+        raise ValueError(
+            f"hypergrad_lr={hypergrad_lr} has no effect on rule='auto', which has nothing to tune: leave it out, or "
+            "choose rule='additive' or rule='multiplicative'"
+        )
+    return Auto()

@@ -1,0 +1,255 @@
+"""The rule auto, this project's own: it has nothing to tune."""
+
+import math
+import sys
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from lightning_hd.checks import check_count, check_number
+from lightning_hd.rules.base import Observation, Rule
+
+
+@dataclass
+class Auto(Rule):
+    r"""The default, which has nothing to tune: a long memory, steps on the logarithm of the rate, and a brake.
+
+    The paper's hypergradient says whether the last step alone should have been longer. Gradient noise makes it shrink
+    the rate too soon. This rule looks at all steps that it remembers. Had their rates been larger by a common factor,
+    then the parameters ``θ_t``, where they are before step ``t``, would be further from where they were by that factor.
+    So the derivative of the loss with respect to the logarithm of the rate is the gradient times the sum of the moves:
+
+    .. math::
+
+        E_t &= φ_{t-1} E_{t-1} + (θ_t - θ_{t-1}), \qquad h_t = \partial f / \partial \log α = g_t · E_t \\
+        φ_t &= μ_t \exp(-(|\log α_t - L_t| - w)^+), \qquad μ_t = 1 - 1 / \max(H, t / 2) \\
+        c_t &= -g_t · E_t / (G_t ‖E_t‖), \qquad G_t^2 = \text{running mean of } ‖g_t‖^2 \\
+        b_t &= c_t + r \min(1, n / t) \, |c_t + c_{t-1}| / 2 \\
+        \log α_t &= \log α_{t-1} + \mathrm{clip}(\frac{H}{\max(H, t / 2)} \, b_t / \sqrt{S_t}),
+        \qquad S_t = κ S_{t-1} + b_t^2
+
+    ``L`` is the mean of ``log α`` over the moves in ``E``, each counted as far as it is remembered. Moves that were made
+    at rates far from the present one say nothing about it, so they are forgotten.
+
+    Noise along directions of high curvature cancels within the memory. Slow progress along those of low curvature adds
+    up. ``c`` is the cosine, except that a gradient larger than usual counts for more, as it does in the mean loss. It
+    has no scale, so neither has the rule. ``S`` makes its steps as in AdaGrad. They shrink as the memory grows, so that
+    the rate changes in the run's own time. The first rate is a small part of the parameters,
+    ``α_1 = ρ ‖θ_1‖ / ‖d_1‖``, so the configured rates only set the ratios between groups. While steps vanish in the
+    rounding of the parameters, so that ``E`` is zero, ``log α`` rises by the cap.
+
+    The memory is blind to an instability: steps to and fro cancel in it. So the rule brakes where the norm of the
+    gradient leaps. Where ``log ‖g_t‖`` exceeds its running mean by more than what is usual, by ``e`` (1 at most), the
+    step is taken with ``α_t exp(-e)``, and ``e`` wears off. A leap alone may be a batch like no other. Where another
+    follows before that, ``log α`` itself falls by ``e`` times what was left, but no further than to ``α_1`` (to 0 with
+    ``start="configured"``).
+
+    The source is this project: the constants come from experiments on small networks (``tests/benchmarks``). What is
+    kept is the running mean of the parameters, ``θ_t - E_t``, in float64, at the coordinates that the engine looks at.
+
+    Args:
+        start: ``"automatic"``, or ``"configured"``: start from the rate that the optimizer is configured with. The
+            climb from there is slow, 7 % per step at most.
+        horizon: ``H``, in steps: the memory of the first steps. Below 100 the rule turns greedy.
+        growth: The horizon as a part of the steps taken, once that is longer than ``horizon``.
+        reach: ``w``, how far ``log α`` may be from its mean over the memory before old moves are forgotten: a factor of
+            two in the rate, within which one step's length says something about another's.
+        memory: ``κ``, with which the squares of the cosine are forgotten. With 0.995 the rate is restless enough for
+            some runs to collapse.
+        norm_horizon: Over how many steps ``G`` is taken at first. With 30, rates rise too late where the gradient
+            vanishes; with 1, where ``c`` is the cosine, they end far too high, then too low, where few batches hold
+            what is to be learned.
+        norm_growth: The same as a part of the steps taken, once that is more.
+        optimism: ``r``, by how much cosines count for more where they ask for a larger rate, and for less where they
+            ask for a smaller one: early in a run, a longer step is useful beyond the horizon, too. With 0, rates fall
+            too early in short runs. It is of the mean of two cosines, for those of an oscillation change signs.
+        optimistic_steps: ``n``, after which optimism fades. Where it stays, rates end too high in small batches.
+        first_step: ``ρ``, the length of the first step over that of the parameters.
+        cap: Largest change of ``log α`` in a step, at the start.
+        careful_from: From this multiple of ``α_1`` on, ``careful_cap`` applies: where steps are long enough to do harm,
+            some must be taken at each rate before the next, for harm to show.
+        careful_cap: Largest change of ``log α`` in a step from there on.
+        spike: Least ratio of a gradient norm to its running (geometric) mean at which the rule brakes.
+        spike_sigmas: Braking also needs a rise by this many standard deviations of such rises, so that small batches
+            do not brake for no fault of the rate. With 4, instabilities were missed.
+        release: The part of a brake that is left a step later. With 0.9, instabilities come back too soon.
+
+    Attributes:
+        brakes: How often it has braked.
+
+    Raises:
+        TypeError: An argument is not a number.
+        ValueError: An argument is out of range.
+    """
+
+    start: Literal["automatic", "configured"] = "automatic"
+    horizon: float = 300.0
+    growth: float = 0.5
+    reach: float = 0.7
+    memory: float = 0.999
+    norm_horizon: float = 10.0
+    norm_growth: float = 0.02
+    optimism: float = 0.3
+    optimistic_steps: float = 100.0
+    first_step: float = 1e-4
+    cap: float = 0.5
+    careful_from: float = 30.0
+    careful_cap: float = 0.07
+    spike: float = 2.5
+    spike_sigmas: float = 3.0
+    release: float = 0.95
+
+    long_horizon = True
+
+    def __post_init__(self) -> None:
+        if self.start not in ("automatic", "configured"):
+            raise ValueError(f"start must be 'automatic' or 'configured', got {self.start!r}")
+        self.picks_start = self.start == "automatic"
+        for name, low, high in (
+            ("horizon", 1.0, 1e12),
+            ("growth", 0.0, 1e3),
+            ("reach", 0.0, math.inf),
+            ("memory", 0.0, 1.0),
+            ("norm_horizon", 1.0, 1e12),
+            ("norm_growth", 0.0, 1e3),
+            ("optimism", 0.0, 1.0),
+            ("optimistic_steps", 0.0, math.inf),
+            ("first_step", sys.float_info.min, math.inf),
+            ("cap", 0.0, math.inf),
+            ("careful_from", 0.0, math.inf),
+            ("careful_cap", 0.0, math.inf),
+            ("spike", 1.0, math.inf),
+            ("spike_sigmas", 0.0, math.inf),
+            ("release", 0.0, 1.0),
+        ):
+            setattr(self, name, check_number(name, getattr(self, name), low, high))
+        self.brakes = 0
+        self._first_lr = 0.0  # α_1; 0 where it is the configured one
+        self._log_lr = 0.0  # log α_t, once there are moves
+        self._logs = 0.0  # sum of log α over the moves in E, as far as each is remembered
+        self._moves = 0.0  # their number, likewise
+        self._cosine = 0.0  # c_t
+        self._squares = 0.0  # S_t
+        self._brake = 0.0  # what is left of the last brakes
+        self._norms = 0  # how many gradient norms were seen
+        self._norm = 0.0  # G, before the correction for its start at 0
+        self._norm_weight = 0.0  # the square of that correction
+        self._log_mean = 0.0  # running mean of log ‖g‖, before such a correction
+        self._variance: float = (math.log(self.spike) / self.spike_sigmas) ** 2 if self.spike_sigmas else 0.0
+
+    def first_lr(self, param_norm: float, direction_norm: float) -> float:
+        """``α_1 = ρ ‖θ_0‖ / ‖d_1‖``; with ``ρ / ‖d_1‖`` where the parameters are all zero."""
+        self._first_lr = self.first_step * (param_norm or 1.0) / direction_norm
+        return self._first_lr
+
+    def discount(self, step: int) -> float:
+        """``φ_t``: the part of ``E`` that is left where the next move comes in."""
+        kept = 1 - 1 / max(self.horizon, self.growth * step)
+        if self._moves:
+            kept *= math.exp(-max(abs(self._log_lr - self._logs / self._moves) - self.reach, 0.0))
+        self._logs *= kept
+        self._moves *= kept
+        return kept
+
+    def update(self, lr: float, seen: Observation, step: int) -> float:
+        """``log α_t`` from ``log α_{t-1}``, the cosine, and the norm of the gradient. A zero gradient says nothing."""
+        if lr > 0:
+            self._logs += math.log(lr)
+            self._moves += 1
+        after = self._next_lr(lr, seen, step)
+        self._log_lr = math.log(after) if after > 0 else self._log_lr
+        return after
+
+    def _next_lr(self, lr: float, seen: Observation, step: int) -> float:
+        if seen.grad_norm == 0:
+            return lr
+        if seen.direction_norm == 0:
+            return lr * math.exp(self.cap)
+        change = self._change(seen, step)
+        excess = self._excess(math.log(seen.grad_norm))
+        before, self._brake = self._brake, self._brake * self.release
+        if excess > 0:
+            self.brakes += 1
+            excess = min(excess, 1.0)
+            self._brake = max(self._brake, excess)
+            return max(lr * math.exp(-before * excess), min(lr, self._first_lr))
+        cap = self.cap if lr < self.careful_from * self._first_lr else self.careful_cap
+        return lr * math.exp(min(max(change, -cap), cap))
+
+    def used(self, lr: float, step: int) -> float:
+        """``α_t``, less what is left of the last brakes."""
+        return lr * math.exp(-self._brake)
+
+    def _change(self, seen: Observation, step: int) -> float:
+        """The change of ``log α`` that the gradient asks for, before it is clipped."""
+        self._norms += 1
+        memory = 1 - 1 / max(self.norm_horizon, self.norm_growth * step)
+        self._norm = math.hypot(math.sqrt(memory) * self._norm, math.sqrt(1 - memory) * seen.grad_norm)
+        self._norm_weight = _running(self._norm_weight, 1.0, memory)
+        cosine = seen.cosine * (seen.grad_norm / self._norm) * math.sqrt(self._norm_weight)
+        optimism = self.optimism * min(1.0, self.optimistic_steps / step)
+        bent = cosine + optimism * abs(cosine + self._cosine) / 2
+        self._cosine = cosine
+        self._squares = self.memory * self._squares + bent**2
+        pace = self.horizon / max(self.horizon, self.growth * step)
+        return pace * bent / math.sqrt(self._squares) if self._squares else 0.0
+
+    def _excess(self, log_norm: float) -> float:
+        """By how much ``log ‖g_t‖`` exceeds what is usual; takes it into account for the next step."""
+        excess = 0.0
+        if self._norms > 2:
+            rise = log_norm - self._log_mean / (1 - _LOG_MEMORY ** (self._norms - 1))
+            usual = max(math.log(self.spike), self.spike_sigmas * math.sqrt(self._variance))
+            self._variance = _running(self._variance, min(max(rise, 0.0), 3 * usual) ** 2, _RISE_MEMORY)
+            excess = rise - usual
+        self._log_mean = _running(self._log_mean, log_norm, _LOG_MEMORY)
+        return excess
+
+    def check_start(self, lr: float) -> None:
+        """Raise :class:`ValueError` for a configured rate of 0, which a product never leaves."""
+        if lr == 0:
+            raise ValueError(
+                "rule 'auto' with start='configured' cannot leave a learning rate of 0: configure a positive lr in the "
+                "optimizer, or use start='automatic'"
+            )
+
+    def state_dict(self) -> dict[str, Any]:
+        """What it has learned; not its constants, which may be others after a restart."""
+        return {name: getattr(self, name) for name in (*_COUNTS, *_LEARNED)}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Take over what :meth:`state_dict` returned.
+
+        Raises:
+            KeyError, TypeError, ValueError: It is damaged.
+        """
+        counts = {name: check_count(name, state_dict[name]) for name in _COUNTS}
+        learned = {name: check_number(name, state_dict[name], *bounds) for name, bounds in _LEARNED.items()}
+        vars(self).update(counts | learned)
+
+
+_COUNTS = ("brakes", "_norms")
+
+_LEARNED = {
+    "_first_lr": (0.0, math.inf),
+    "_log_lr": (-math.inf, math.inf),
+    "_logs": (-math.inf, math.inf),
+    "_moves": (0.0, math.inf),
+    "_cosine": (-math.inf, math.inf),
+    "_squares": (0.0, math.inf),
+    "_brake": (0.0, 1.0),
+    "_norm": (0.0, math.inf),
+    "_norm_weight": (0.0, 1.0),
+    "_log_mean": (-math.inf, math.inf),
+    "_variance": (0.0, math.inf),
+}
+"""What the rule learns, with its bounds."""
+
+_LOG_MEMORY = 0.9
+"""With which logarithms of gradient norms are forgotten: an overshoot grows within some ten steps."""
+
+_RISE_MEMORY = 0.995
+"""With which the usual size of their rises is forgotten: slowly, for a series of leaps not to seem usual soon."""
+
+
+def _running(mean: float, value: float, memory: float) -> float:
+    return memory * mean + (1 - memory) * value

@@ -1,0 +1,219 @@
+"""What only the first steps need: agreement of the processes, dry steps, and the first rate."""
+
+import inspect
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.distributed.tensor import DTensor
+from torch.optim import Optimizer
+
+from lightning_hd.directions import direction_of
+from lightning_hd.optimizers import check_gradients, coupled_decay
+from lightning_hd.rates import get_lr
+from lightning_hd.reduction import Ranks, as_real, exact_dtype, gradient_of, local, widen
+
+_TRIAL = 2.0**-13
+"""The length of a step on trial over that of the parameters: about that of a first step, so that what an optimizer
+makes of the rate in its own state does no harm, and visible in float32."""
+
+_PATIENCE = 3
+"""After so many steps on trial that left no trace a longer one may be tried."""
+
+
+@dataclass(frozen=True)
+class Outlook:
+    """What is known of a scope before its first step.
+
+    Args:
+        param_norm: ``‖θ_0‖``.
+        grad_norm: ``‖g_1‖``.
+        count: The number of coordinates.
+        direction_norm: ``‖d_1‖``; ``None``: not known before the step.
+        is_zero: Whether all gradients are zero.
+    """
+
+    param_norm: float
+    grad_norm: float
+    count: float
+    direction_norm: float | None
+    is_zero: bool
+
+    @property
+    def is_finite(self) -> bool:
+        """Whether a first rate can be had from these numbers."""
+        return all(map(math.isfinite, (self.param_norm, self.grad_norm, self.direction_norm or 0.0)))
+
+    def trial_lr(self, rounding: float, vanished: int) -> float:
+        """A rate at which a step is short, whether the optimizer follows the gradient or normalizes it.
+
+        A step at it vanishes in rounding where the optimizer follows a gradient that is tiny. Only there a longer one
+        is tried after some steps without a trace: an optimizer that idles at first is waited for.
+
+        Args:
+            rounding: The relative rounding of the parameters.
+            vanished: How many steps on trial have left no trace.
+        """
+        length = max(_TRIAL, 4 * rounding) * (self.param_norm or 1.0)
+        if not math.isfinite(length):
+            return _TRIAL
+        usual = math.sqrt(self.count or 1.0)
+        norm = max(self.grad_norm, usual) if math.isfinite(self.grad_norm) else usual
+        invisible = length * self.grad_norm / norm < rounding * (self.param_norm or 1.0)
+        if vanished >= _PATIENCE and invisible and self.grad_norm:
+            norm = self.grad_norm
+        return min(length / norm, torch.finfo(torch.float32).max)
+
+
+class Start:
+    """The first steps of one optimizer.
+
+    Args:
+        optimizer: The optimizer.
+        ranks: The processes that train together.
+    """
+
+    def __init__(self, optimizer: Optimizer, ranks: Ranks) -> None:
+        self._optimizer = optimizer
+        self._ranks = ranks
+        self._compared = False
+
+    def _parameters(self) -> list[Tensor]:
+        return [p for settings in self._optimizer.param_groups for p in settings["params"]]
+
+    def is_dry(self, fresh: bool) -> bool:
+        """Whether this is the dry step by which ``torch.distributed.checkpoint`` makes an optimizer's state.
+
+        That is one with all rates and all gradients set to 0, before the first step or where there is no state yet.
+        One rank may take it alone, unless it has shards.
+        """
+        if not fresh and self._optimizer.state:
+            return False
+        parameters = self._parameters()
+        shared = any(isinstance(p, DTensor) for p in parameters)
+        try:
+            live = any(map(get_lr, self._optimizer.param_groups))
+        except (TypeError, ValueError):
+            live = True
+        if live and not (fresh and shared):
+            return False
+        gradients = [p.grad for p in parameters if p.grad is not None]
+        live = live or (not gradients and any(p.requires_grad for p in parameters))
+        live = live or any(g.layout != torch.strided or bool(local(g).any()) for g in gradients)
+        if shared:
+            live = bool(self._ranks.sum(self._zeros(1) + live).item())
+        return not live
+
+    def check(self, error: Exception | None, own: Mapping[str, Any]) -> None:
+        """Before the first step: raise where something is wrong, on all ranks where they do not tune the same.
+
+        Args:
+            error: What is wrong with the rates.
+            own: What must be the same on all ranks.
+        """
+        try:
+            check_gradients(self._parameters())
+        except TypeError as sparse:
+            error = error or sparse
+        if self._ranks.count > 1 and not self._compared:
+            self._compare({"error": error and repr(error), **own})
+        if error is not None:
+            raise error
+        self._compared = True
+
+    def _compare(self, own: Mapping[str, Any]) -> None:
+        own = {key: _plain(value) for key, value in own.items()}
+        groups = self._optimizer.param_groups
+        own["lrs"] = [str(settings["lr"]) if own["error"] else get_lr(settings) for settings in groups]
+        own["shapes of parameters"] = [[tuple(p.shape) for p in settings["params"]] for settings in groups]
+        for rank, other in enumerate(everyone := self._ranks.gather(own)):
+            for key, value in other.items():
+                if value != everyone[0][key]:
+                    raise RuntimeError(
+                        f"HypergradientLR({own['optimizer']}): the processes do not tune the same: {key} is "
+                        f"{everyone[0][key]} on rank 0 and {value} on rank {rank}. Give models that train apart a "
+                        "process_group each"
+                    )
+
+    def outlooks(self, scopes: Mapping[int, Mapping[int, float]], grad_scale: Tensor | None) -> dict[int, Outlook]:
+        """What is known before the first steps of some scopes: one collective.
+
+        Args:
+            scopes: For each scope its groups, with the derivative of the group's rate with respect to the scope's.
+            grad_scale: The factor that a GradScaler has left in the gradients, or ``None``.
+        """
+        sums = self._ranks.sum(torch.stack([self._outlook(groups, grad_scale) for groups in scopes.values()]))
+        return {
+            index: Outlook(math.sqrt(p), math.sqrt(g), count, None if unknown else math.sqrt(d), not nonzero)
+            for index, (p, g, count, d, unknown, nonzero) in zip(scopes, sums.tolist(), strict=True)
+        }
+
+    def _outlook(self, groups: Mapping[int, float], grad_scale: Tensor | None) -> Tensor:
+        sums = self._zeros(6)
+        for i, weight in groups.items():
+            settings = self._optimizer.param_groups[i]
+            direction = direction_of(self._optimizer, settings, 0.0)
+            for p in settings["params"]:
+                if p.grad is None or not weight:
+                    continue
+                theta, raw = widen(as_real(local(p.detach()))), widen(as_real(local(gradient_of(p))))
+                g = raw if grad_scale is None else raw / grad_scale.to(raw.device)
+                g = -g if settings.get("maximize", False) else g
+                decay = coupled_decay(self._optimizer, settings)
+                d = direction.first(g.add(theta, alpha=decay) if decay else g, theta)
+                if self._optimizer.state.get(p):
+                    d = None  # its steps so far count as well
+                numbers = [squared_norm(theta), squared_norm(g), theta.numel()]
+                numbers += [0.0 if d is None else weight**2 * squared_norm(d), d is None, bool(raw.any())]
+                sums += sums.new_tensor([float(number) for number in numbers]) / self._ranks.copies(p)
+        return sums
+
+    def measure(self, before: Mapping[Tensor, Tensor], groups: Sequence[Mapping[int, float]]) -> list[float]:
+        """``‖θ_0 - θ_1‖`` for some scopes, each difference weighted as its group: one collective."""
+        sums = self._zeros(len(groups))
+        for s, own in enumerate(groups):
+            for i, weight in own.items():
+                for p in self._optimizer.param_groups[i]["params"]:
+                    if p in before:
+                        move = widen(as_real(local(before[p]))) - widen(as_real(local(p.detach())))
+                        sums[s] += (weight**2 * squared_norm(move)).to(sums.device) / self._ranks.copies(p)
+        return [math.sqrt(square) for square in self._ranks.sum(sums).tolist()]
+
+    def rounding(self) -> float:
+        """The relative rounding of the narrowest parameters."""
+        dtypes = {p.dtype for p in self._parameters() if p.is_floating_point() or p.is_complex()}
+        return max((torch.finfo(dtype).eps for dtype in dtypes), default=0.0)
+
+    def _zeros(self, size: int) -> Tensor:
+        device = next(iter(self._parameters())).device
+        return torch.zeros(size, dtype=exact_dtype(device), device=device)
+
+
+def squared_norm(tensor: Tensor) -> Tensor:
+    """``‖tensor‖²``, accumulated in the widest dtype, as a 0-dim tensor."""
+    return torch.linalg.vector_norm(tensor, dtype=exact_dtype(tensor.device)).square()
+
+
+def shorten(p: Tensor, before: Tensor, part: float) -> None:
+    """Leave of a parameter's move only a part; of 0, nothing."""
+    if part:
+        p_real, start = as_real(p), widen(as_real(before))
+        p_real.copy_(start + (widen(p_real) - start) * part)
+    else:
+        p.copy_(before)
+
+
+def _plain(value: Any) -> Any:
+    """What can be compared between processes: tensors by their numbers, functions by name, other objects by class."""
+    if isinstance(value, dict):
+        return {key: _plain(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_plain(item) for item in value]
+    if isinstance(value, Tensor):
+        return value.tolist()
+    if inspect.isfunction(value):
+        return value.__qualname__
+    return value if isinstance(value, (int, float, str, type(None))) else type(value).__name__

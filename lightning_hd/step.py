@@ -1,0 +1,368 @@
+"""One step of an optimizer that is tuned, from top to bottom: gather, sum, reduce, decide, set, remember."""
+
+import logging
+import math
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+
+from lightning_hd.directions import Measured, direction_of
+from lightning_hd.notices import Notices
+from lightning_hd.optimizers import follow_rate
+from lightning_hd.rates import Rates, Scope, get_lr, returned, set_lr
+from lightning_hd.reduction import Ranks
+from lightning_hd.rules import Observation, Rule
+from lightning_hd.start import Start, shorten
+from lightning_hd.view import View
+
+_LARGEST = torch.finfo(torch.float32).max
+"""The largest rate that torch multiplies with."""
+
+_log = logging.getLogger("lightning_hd.hypergradient")
+
+
+@dataclass
+class Step:
+    """One call of ``optimizer.step``, from when the gradients are there until the parameters have moved."""
+
+    rules: list[dict[str, Any]]  # what the rules held before
+    restore: list[float]  # what param_groups[i]["lr"] held before
+    has_gradient: list[bool] = field(default_factory=list)  # of each scope, on any rank
+    seen: list[Observation | None] = field(default_factory=list)
+    rates: list[tuple[float, float]] = field(default_factory=list)  # α_t and γ_t of each scope
+    kept: list[float | None] = field(default_factory=list)  # φ_t of each scope, for rules with a long horizon
+    finite: bool = True
+    lrs: list[float] = field(default_factory=list)  # what param_groups[i]["lr"] holds during the update
+    weights: list[float] = field(default_factory=list)  # derivative of the group's rate with respect to the scope's
+    trial: dict[int, float] = field(default_factory=dict)  # of scopes whose direction is not known: a short rate
+    param_norms: dict[int, float] = field(default_factory=dict)  # ‖θ_0‖ of those that get their first rate from it
+    before: dict[Tensor, Tensor] = field(default_factory=dict)  # θ_{t-1}, on trial
+
+
+class Tuning:
+    """The steps of one optimizer.
+
+    Args:
+        optimizer: The optimizer.
+        rule: The rule, of which each scope has a copy.
+        rates: The rates of its groups and scopes.
+        view: What the rule looks at.
+        ranks: The processes that train together.
+        notices: For what the user should know.
+    """
+
+    def __init__(
+        self, optimizer: Optimizer, rule: Rule, rates: Rates, view: View, ranks: Ranks, notices: Notices
+    ) -> None:
+        self.optimizer = optimizer
+        self.rule = rule
+        self.rates = rates
+        self.view = view
+        self.ranks = ranks
+        self.notices = notices
+        self.start = Start(optimizer, ranks)
+        self.paused = False
+        self.step_count = 0
+        self.nonfinite_steps = 0
+        self.lost_schedule = False  # whether a state was loaded that knew of none, where there is one
+        self._checked = False  # whether all is in order, and the same on all ranks
+        self._dry = False
+        self._step: Step | None = None
+
+    # ------------------------------------------------------------------ called by the optimizer's hooks
+
+    def begin(self) -> bool:
+        """A step begins: whether it is to be tuned."""
+        self.abandon()
+        self._dry = False
+        if self.paused:
+            self.view.pause()
+        return not self.paused
+
+    @torch.no_grad()
+    def prepare(self) -> bool:
+        """The gradients are there: set the rates of the update, or leave all as it was. Returns which."""
+        self._dry = self.start.is_dry(fresh=not self.step_count)
+        if self._dry:
+            return False
+        if not self._checked:
+            self._check()
+        try:
+            return self._tune()
+        except BaseException:
+            self.abandon()
+            raise
+
+    @torch.no_grad()
+    def finish(self) -> None:
+        """The step is over: the parameters have moved."""
+        if self._step is not None:
+            self._remember(self._step)
+            self._step = None
+        elif self._dry:
+            self.view.make_room()
+
+    def abandon(self) -> None:
+        """Forget a step that began and raised: the rate stays as it was."""
+        step, self._step = self._step, None
+        if step is None:
+            return
+        self.view.abandon()
+        for scope, rule in zip(self.rates.scopes, step.rules, strict=True):
+            scope.rule.load_state_dict(rule)
+        holding = [get_lr(settings) for settings in self.optimizer.param_groups]
+        for settings, held, lr, restore in zip(
+            self.optimizer.param_groups, holding, step.lrs, step.restore, strict=False
+        ):
+            if held == lr:
+                set_lr(settings, restore)
+            elif self.rates.under_schedule:
+                self.notices.warn(
+                    "schedule",
+                    "a step raised an error, and the scheduler went on from the rate of that step: its values may be "
+                    "off from here on",
+                )
+
+    # ------------------------------------------------------------------ before the update
+
+    def _check(self) -> None:
+        """Before the first step: what only serves a clear error."""
+        error = None
+        try:
+            self.rates.check()
+        except (TypeError, ValueError) as wrong:
+            error = wrong
+        self.start.check(
+            error,
+            {
+                "optimizer": type(self.optimizer).__name__,
+                "rule": (type(self.rule).__name__, vars(self.rule)),
+                "scope": self.rates.kind,
+                "min_lr, max_lr": self.rates.limits,
+                "step_count": self.step_count,
+                "what was learned": self.rates.state_dict()["scopes"],
+            },
+        )
+        if not self.step_count:
+            self.view.start()
+        self._checked = True
+
+    def _tune(self) -> bool:
+        """``False`` where no rank has a gradient, or a GradScaler has the optimizer skip the step."""
+        groups = self.optimizer.param_groups
+        parameters = [p for settings in groups for p in settings["params"]]
+        if not parameters or (self.ranks.count == 1 and all(p.grad is None for p in parameters)):
+            return False
+        self._sync()
+        sums = self._sum()
+        if not any(has_gradient for *_, has_gradient, _ in sums):
+            return False
+        rules = [scope.rule.state_dict() for scope in self.rates.scopes]
+        step = self._step = Step(rules, restore=[get_lr(settings) for settings in groups])
+        for i, found in enumerate(sums):
+            step.has_gradient.append(bool(found[3]))
+            step.seen.append(self._see(i, *found))
+            step.rates.append(self._decide(step, i))
+            step.kept.append(self._discount(step, i))
+        self._take_off(step)
+        for i, (lr, weight) in enumerate(self._effective(step)):
+            lr = step.trial.get(self.rates.groups[i].scope, lr) if weight else lr
+            step.lrs.append(set_lr(groups[i], lr))
+            step.weights.append(weight)
+            follow_rate(self.optimizer, groups[i], step.lrs[i])
+            self.view.keep(i, step.lrs[i], weight)
+        return True
+
+    def _sync(self) -> None:
+        """Take over what others did since the last step."""
+        self.rates.sync()
+        if self.lost_schedule and self.rates.under_schedule:
+            self.notices.warn(
+                "new schedule",
+                "the saved state is of a training without a scheduler: the learned scale starts anew from what the "
+                "scheduler says",
+            )
+        self.lost_schedule = False
+
+    def _sum(self) -> list[list[float]]:
+        """What there is to see, for each scope: one collective and one host read. Nothing where the step is skipped."""
+        scopes = [group.scope for group in self.rates.groups]
+        grad_scale = getattr(self.optimizer, "grad_scale", None)
+        for wide in (False, True):
+            sums = self.view.observe(scopes, grad_scale, wide)
+            # A fused optimizer under a GradScaler unscales inside of its step, and skips it where an inf was found: the
+            # scaler reports it by these two attributes, which exist during the step only.
+            found_inf = getattr(self.optimizer, "found_inf", None)
+            skips = sums.new_zeros(1) if found_inf is None else found_inf.to(sums).view(1)
+            *numbers, skipped = self.ranks.sum(torch.cat([sums.flatten(), skips])).tolist()
+            if skipped:
+                return []
+            table = [numbers[i : i + 5] for i in range(0, len(numbers), 5)]
+            if not self.view.is_doubtful(table):
+                break
+        return table
+
+    def _see(
+        self, index: int, derivative: float, g_squared: float, d_squared: float, has_gradient: float, known: float
+    ) -> Observation | None:
+        """What a step shows of a scope; nothing where no step came before, or it was put back."""
+        scope = self.rates.scopes[index]
+        if not known or scope.waits or (d_squared == 0 and not scope.moved):
+            return None
+        measured = any(self.view.measured(i) for i in self.rates.members(index))
+        if measured and d_squared == 0 < g_squared and (scope.last is None or scope.last.grad_norm > 0):
+            if scope.used == 0:
+                scope.vanished += 1
+            else:
+                self.notices.warn(
+                    "vanished step",
+                    "the last step vanished in the rounding of the parameters, so its direction is unknown and the "
+                    "learning rate stays as it is: start from a larger one, or from 0",
+                )
+        return Observation(derivative, math.sqrt(g_squared), math.sqrt(d_squared))
+
+    def _decide(self, step: Step, index: int) -> tuple[float, float]:
+        """``α_t`` and ``γ_t`` of a scope; the last ones where a number is not finite."""
+        scope, seen, number = self.rates.scopes[index], step.seen[index], self.step_count + 1
+        lr, brakes = scope.lr, scope.rule.brakes
+        finite = seen is None or all(map(math.isfinite, seen))
+        if seen is not None and finite:
+            lr = returned(scope.rule.update(lr, seen, number), scope.rule, "update")
+        lr *= self.rates.follow_schedule(index)
+        if not finite:
+            return self._stay(step, scope, f"(hypergradient, ‖g‖, ‖d‖) = {tuple(seen or ())}")
+        if abs(lr) <= _LARGEST:
+            lr = self.rates.clamp(index, lr)
+            used = returned(scope.rule.used(lr, number), scope.rule, "used")
+            if abs(used) <= _LARGEST:
+                if seen is not None and scope.rule.brakes > brakes and self.ranks.is_first:
+                    _log.info(
+                        "HypergradientLR(%s): step %d: the gradient's norm leapt to %.3g, so the learning rate backs "
+                        "off from %.3g to %.3g",
+                        *(type(self.optimizer).__name__, number, seen.grad_norm, scope.used, used),
+                    )
+                return lr, used
+        return self._stay(step, scope, f"the rate that {type(scope.rule).__name__} made of {seen}")
+
+    def _stay(self, step: Step, scope: Scope, what: str) -> tuple[float, float]:
+        step.finite = False
+        self.notices.warn(
+            "not finite",
+            f"step {self.step_count + 1}: not a finite number in {what}; the learning rate stays at {scope.used:g}. "
+            "Further such steps are counted in nonfinite_steps",
+        )
+        return scope.lr, scope.used
+
+    def _discount(self, step: Step, index: int) -> float | None:
+        """``φ_t`` of a scope, for a rule with a long horizon."""
+        rule, seen = self.rates.scopes[index].rule, step.seen[index]
+        if not self.rule.long_horizon or (seen is not None and not all(map(math.isfinite, seen))):
+            return None
+        return returned(rule.discount(self.step_count + 1), rule, "discount")
+
+    def _effective(self, step: Step) -> list[tuple[float, float]]:
+        return self.rates.effective([used for _, used in step.rates])
+
+    # ------------------------------------------------------------------ first steps
+
+    def _take_off(self, step: Step) -> None:
+        """The first rates of scopes that pick their own; a short step on trial where a direction must be measured."""
+        groups = self.optimizer.param_groups
+        weights: dict[int, dict[int, float]] = {}
+        for i, (lr, weight) in enumerate(self._effective(step)):
+            index = self.rates.groups[i].scope
+            unknown = lr == 0 and not self.rule.long_horizon and self._must_measure(i)
+            if step.has_gradient[index] and (unknown or self.rates.scopes[index].waits):
+                weights.setdefault(index, {})[i] = weight
+        if not weights:
+            return
+        for index, outlook in self.start.outlooks(weights, getattr(self.optimizer, "grad_scale", None)).items():
+            scope = self.rates.scopes[index]
+            if scope.waits and not outlook.is_finite:
+                self._stay(step, scope, "the first direction, so this step is not taken")
+            elif scope.waits and outlook.direction_norm and not outlook.is_zero:
+                step.rates[index] = self._first(index, outlook.param_norm, outlook.direction_norm)
+                continue
+            elif scope.waits and not outlook.is_zero:
+                step.param_norms[index] = outlook.param_norm
+            step.trial[index] = outlook.trial_lr(self.start.rounding(), scope.vanished)
+        for i, settings in enumerate(groups):
+            if self.rates.groups[i].scope in step.trial:
+                step.before |= {p: p.clone(memory_format=torch.preserve_format) for p in settings["params"]}
+
+    def _must_measure(self, group: int) -> bool:
+        return isinstance(direction_of(self.optimizer, self.optimizer.param_groups[group], 0.0), Measured)
+
+    def _first(self, index: int, param_norm: float, direction_norm: float) -> tuple[float, float]:
+        """``α_1`` of a scope."""
+        rule = self.rates.scopes[index].rule
+        lr = returned(rule.first_lr(param_norm, direction_norm), rule, "first_lr")
+        if not math.isfinite(lr):
+            raise ValueError(f"{type(rule).__name__}.first_lr must return a finite number, got {lr}")
+        lr = self.rates.clamp(index, min(max(lr, -_LARGEST), _LARGEST))
+        return lr, lr
+
+    # ------------------------------------------------------------------ after the update
+
+    def _remember(self, step: Step) -> None:
+        """The parameters have moved: take over the rates and what the view has kept."""
+        try:
+            self._measure(step)
+        except BaseException:
+            for p, before in step.before.items():
+                p.copy_(before)
+            self.abandon()
+            raise
+        self.view.remember(step.kept)
+        if step.trial:
+            self._put_right(step)
+        for group, lr in zip(self.rates.groups, step.lrs, strict=True):
+            group.lr = lr
+        for i, scope in enumerate(self.rates.scopes):
+            (scope.lr, scope.used), scope.last = step.rates[i], step.seen[i]
+            moves = step.has_gradient[i] and any(step.weights[j] for j in self.rates.members(i))
+            scope.started |= moves and not (scope.waits and i in step.trial)
+            scope.moved = scope.started and moves and any(step.lrs[j] for j in self.rates.members(i))
+        if self.rates.under_schedule:
+            self._give_back_rates(step)
+        self.nonfinite_steps += not step.finite
+        self.step_count += 1
+
+    def _measure(self, step: Step) -> None:
+        """The first rates that steps on trial have shown; where there is none, the parameters are put back."""
+        groups = [{i: step.weights[i] for i in self.rates.members(index)} for index in step.param_norms]
+        norms = self.start.measure(step.before, groups) if groups else []
+        for (index, param_norm), norm in zip(list(step.param_norms.items()), norms, strict=True):
+            scope, d_norm = self.rates.scopes[index], norm / step.trial[index]
+            if not math.isfinite(d_norm):
+                self._stay(step, scope, "the first direction, so this step is not taken")
+            elif not norm:
+                scope.vanished += 1
+            else:
+                step.rates[index] = self._first(index, param_norm, d_norm)
+                continue
+            del step.param_norms[index]
+
+    def _put_right(self, step: Step) -> None:
+        """Shorten what was moved on trial to what the group's own rate would have moved; without one, to nothing."""
+        for i, (lr, weight) in enumerate(self._effective(step)):
+            index, settings = self.rates.groups[i].scope, self.optimizer.param_groups[i]
+            if index in step.trial:
+                part = lr / step.trial[index] if index in step.param_norms else 0.0
+                for p in settings["params"]:
+                    if step.weights[i]:
+                        shorten(p, step.before[p], part)
+                step.lrs[i], step.weights[i] = set_lr(settings, lr), weight
+        for index in step.param_norms:
+            del step.trial[index]
+
+    def _give_back_rates(self, step: Step) -> None:
+        """What the scheduler says; less by as much as the optimizer has lowered its rate during the step, if it has."""
+        groups = self.optimizer.param_groups
+        holding = [get_lr(settings) for settings in groups]  # first of all, for groups may share a tensor
+        for settings, restore, lr, held in zip(groups, step.restore, step.lrs, holding, strict=True):
+            lowered = held / lr if lr else 1.0
+            set_lr(settings, restore * lowered if 0 <= lowered < 1 else restore)

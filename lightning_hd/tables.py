@@ -1,0 +1,61 @@
+"""Small tables on the device, without a copy from the host in every step."""
+
+from collections.abc import Callable, Hashable, Sequence
+
+import torch
+from torch import Tensor
+
+from lightning_hd.reduction import exact_dtype
+
+_KEPT = 16
+"""How many tables are kept: a step needs a few, which change seldom."""
+
+
+class Tables:
+    """Constants of the steps, made when their numbers change."""
+
+    def __init__(self) -> None:
+        self._known: dict[Hashable, Tensor] = {}
+
+    def constant(self, numbers: Sequence[float], device: torch.device) -> Tensor:
+        """A vector of these numbers."""
+        key = tuple(numbers)
+        return self._get((key, device), lambda: torch.tensor(key, dtype=exact_dtype(device), device=device))
+
+    def combine(
+        self,
+        sums: Sequence[Tensor],
+        factors: Sequence[tuple[int, float, float, float]],
+        flags: Sequence[tuple[bool, bool]],
+        device: torch.device,
+    ) -> Tensor:
+        """Sum what buckets found, by scope.
+
+        Args:
+            sums: Three numbers for each bucket.
+            factors: The scope of each bucket, and what its numbers are multiplied with.
+            flags: Two for each scope.
+            device: Where the sums go.
+
+        Returns:
+            The three sums and the flags of each scope, of shape (scopes, 5).
+        """
+
+        def spread() -> Tensor:
+            table = torch.zeros(len(flags), len(factors), 3, dtype=exact_dtype(device))
+            for i, (scope, *own) in enumerate(factors):
+                table[scope, i] = torch.tensor(own, dtype=table.dtype)
+            return table.to(device)
+
+        of_scopes = self.constant([float(flag) for pair in flags for flag in pair], device).view(-1, 2)
+        table = self._get((tuple(factors), len(flags), device), spread)
+        if sums:
+            table = table * torch.stack([own.to(device) for own in sums])
+        return torch.cat([table.sum(1), of_scopes], dim=1)
+
+    def _get(self, key: Hashable, make: Callable[[], Tensor]) -> Tensor:
+        if key not in self._known:
+            if len(self._known) >= _KEPT:
+                self._known.clear()
+            self._known[key] = make()
+        return self._known[key]
