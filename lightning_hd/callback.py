@@ -82,7 +82,7 @@ class HypergradientDescent(Callback):
         scope: Literal["global", "group"] = "global",
         min_lr: float | None = 0.0,
         max_lr: float | None = None,
-        probe: int | None | Literal["default"] = "default",
+        probe: int | Literal["default"] | None = "default",
         log_every_n_steps: int | None = None,
         prog_bar: bool = False,
     ) -> None:

@@ -1,4 +1,4 @@
-"""Checkpoints: parameter-sized tensors of ours go into ``optimizer.state_dict()``, and never into ``optimizer.state``."""
+"""Checkpoints: our parameter-sized tensors go into ``optimizer.state_dict()``, and never into ``optimizer.state``."""
 
 import weakref
 from collections.abc import Iterator

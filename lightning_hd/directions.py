@@ -31,6 +31,8 @@ COPY, PARAMETER = "copy", "parameter"
 Get = Callable[[str], Tensor]
 """A quantity of a bucket by its name: flat, of 32 bits at least, not to be written to."""
 
+State = Callable[[str], Tensor | None]
+
 
 @dataclass(frozen=True)
 class Direction(ABC):
@@ -55,8 +57,14 @@ class Direction(ABC):
             step: ``t``, as the optimizer counts it for these parameters.
         """
 
-    def first(self, g: Tensor, p: Tensor) -> Tensor | None:
-        """``d_1`` before the first step, from the gradient and the parameter; ``None`` where it cannot be known."""
+    def ahead(self, g: Tensor, p: Tensor, state: State) -> Tensor | None:
+        """``d`` of the step that comes; ``None`` where it cannot be known.
+
+        Args:
+            g: The gradient, of 32 bits at least; all are of one parameter, real, and not to be written to.
+            p: The parameter.
+            state: Gives a tensor of the optimizer's state by its name, or ``None``.
+        """
         return None
 
     def to_dict(self) -> dict[str, Any]:
@@ -85,15 +93,20 @@ class Gradient(Direction):
         """The copy, and the momentum."""
         return torch.add(get(COPY), get("momentum_buffer"), alpha=self.nesterov) if self.nesterov else get(COPY)
 
-    def first(self, g: Tensor, p: Tensor) -> Tensor | None:
-        """``g_1 + μ g_1 + λ θ_0``."""
+    def ahead(self, g: Tensor, p: Tensor, state: State) -> Tensor | None:
+        """``g + μ (μ v + g) + λ θ``."""
+        v = state("momentum_buffer") if self.nesterov else None
         d = g * (1 + self.nesterov)
+        d = d if v is None else d.add_(v, alpha=self.nesterov**2)
         return d.add_(p, alpha=self.decay) if self.decay else d
 
 
 @dataclass(frozen=True)
 class HeavyBall(Direction):
     """SGD with momentum: ``d_t = v_t``, which is the optimizer's momentum buffer."""
+
+    momentum: float
+    dampening: float
 
     @property
     def needs(self) -> tuple[str, ...]:
@@ -104,9 +117,10 @@ class HeavyBall(Direction):
         """The optimizer's own buffer."""
         return get("momentum_buffer")
 
-    def first(self, g: Tensor, p: Tensor) -> Tensor | None:
-        """``g_1``: the dampening acts from the second step on."""
-        return g
+    def ahead(self, g: Tensor, p: Tensor, state: State) -> Tensor | None:
+        """``μ v + (1-τ) g``; at first ``g``, for the dampening acts from the second step on."""
+        v = state("momentum_buffer")
+        return g if v is None else (v * self.momentum).add_(g, alpha=1 - self.dampening)
 
 
 @dataclass(frozen=True)
@@ -141,10 +155,16 @@ class AdaptiveMoments(Direction):
             d.add_(get(PARAMETER), alpha=self.decoupled).div_(1 - self.lr * self.decoupled)
         return d
 
-    def first(self, g: Tensor, p: Tensor) -> Tensor | None:
-        """``g_1 / (|g_1| + ε) + λ θ_0``."""
-        d = g / g.abs().add_(self.eps)
-        return d.add_(p, alpha=self.decoupled) if self.decoupled else d
+    def ahead(self, g: Tensor, p: Tensor, state: State) -> Tensor | None:
+        """The same as :meth:`read`, of the m and v that the step will make."""
+        moments = {name: state(name) for name in ("exp_avg", "exp_avg_sq", "max_exp_avg_sq", "step")}
+        first, second, largest, step = moments.values()
+        m = g * (1 - self.beta1) if first is None else (first * self.beta1).add_(g, alpha=1 - self.beta1)
+        v = g.square() * (1 - self.beta2)
+        v = v if second is None else v.add_(second, alpha=self.beta2)
+        v = torch.maximum(v, largest) if self.amsgrad and largest is not None else v
+        made = {"exp_avg": m, "exp_avg_sq": v, "max_exp_avg_sq": v, PARAMETER: p}
+        return self.read(made.__getitem__, 1 + (0 if step is None else int(step)))
 
 
 @dataclass(frozen=True)
@@ -184,7 +204,7 @@ def direction_of(optimizer: Optimizer, group: dict[str, Any], lr: float) -> Dire
     family = torch_class(type(optimizer))
     if family is SGD:
         if group["momentum"] and not group["nesterov"]:
-            return HeavyBall()
+            return HeavyBall(float(group["momentum"]), float(group["dampening"]))
         return Gradient(nesterov=float(group["momentum"]) if group["nesterov"] else 0.0)
     if family is ASGD:
         return Gradient(decay=float(group["lambd"]))

@@ -118,7 +118,7 @@ class HypergradientLR:
         scope: Literal["global", "group"] = "global",
         min_lr: float | None = 0.0,
         max_lr: float | None = None,
-        probe: int | None | Literal["default"] = "default",
+        probe: int | Literal["default"] | None = "default",
         process_group: ProcessGroup | None = None,
     ) -> None:
         self._rule, low, high = check_arguments(rule, hypergrad_lr, scope, min_lr, max_lr, probe)

@@ -6,7 +6,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F  # noqa: N812
 from torch.optim import Optimizer
 
 from lightning_hd.checkpoints import Copies
@@ -24,17 +23,12 @@ from lightning_hd.directions import (
 from lightning_hd.notices import Notices
 from lightning_hd.optimizers import coupled_decay
 from lightning_hd.probe import Bucket, Slot, gather, look, pack
-from lightning_hd.reduction import Ranks, exact_dtype, gradient_of, local, widen
+from lightning_hd.reduction import Ranks, gradient_of, local, widen
+from lightning_hd.sums import is_doubtful, products
 from lightning_hd.tables import Tables
 from lightning_hd.view import View
 
 _GRADIENT = "gradient"
-
-_ROW = 2**10
-"""Numbers that are summed in float32; the sums of rows are added in float64."""
-
-_SAFE = (1e-30, 1e30)
-"""Squared norms in float32 between these have lost nothing to underflow or overflow."""
 
 
 @dataclass
@@ -82,8 +76,11 @@ class LastStep(View):
         if self._loads != self._copies.loads:
             self._loads, self._steps = self._copies.loads, {}
         seen = self._seen()
-        latest = [max((step for k, _, _, step in seen if k == i and step is not None), default=0) for i in self._groups]
-        slots, buckets = self._layout(seen, latest)
+        alike = self._alike(scopes)
+        latest = dict.fromkeys(alike, 0)
+        for i, _, _, step in seen:
+            latest[alike[i]] = max(latest[alike[i]], step or 0)
+        slots, buckets = self._layout(seen, alike, latest)
         flats: dict[tuple[str, int], Tensor] = {}
         sums, factors = [], []
         for bucket in buckets:
@@ -93,7 +90,7 @@ class LastStep(View):
             if age is not None and last.direction is not None:
                 d = last.direction.read(get, latest[group] - age)
             g = self._objective_gradient(group, get, grad_scale)
-            sums.append(_products(g, d, bucket.weights, wide))
+            sums.append(products(g, d, bucket.weights, wide))
             share = 1 / bucket.copies
             factors.append((scopes[group], -last.weight * share, share, last.weight**2 * share))
         has_gradient = {scopes[i] for i, _, _, _ in seen}
@@ -104,17 +101,12 @@ class LastStep(View):
 
     def is_doubtful(self, sums: Sequence[Sequence[float]]) -> bool:
         """Whether a norm may have lost something to underflow or overflow."""
-        low, high = _SAFE
-        return any(known and not all(low < square < high for square in squares) for _, *squares, _, known in sums)
+        return any(known and is_doubtful(*squares) for _, *squares, _, known in sums)
 
     def measured(self, group: int) -> bool:
         """Whether the direction of a group was measured, from a step that was taken."""
         last = self._last[group] if group < len(self._last) else Last()
         return isinstance(last.direction, Measured) and last.direction.lr * last.weight != 0
-
-    @property
-    def _groups(self) -> range:
-        return range(len(self._optimizer.param_groups))
 
     def _seen(self) -> list[tuple[int, int, Tensor, int | None]]:
         """The parameters with a gradient: group, place in it, and the steps taken; ``None``: no last direction."""
@@ -150,21 +142,30 @@ class LastStep(View):
             self._steps[p] = int(self._optimizer.state[p]["step"])
         return self._steps[p]
 
+    def _alike(self, scopes: Sequence[int]) -> list[int]:
+        """For each group the first one whose directions and gradients are computed with the same numbers."""
+        first: dict[Any, int] = {}
+        numbers = [
+            (last.weight, last.direction, settings.get("maximize", False), coupled_decay(self._optimizer, settings))
+            for settings, last in zip(self._optimizer.param_groups, self._last, strict=True)
+        ]
+        return [first.setdefault((scope, *own), i) for i, (scope, own) in enumerate(zip(scopes, numbers, strict=True))]
+
     def _layout(
-        self, seen: Sequence[tuple[int, int, Tensor, int | None]], latest: Sequence[int]
+        self, seen: Sequence[tuple[int, int, Tensor, int | None]], alike: Sequence[int], latest: dict[int, int]
     ) -> tuple[list[Slot], list[Bucket]]:
-        """Buckets of parameters of one group that have seen equally many steps."""
-        ages = [None if step is None else latest[i] - step for i, _, _, step in seen]
-        key = [(i, id(p), p.shape, p.dtype, age) for (i, _, p, _), age in zip(seen, ages, strict=True)]
+        """Buckets of parameters of groups that are alike, and that have seen equally many steps."""
+        ages = [None if step is None else latest[alike[i]] - step for i, _, _, step in seen]
+        key = [(alike[i], id(p), p.shape, p.dtype, age) for (i, _, p, _), age in zip(seen, ages, strict=True)]
         if key != self._layout_key:
             slots = look([(i, j, p) for i, j, p, _ in seen], self._budget, self._ranks, {})
             known = {id(p): age for (_, _, p, _), age in zip(seen, ages, strict=True)}
             self._layout_key, self._slots = key, slots
-            self._buckets = pack(slots, lambda slot: (slot.group, known[id(slot.p)]))
+            self._buckets = pack(slots, lambda slot: (alike[slot.group], known[id(slot.p)]))
         return self._slots, self._buckets
 
     def _reader(self, bucket: Bucket, slots: Sequence[Slot], flats: dict[tuple[str, int], Tensor]) -> Get:
-        """Gives quantities of a bucket by name, in whole rows."""
+        """Gives quantities of a bucket by name."""
 
         def get(name: str) -> Tensor:
             own = {}
@@ -172,10 +173,7 @@ class LastStep(View):
                 if (name, place) not in flats:
                     flats[name, place] = slots[place].flat(self._tensor(name, slots[place].p))
                 own[place] = flats[name, place]
-            pieces = bucket.views(own)
-            if bucket.size % _ROW:
-                pieces.append(pieces[0].new_zeros(-bucket.size % _ROW))
-            return widen(gather(pieces))
+            return widen(gather(bucket.views(own)))
 
         return get
 
@@ -291,24 +289,3 @@ class LastStep(View):
             for saved, settings in groups
         ]
         self._steps = {}
-
-
-def _products(g: Tensor, d: Tensor | None, weights: Tensor | None, wide: bool) -> Tensor:
-    """``g·d``, ``‖g‖²`` and ``‖d‖²``, as one tensor of shape (3,); rows are summed first, in the dtype of ``g``."""
-    dtype = torch.float64 if wide else torch.promote_types(g.dtype, g.dtype if d is None else d.dtype)
-    g = g.to(dtype).view(-1, _ROW)
-    weights = None if weights is None else F.pad(weights, (0, g.numel() - len(weights))).to(dtype).view(-1, _ROW)
-    squares = _squares(g, weights)
-    if d is None:
-        zero = torch.zeros_like(squares)
-        return torch.stack([zero, squares, zero]).sum(1, dtype=exact_dtype(g.device))
-    d = d.to(dtype).view(-1, _ROW)
-    product = torch.mul(g, d)
-    rows = [(product if weights is None else product * weights).sum(1), squares, _squares(d, weights)]
-    return torch.stack(rows).sum(1, dtype=exact_dtype(g.device))
-
-
-def _squares(rows: Tensor, weights: Tensor | None) -> Tensor:
-    if weights is not None:
-        return (rows * rows * weights).sum(1)
-    return torch.linalg.vector_norm(rows, dim=1).square()

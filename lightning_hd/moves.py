@@ -1,21 +1,21 @@
 """Moves: where the parameters are, and were on average. The view of rules with a long horizon.
 
 With ``E_t = φ_{t-1} E_{t-1} + (θ_t - θ_{t-1})``, the sum of the moves, ``θ_t - E_t`` is a running mean of the iterates:
-``r_{t-1} + (1 - φ_{t-1}) (θ_{t-1} - r_{t-1})``. So one vector is kept on the probe, and nothing of the optimizer is known.
+``r_{t-1} + (1 - φ_{t-1}) (θ_{t-1} - r_{t-1})``. So one vector is kept on the probe, and the optimizer need not be known.
 """
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
-from lightning_hd.checks import check_count
+from lightning_hd.checks import check_count, check_flag
 from lightning_hd.notices import Notices
 from lightning_hd.optimizers import coupled_decay
-from lightning_hd.probe import Bucket, Range, Slot, gather, look, pack
+from lightning_hd.probe import Bucket, Key, Range, Slot, gather, look, pack
 from lightning_hd.reduction import Ranks, exact_dtype, gradient_of, is_flat_shard, local
 from lightning_hd.tables import Tables
 from lightning_hd.view import View
@@ -44,7 +44,9 @@ class Moves(View):
         self._pieces: list[list[Tensor]] = []  # of the parameters, for each bucket
         self._means: list[Tensor | None] = []  # r, for each bucket
         self._moved: list[Tensor] = []  # E, for each bucket, while a step is under way
-        self._saved: dict[tuple[int, int], tuple[int, int, Tensor]] = {}  # of a checkpoint: size, count, r
+        self._saved: dict[Key, Saved] = {}  # of a checkpoint
+        self._updated: set[Key] = set()  # parameters that had a gradient in a remembered step
+        self._present: set[Key] = set()  # those that have one now
         self._apart: set[int] = set()  # groups whose last move did not follow their scope's rate
 
     def __getstate__(self) -> dict[str, Any]:
@@ -78,19 +80,17 @@ class Moves(View):
                     mean[start:stop] += moved[start:stop]
                     moved[start:stop] = 0
             if missing & bucket.parts.keys():
-                present = self._present(bucket, missing)
-                g, moved = g * present, moved * present
+                mask = self._mask(bucket, missing)
+                g, moved = g * mask, moved * mask
             weighted = (g, moved) if bucket.weights is None else (g * bucket.weights, moved * bucket.weights)
             products = (torch.dot(weighted[0], moved), torch.dot(weighted[0], g), torch.dot(weighted[1], moved))
             sums.append(torch.stack(products))
-        has_gradient = {scopes[slot.group] for place, slot in enumerate(self._slots) if place not in missing}
-        known = any(mean is not None for mean in self._means)
-        return self._tables.combine(
-            sums,
-            [(bucket.key, 1 / bucket.copies, 1 / bucket.copies, 1 / bucket.copies) for bucket in self._buckets],
-            [(scope in has_gradient, known) for scope in range(max(scopes) + 1)],
-            self._device,
-        )
+        self._present = {slot.key for place, slot in enumerate(self._slots) if place not in missing}
+        has_gradient = {scopes[i] for i, _ in self._present}
+        known = {scopes[i] for i, _ in self._present & self._updated}
+        flags = [(scope in has_gradient, scope in known) for scope in range(max(scopes) + 1)]
+        shares = [(bucket.key, *[1 / bucket.copies] * 3) for bucket in self._buckets]
+        return self._tables.combine(sums, shares, flags, self._device)
 
     def keep(self, group: int, lr: float, weight: float) -> None:
         """See which groups do not follow their scopes' rates: the moves that they make now are not counted."""
@@ -102,6 +102,7 @@ class Moves(View):
             part, mean = kept[bucket.key], self._means[i]
             if part is not None:
                 self._means[i] = moved if mean is None else mean.add_(moved, alpha=1 - part)
+        self._updated |= self._present
         self._moved = []
 
     def abandon(self) -> None:
@@ -128,7 +129,7 @@ class Moves(View):
                 g[start:stop].add_(theta[start:stop], alpha=decay)
         return g
 
-    def _present(self, bucket: Bucket, missing: frozenset[int]) -> Tensor:
+    def _mask(self, bucket: Bucket, missing: frozenset[int]) -> Tensor:
         """1 where a parameter has a gradient, else 0."""
         flags = [
             (float(place not in missing), stop - start) for place, runs in bucket.parts.items() for start, stop in runs
@@ -176,64 +177,55 @@ class Moves(View):
 
     # ------------------------------------------------------------------ what was remembered
 
-    def _local_means(self) -> dict[tuple[int, int], tuple[Slot, Tensor]]:
+    def _local_means(self) -> dict[Key, tuple[Slot, Tensor]]:
         """This process's part of ``r`` for each parameter."""
         parts: dict[int, list[Tensor]] = {}
         for bucket, mean in zip(self._buckets, self._means, strict=True):
-            if mean is not None:
-                lengths = [sum(stop - start for start, stop in runs) for runs in bucket.parts.values()]
-                for place, part in zip(bucket.parts, mean.split(lengths), strict=True):
-                    parts.setdefault(place, []).append(part)
+            for place, part in zip(bucket.parts, mean.split(bucket.lengths) if mean is not None else ()):  # noqa: B905
+                parts.setdefault(place, []).append(part)
         slots = [self._slots[place] for place in parts]
-        return {
-            (slot.group, slot.index): (slot, torch.cat(tensors))
-            for slot, tensors in zip(slots, parts.values(), strict=True)
-        }
+        return {slot.key: (slot, torch.cat(tensors)) for slot, tensors in zip(slots, parts.values(), strict=True)}
 
-    def _carried(self, before: Mapping[tuple[int, int], tuple[Slot, Tensor]]) -> list[Tensor | None]:
+    def _carried(self, before: Mapping[Key, tuple[Slot, Tensor]]) -> list[Tensor | None]:
         """``r`` for the present buckets, from that of the former ones, or of a checkpoint; else the parameters."""
         known: dict[int, Tensor] = {}
         for place, slot in enumerate(self._slots):
-            key = (slot.group, slot.index)
-            if key in before and (before[key][0].size, before[key][0].runs) == (slot.size, slot.runs):
-                known[place] = before[key][1]
-            elif key in self._saved and self._saved[key][:2] == (slot.size, slot.count):
-                known[place] = self._saved[key][2][slot.positions()]
-        if (self._saved or before) and len(known) < len(self._slots) and not known:
-            self._notices.warn(
-                "lost moves",
-                "what is remembered of former steps is of other parameters; the memory starts anew",
-            )
+            former, saved = before.get(slot.key), self._saved.get(slot.key)
+            if former is not None and (former[0].size, former[0].runs) == (slot.size, slot.runs):
+                known[place] = former[1]
+            elif saved is not None and (saved.size, saved.count) == (slot.size, slot.count):
+                known[place] = saved.mean[slot.positions()]
+        self._updated &= {self._slots[place].key for place in known}
         if not known:
+            if before or self._saved:
+                self._notices.warn(
+                    "lost moves", "what is remembered is of other parameters; the memory of former steps starts anew"
+                )
             return [None] * len(self._buckets)
         means: list[Tensor | None] = []
         taken = dict.fromkeys(known, 0)
         for bucket in self._buckets:
-            mean = gather(bucket.views(self._flats()))
-            mean = mean.to(exact_dtype(bucket.device), copy=True)
-            at = 0
-            for place, runs in bucket.parts.items():
-                length = sum(stop - start for start, stop in runs)
+            mean = gather(bucket.views(self._flats())).to(exact_dtype(bucket.device), copy=True)
+            for place, part in zip(bucket.parts, mean.split(bucket.lengths), strict=True):
                 if place in known:
-                    mean[at : at + length] = known[place][taken[place] : taken[place] + length]
-                    taken[place] += length
-                at += length
+                    part.copy_(known[place][taken[place] : taken[place] + len(part)])
+                    taken[place] += len(part)
             means.append(mean)
         return means
 
     def state_dict(self) -> dict[str, Any]:
         """``r`` in the coordinates of the whole parameters; where they are sharded, to be called on every process."""
         if not self._slots or all(mean is None for mean in self._means):
-            saved = [[*key, size, count] for key, (size, count, _) in self._saved.items()]
-            parts = [values for _, _, values in self._saved.values()]
-            return {"parameters": saved, "mean": torch.cat(parts) if parts else torch.zeros(0)}
+            wholes = [saved.mean for saved in self._saved.values()]
+            entries = [[*key, saved.size, saved.count, saved.updated] for key, saved in self._saved.items()]
+            return {"parameters": entries, "mean": torch.cat(wholes) if wholes else torch.zeros(0)}
         own = self._local_means()
         sharded = self._ranks.count > 1 and any(
             isinstance(slot.p, DTensor) or slot.offset is not None for slot in self._slots
         )
         wholes = []
         for slot in self._slots:
-            _, part = own.get((slot.group, slot.index), (slot, torch.zeros(0)))
+            _, part = own.get(slot.key, (slot, torch.zeros(0)))
             whole = torch.zeros(slot.count, dtype=exact_dtype(self._device), device=self._device)
             if not sharded:
                 whole = part.to(whole)
@@ -242,8 +234,8 @@ class Moves(View):
             wholes.append(whole)
         mean = torch.cat(wholes)
         return {
-            "parameters": [[slot.group, slot.index, slot.size, slot.count] for slot in self._slots],
-            "mean": self._ranks.sum(mean).cpu() if sharded else mean.cpu(),
+            "parameters": [[*slot.key, slot.size, slot.count, slot.key in self._updated] for slot in self._slots],
+            "mean": (self._ranks.sum(mean) if sharded else mean).cpu(),
         }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -252,13 +244,29 @@ class Moves(View):
         Raises:
             KeyError, TypeError, ValueError: It is damaged.
         """
-        saved = [tuple(check_count("parameters", number) for number in entry) for entry in state_dict["parameters"]]
-        counts, mean = [entry[3] for entry in saved], state_dict["mean"]
-        if not isinstance(mean, Tensor) or mean.shape != (sum(counts),) or not mean.isfinite().all():
+        entries = [
+            ([check_count("parameters", number) for number in numbers], check_flag("parameters", updated))
+            for *numbers, updated in state_dict["parameters"]
+        ]
+        counts, mean = [count for (_, _, _, count), _ in entries], state_dict["mean"]
+        if not isinstance(mean, Tensor) or mean.shape != (sum(counts),) or not bool(mean.isfinite().all()):
             raise ValueError(f"mean must be {sum(counts)} finite numbers")
-        parts = mean.split(counts) if counts else ()
         self._parameters, self._slots, self._buckets, self._means = [], [], [], []
-        self._saved = {(entry[0], entry[1]): (*entry[2:], part) for entry, part in zip(saved, parts, strict=True)}
+        parts = mean.split(counts) if counts else ()
+        self._saved = {
+            (i, j): Saved(size, count, updated, part)
+            for ((i, j, size, count), updated), part in zip(entries, parts, strict=True)
+        }
+        self._updated = {key for key, saved in self._saved.items() if saved.updated}
+
+
+class Saved(NamedTuple):
+    """What a checkpoint has of one parameter: its size, how many coordinates are looked at, and ``r`` at those."""
+
+    size: int
+    count: int
+    updated: bool
+    mean: Tensor
 
 
 def flat_offsets(parameters: Sequence[Tensor], ranks: Ranks) -> dict[Tensor, Range]:

@@ -8,6 +8,7 @@ import math
 import random
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from itertools import pairwise
 from typing import Any
 
@@ -27,6 +28,8 @@ _CACHED, _LAUNCHED = 2**18, 2**24
 """Coordinates in a bucket, on a CPU for it to stay in the cache, elsewhere for few launches."""
 
 Range = tuple[int, int]
+Key = tuple[int, int]
+"""A parameter: its group, and its place in it."""
 
 
 @dataclass(frozen=True)
@@ -55,6 +58,11 @@ class Slot:
     order: tuple[int, ...] | None
     offset: Range | None
 
+    @cached_property
+    def key(self) -> Key:
+        """Which parameter it is."""
+        return self.group, self.index
+
     @property
     def weight(self) -> float:
         """For how many coordinates each one that is looked at stands."""
@@ -74,7 +82,7 @@ class Slot:
         """For each number of :attr:`runs`, its place among the parameter's coordinates that are looked at."""
         own = coordinates(self.p, self.offset)
         ids = torch.cat([own[start:stop] for start, stop in self.runs]) if self.runs else own[:0]
-        starts = torch.tensor([start for start, _ in self.blocks])
+        starts = torch.tensor([start for start, _ in self.blocks], dtype=torch.int64)
         before = torch.tensor([0, *(stop - start for start, stop in self.blocks)]).cumsum(0)
         block = torch.searchsorted(starts, ids, right=True) - 1
         return before[block] + ids - starts[block]
@@ -101,6 +109,11 @@ class Bucket:
     parts: dict[int, list[Range]] = field(default_factory=dict)
     spans: dict[int, Range] = field(default_factory=dict)
     weights: Tensor | None = None
+
+    @property
+    def lengths(self) -> list[int]:
+        """How many numbers of each parameter it has."""
+        return [sum(stop - start for start, stop in runs) for runs in self.parts.values()]
 
     def add(self, place: int, group: int, run: Range) -> None:
         """Take in a range of one parameter."""
@@ -230,7 +243,7 @@ def _runs(p: Tensor, blocks: Sequence[Range], offset: Range | None) -> tuple[Ran
     ids = coordinates(p, offset)
     if blocks == ((0, _size(p, {})),):
         return ((0, len(ids)),) if len(ids) else ()
-    starts, stops = torch.tensor(blocks).T.contiguous()
+    starts, stops = torch.tensor(blocks, dtype=torch.int64).view(-1, 2).T.contiguous()
     block = torch.searchsorted(starts, ids, right=True) - 1
     places = torch.nonzero((block >= 0) & (ids < stops[block.clamp(min=0)])).flatten().tolist()
     breaks = [i for i, (a, b) in enumerate(pairwise(places), start=1) if b != a + 1]

@@ -1,6 +1,7 @@
 """Rates: the learning rate of every parameter group, what is configured or scheduled times what is learned."""
 
 import math
+from collections.abc import Container, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -143,8 +144,10 @@ class Rates:
         self._grow(scope, factor)
         return factor
 
-    def effective(self, used: list[float]) -> list[tuple[float, float]]:
+    def effective(self, used: Sequence[float], begun: Container[int] = ()) -> list[tuple[float, float]]:
         """For each group its rate, and the derivative of that with respect to the scope's, which is ``used[scope]``.
+
+        Those in ``begun`` take their first step.
 
         A group that is clamped does not follow its scope: the derivative is 0. But where all groups of a scope are
         clamped, it is taken without the clamps, so that the scope can come back, as it is where the rule has yet to
@@ -160,7 +163,7 @@ class Rates:
             frozen = group.zero and group.base == 0
             lr = 0.0 if frozen else min(max(free, self._min_lr), self._max_lr)
             rates.append((lr, group.unscaled / reference))
-            clamped.append(lr != free and not scope.waits)
+            clamped.append(lr != free and (not scope.waits or group.scope in begun))
         inside = {group.scope for group, out in zip(self.groups, clamped, strict=True) if group.base and not out}
         return [
             (lr, 0.0 if out and group.scope in inside else weight)

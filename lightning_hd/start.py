@@ -4,6 +4,7 @@ import inspect
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -15,6 +16,7 @@ from lightning_hd.directions import direction_of
 from lightning_hd.optimizers import check_gradients, coupled_decay
 from lightning_hd.rates import get_lr
 from lightning_hd.reduction import Ranks, as_real, exact_dtype, gradient_of, local, widen
+from lightning_hd.sums import squared_norm
 
 _TRIAL = 2.0**-13
 """The length of a step on trial over that of the parameters: about that of a first step, so that what an optimizer
@@ -115,7 +117,7 @@ class Start:
             own: What must be the same on all ranks.
         """
         try:
-            check_gradients(self._parameters())
+            self.check_gradients()
         except TypeError as sparse:
             error = error or sparse
         if self._ranks.count > 1 and not self._compared:
@@ -123,6 +125,10 @@ class Start:
         if error is not None:
             raise error
         self._compared = True
+
+    def check_gradients(self) -> None:
+        """Raise :class:`TypeError` where a gradient is sparse."""
+        check_gradients(self._parameters())
 
     def _compare(self, own: Mapping[str, Any]) -> None:
         own = {key: _plain(value) for key, value in own.items()}
@@ -163,13 +169,16 @@ class Start:
                 g = raw if grad_scale is None else raw / grad_scale.to(raw.device)
                 g = -g if settings.get("maximize", False) else g
                 decay = coupled_decay(self._optimizer, settings)
-                d = direction.first(g.add(theta, alpha=decay) if decay else g, theta)
-                if self._optimizer.state.get(p):
-                    d = None  # its steps so far count as well
+                g = g.add(theta, alpha=decay) if decay else g
+                d = direction.ahead(g, theta, partial(self._state, p))
                 numbers = [squared_norm(theta), squared_norm(g), theta.numel()]
                 numbers += [0.0 if d is None else weight**2 * squared_norm(d), d is None, bool(raw.any())]
                 sums += sums.new_tensor([float(number) for number in numbers]) / self._ranks.copies(p)
         return sums
+
+    def _state(self, p: Tensor, name: str) -> Tensor | None:
+        tensor = self._optimizer.state.get(p, {}).get(name)
+        return None if tensor is None else widen(as_real(local(tensor)))
 
     def measure(self, before: Mapping[Tensor, Tensor], groups: Sequence[Mapping[int, float]]) -> list[float]:
         """``‖θ_0 - θ_1‖`` for some scopes, each difference weighted as its group: one collective."""
@@ -190,11 +199,6 @@ class Start:
     def _zeros(self, size: int) -> Tensor:
         device = next(iter(self._parameters())).device
         return torch.zeros(size, dtype=exact_dtype(device), device=device)
-
-
-def squared_norm(tensor: Tensor) -> Tensor:
-    """``‖tensor‖²``, accumulated in the widest dtype, as a 0-dim tensor."""
-    return torch.linalg.vector_norm(tensor, dtype=exact_dtype(tensor.device)).square()
 
 
 def shorten(p: Tensor, before: Tensor, part: float) -> None:

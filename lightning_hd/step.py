@@ -37,8 +37,9 @@ class Step:
     finite: bool = True
     lrs: list[float] = field(default_factory=list)  # what param_groups[i]["lr"] holds during the update
     weights: list[float] = field(default_factory=list)  # derivative of the group's rate with respect to the scope's
-    trial: dict[int, float] = field(default_factory=dict)  # of scopes whose direction is not known: a short rate
-    param_norms: dict[int, float] = field(default_factory=dict)  # ‖θ_0‖ of those that get their first rate from it
+    trial: dict[int, float] = field(default_factory=dict)  # of groups whose direction is not known: a short rate
+    starting: dict[int, float] = field(default_factory=dict)  # scopes that get their first rate from that, and ‖θ_0‖
+    begun: set[int] = field(default_factory=set)  # scopes that have their first rate since this step
     before: dict[Tensor, Tensor] = field(default_factory=dict)  # θ_{t-1}, on trial
 
 
@@ -166,11 +167,15 @@ class Tuning:
             step.has_gradient.append(bool(found[3]))
             step.seen.append(self._see(i, *found))
             step.rates.append(self._decide(step, i))
-            step.kept.append(self._discount(step, i))
+        if self.rates.under_schedule and all(scope.from_zero for scope in self.rates.scopes):
+            self.notices.warn(
+                "zero schedule",
+                "the scheduled learning rate is 0, and no scale changes that: unless it rises, nothing is learned",
+            )
         self._take_off(step)
+        step.kept = [self._discount(step, i) for i in range(len(sums))]
         for i, (lr, weight) in enumerate(self._effective(step)):
-            lr = step.trial.get(self.rates.groups[i].scope, lr) if weight else lr
-            step.lrs.append(set_lr(groups[i], lr))
+            step.lrs.append(set_lr(groups[i], step.trial.get(i, lr)))
             step.weights.append(weight)
             follow_rate(self.optimizer, groups[i], step.lrs[i])
             self.view.keep(i, step.lrs[i], weight)
@@ -192,7 +197,11 @@ class Tuning:
         scopes = [group.scope for group in self.rates.groups]
         grad_scale = getattr(self.optimizer, "grad_scale", None)
         for wide in (False, True):
-            sums = self.view.observe(scopes, grad_scale, wide)
+            try:
+                sums = self.view.observe(scopes, grad_scale, wide)
+            except RuntimeError:
+                self.start.check_gradients()
+                raise
             # A fused optimizer under a GradScaler unscales inside of its step, and skips it where an inf was found: the
             # scaler reports it by these two attributes, which exist during the step only.
             found_inf = getattr(self.optimizer, "found_inf", None)
@@ -210,7 +219,7 @@ class Tuning:
     ) -> Observation | None:
         """What a step shows of a scope; nothing where no step came before, or it was put back."""
         scope = self.rates.scopes[index]
-        if not known or scope.waits or (d_squared == 0 and not scope.moved):
+        if not known or scope.waits:
             return None
         measured = any(self.view.measured(i) for i in self.rates.members(index))
         if measured and d_squared == 0 < g_squared and (scope.last is None or scope.last.grad_norm > 0):
@@ -222,6 +231,8 @@ class Tuning:
                     "the last step vanished in the rounding of the parameters, so its direction is unknown and the "
                     "learning rate stays as it is: start from a larger one, or from 0",
                 )
+        if d_squared == 0 and not scope.moved:
+            return None
         return Observation(derivative, math.sqrt(g_squared), math.sqrt(d_squared))
 
     def _decide(self, step: Step, index: int) -> tuple[float, float]:
@@ -261,10 +272,10 @@ class Tuning:
         rule, seen = self.rates.scopes[index].rule, step.seen[index]
         if not self.rule.long_horizon or (seen is not None and not all(map(math.isfinite, seen))):
             return None
-        return returned(rule.discount(self.step_count + 1), rule, "discount")
+        return returned(rule.discount(step.rates[index][0], self.step_count + 1), rule, "discount")
 
     def _effective(self, step: Step) -> list[tuple[float, float]]:
-        return self.rates.effective([used for _, used in step.rates])
+        return self.rates.effective([used for _, used in step.rates], step.begun)
 
     # ------------------------------------------------------------------ first steps
 
@@ -275,7 +286,7 @@ class Tuning:
         for i, (lr, weight) in enumerate(self._effective(step)):
             index = self.rates.groups[i].scope
             unknown = lr == 0 and not self.rule.long_horizon and self._must_measure(i)
-            if step.has_gradient[index] and (unknown or self.rates.scopes[index].waits):
+            if weight and step.has_gradient[index] and (unknown or self.rates.scopes[index].waits):
                 weights.setdefault(index, {})[i] = weight
         if not weights:
             return
@@ -284,26 +295,26 @@ class Tuning:
             if scope.waits and not outlook.is_finite:
                 self._stay(step, scope, "the first direction, so this step is not taken")
             elif scope.waits and outlook.direction_norm and not outlook.is_zero:
-                step.rates[index] = self._first(index, outlook.param_norm, outlook.direction_norm)
+                self._begin(step, index, outlook.param_norm, outlook.direction_norm)
                 continue
             elif scope.waits and not outlook.is_zero:
-                step.param_norms[index] = outlook.param_norm
-            step.trial[index] = outlook.trial_lr(self.start.rounding(), scope.vanished)
-        for i, settings in enumerate(groups):
-            if self.rates.groups[i].scope in step.trial:
-                step.before |= {p: p.clone(memory_format=torch.preserve_format) for p in settings["params"]}
+                step.starting[index] = outlook.param_norm
+            step.trial |= dict.fromkeys(weights[index], outlook.trial_lr(self.start.rounding(), scope.vanished))
+        for i in step.trial:
+            step.before |= {p: p.clone(memory_format=torch.preserve_format) for p in groups[i]["params"]}
 
     def _must_measure(self, group: int) -> bool:
         return isinstance(direction_of(self.optimizer, self.optimizer.param_groups[group], 0.0), Measured)
 
-    def _first(self, index: int, param_norm: float, direction_norm: float) -> tuple[float, float]:
-        """``α_1`` of a scope."""
+    def _begin(self, step: Step, index: int, param_norm: float, direction_norm: float) -> None:
+        """Let the rule pick ``α_1`` of a scope."""
         rule = self.rates.scopes[index].rule
         lr = returned(rule.first_lr(param_norm, direction_norm), rule, "first_lr")
         if not math.isfinite(lr):
             raise ValueError(f"{type(rule).__name__}.first_lr must return a finite number, got {lr}")
         lr = self.rates.clamp(index, min(max(lr, -_LARGEST), _LARGEST))
-        return lr, lr
+        step.rates[index] = (lr, lr)
+        step.begun.add(index)
 
     # ------------------------------------------------------------------ after the update
 
@@ -324,7 +335,7 @@ class Tuning:
         for i, scope in enumerate(self.rates.scopes):
             (scope.lr, scope.used), scope.last = step.rates[i], step.seen[i]
             moves = step.has_gradient[i] and any(step.weights[j] for j in self.rates.members(i))
-            scope.started |= moves and not (scope.waits and i in step.trial)
+            scope.started |= moves and (i in step.begun or not scope.waits)
             scope.moved = scope.started and moves and any(step.lrs[j] for j in self.rates.members(i))
         if self.rates.under_schedule:
             self._give_back_rates(step)
@@ -333,31 +344,26 @@ class Tuning:
 
     def _measure(self, step: Step) -> None:
         """The first rates that steps on trial have shown; where there is none, the parameters are put back."""
-        groups = [{i: step.weights[i] for i in self.rates.members(index)} for index in step.param_norms]
+        groups = [{i: step.weights[i] for i in self.rates.members(index) if i in step.trial} for index in step.starting]
         norms = self.start.measure(step.before, groups) if groups else []
-        for (index, param_norm), norm in zip(list(step.param_norms.items()), norms, strict=True):
-            scope, d_norm = self.rates.scopes[index], norm / step.trial[index]
-            if not math.isfinite(d_norm):
+        for (index, param_norm), own, norm in zip(step.starting.items(), groups, norms, strict=True):
+            scope, d_norm = self.rates.scopes[index], norm / step.trial[next(iter(own))]
+            if math.isfinite(d_norm) and d_norm:
+                self._begin(step, index, param_norm, d_norm)
+            elif d_norm:
                 self._stay(step, scope, "the first direction, so this step is not taken")
-            elif not norm:
-                scope.vanished += 1
             else:
-                step.rates[index] = self._first(index, param_norm, d_norm)
-                continue
-            del step.param_norms[index]
+                scope.vanished += 1
 
     def _put_right(self, step: Step) -> None:
         """Shorten what was moved on trial to what the group's own rate would have moved; without one, to nothing."""
         for i, (lr, weight) in enumerate(self._effective(step)):
-            index, settings = self.rates.groups[i].scope, self.optimizer.param_groups[i]
-            if index in step.trial:
-                part = lr / step.trial[index] if index in step.param_norms else 0.0
+            settings = self.optimizer.param_groups[i]
+            if i in step.trial:
+                part = lr / step.trial[i] if self.rates.groups[i].scope in step.begun else 0.0
                 for p in settings["params"]:
-                    if step.weights[i]:
-                        shorten(p, step.before[p], part)
+                    shorten(p, step.before[p], part)
                 step.lrs[i], step.weights[i] = set_lr(settings, lr), weight
-        for index in step.param_norms:
-            del step.trial[index]
 
     def _give_back_rates(self, step: Step) -> None:
         """What the scheduler says; less by as much as the optimizer has lowered its rate during the step, if it has."""

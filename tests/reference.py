@@ -126,10 +126,22 @@ class AutoRule:
         self._bent: list[float] = []
         self._logs: list[float] = []
         self._variance = (np.log(2.5) / 3) ** 2
+        self._remembered: list[tuple[float, float]] = []  # log α of each move in E, and how much is left of it
+
+    def part_kept(self, lr: float, t: int) -> float:
+        """How much of E is left where the next move comes in, which is made at ``lr``."""
+        part = 1 - 1 / max(300.0, t / 2)
+        if self._remembered:
+            logs, weights = np.array(self._remembered).T
+            part *= np.exp(-max(abs(np.log(lr) - np.dot(logs, weights) / np.sum(weights)) - 0.7, 0.0))
+        self._remembered = [(log, part * weight) for log, weight in self._remembered] + [(float(np.log(lr)), 1.0)]
+        return float(part)
 
     def next_lr(self, lr: float, t: int, product: float, g_norm: float, d_norm: float) -> float:
-        """The rate of step t, before what is left of a brake, from ``g · D``, ``‖g‖`` and ``‖D‖``."""
+        """The rate of step t, before what is left of a brake, from ``-g · E``, ``‖g‖`` and ``‖E‖``."""
         self.slope = 0.0
+        if g_norm and not d_norm:
+            return float(lr * np.exp(0.5))
         if g_norm == 0:
             return lr
         self._memories.append(1 - 1 / max(10.0, t / 50))
@@ -177,20 +189,20 @@ def train_auto(
     next(direction)
     data = batches()
     lr, rule = first_lr or 0.0, AutoRule()
-    discounted: list[Array] = []
+    moves = [np.zeros_like(p) for p in parameters]  # E
     lrs: list[float] = []
     for t in range(1, steps + 1):
         _, g = network_loss(parameters, *data[(t - 1) % len(data)])
         g = [(leaps or {}).get(t, 1.0) * x for x in g]
         if t > 1:
-            lr = rule.next_lr(lr, t, dot(g, discounted), np.sqrt(dot(g, g)), np.sqrt(dot(discounted, discounted)))
+            lr = rule.next_lr(lr, t, -dot(g, moves), norm(g), norm(moves))
         d = direction.send(g)
         d = [x + weight_decay * p for x, p in zip(d, parameters, strict=True)]
         if t == 1 and first_lr is None:
             lr = rule.first = 1e-4 * np.sqrt(dot(parameters, parameters)) / np.sqrt(dot(d, d))
-        mu = 1 - 1 / max(300.0, t / 2)
-        discounted = [mu * s + x for s, x in zip(discounted, d, strict=True)] if discounted else d
+        part = rule.part_kept(lr, t)
         used = lr * np.exp(-rule.brake)
+        moves = [part * e - used * x for e, x in zip(moves, d, strict=True)]
         parameters = [p - used * x for p, x in zip(parameters, d, strict=True)]
         lrs.append(float(used))
     return lrs, parameters, rule.braked
@@ -238,8 +250,9 @@ class Tuned:
         self._autos = [AutoRule() for _ in self.scopes]
         self._started = [self._rule != "auto" for _ in self.scopes]
         self._directions: dict[tuple[int, int], Generator[list[Array], list[Array], None]] = {}
-        self._last: dict[tuple[int, int], Array] = {}  # d_{t-1}, or D_{t-1}, as the groups' rates follow their scopes'
-        self._lengths = [0.0] * len(self.scopes)  # the longest that it has been
+        self._last: dict[tuple[int, int], Array] = {}  # d_{t-1}, as the groups' rates follow their scopes', or -E_t
+        self._lengths = [0.0] * len(self.scopes)  # the longest that it has been, or what its rounding is relative to
+        self._moved = [False] * len(self.scopes)
         self._errors = [0.0] * len(self.scopes)
 
     def error(self, i: int) -> float:
@@ -249,7 +262,13 @@ class Tuned:
 
     def step(self, gradients: dict[tuple[int, int], Array]) -> None:
         """One step; none where there is no gradient at all, nor a first one where all rates and gradients are 0."""
-        if not gradients or (self.steps == 0 and not any(self.lrs) and not any(x.any() for x in gradients.values())):
+        if not gradients:
+            return
+        if self.steps == 0 and not any(self.lrs) and not any(x.any() for x in gradients.values()):
+            for key, x in gradients.items():  # the optimizer makes its state
+                self._direction(
+                    key, x + self._decays[key[0]] * self.values[key] * (not self._settings.get("decoupled"))
+                )
             return
         self.steps += 1
         sign = -1.0 if self._settings.get("maximize") else 1.0
@@ -284,6 +303,9 @@ class Tuned:
         if known:
             product = dot([g[key] for key in known], [self._last[key] for key in known])
             g_norm, d_norm = norm(g.values()), norm(self._last[key] for key in known)
+            if self._rule == "auto" and d_norm == 0 and not self._moved[s]:
+                self._clamp(s)
+                return
             g_size = g_norm + sum(self._decays[key[0]] * self.sizes[key] * g[key].size for key in g)
             size = g_size * self._lengths[s]
             self.seen[s], self.seen_sizes[s] = (-product, g_norm, d_norm), (size, g_size, self._lengths[s])
@@ -319,16 +341,31 @@ class Tuned:
             for i in members:
                 self.lrs[i] = min(max(free[i], self._low), self._high) if self.ratios[i] else 0.0
                 weights[i] = self.ratios[i] if i in within or not within else 0.0
-        mu = 1 - 1 / max(300.0, self.steps / 2)
-        self._last = {key: mu * x for key, x in self._last.items()} if self._rule == "auto" else {}
+        auto = self._rule == "auto"
+        parts = [
+            rule.part_kept(alpha, self.steps) if auto and started else 0.0
+            for rule, alpha, started in zip(self._autos, self.alphas, self._started, strict=True)
+        ]
+        of_group = [s for s, members in enumerate(self.scopes) for _ in members]
+        self._last = {key: parts[of_group[key[0]]] * x for key, x in self._last.items()} if auto else {}
+        self._moved = [
+            self._started[s] and any(key[0] in members and weights[key[0]] and self.lrs[key[0]] for key in d)
+            for s, members in enumerate(self.scopes)
+        ]
         for key, x in d.items():
             i = key[0]
             self.values[key] = self.values[key] - self.lrs[i] * x
-            self._last[key] = self._last.get(key, np.zeros_like(x)) + weights[i] * x
+            if auto:
+                followed = bool(weights[i])
+                self._last[key] = followed * (self._last.get(key, np.zeros_like(x)) + self.lrs[i] * x)
+            else:
+                self._last[key] = weights[i] * x
             largest, longest = (float(np.max(np.abs(y), initial=0.0)) for y in (self.values[key], x))
             self.sizes[key] = max(self.sizes[key], largest) + (abs(self.lrs[i]) + abs(self.error(i))) * longest
         for s, members in enumerate(self.scopes):
             length = norm(x for key, x in self._last.items() if key[0] in members)
+            if auto:  # a difference of parameters
+                length += norm(np.full(x.shape, self.sizes[key]) for key, x in self.values.items() if key[0] in members)
             self._lengths[s] = max(self._lengths[s], length)
 
 

@@ -33,6 +33,7 @@ from torch.optim import (
 from lightning_hd import Auto, HypergradientDescent, HypergradientLR, Observation
 from tests import reference
 from tests.test_callback import Digits, Reference, make_trainer, scalars, tags
+from tests.test_checkpoints import differences
 from tests.test_hypergradient import FAMILIES, observed, run, same, trajectory
 
 pytestmark = [
@@ -118,8 +119,8 @@ def test_the_first_steps_by_hand() -> None:
     alpha *= math.exp(0.15 / math.sqrt(squares))
     for _ in range(2):
         p.grad = torch.tensor([0.0, 0.5], dtype=torch.float64)
-        optimizer.state[p]["hd_discounted"][1] = 0.0
         optimizer.step()
+        p.data[1] = 4.0  # whatever happens between two steps is a part of the move
         assert observed(hd).cosine == 0
         assert hd.lrs == [pytest.approx(alpha, rel=1e-14)], "two right angles say nothing"
 
@@ -236,7 +237,7 @@ def test_two_runs_are_equal_bit_for_bit(cls: Any, settings: dict[str, Any]) -> N
         ends.append((trajectory(network, optimizer, hd, range(60)), network, hd.state_dict()))
     assert ends[0][0] == ends[1][0]
     assert same(ends[0][1], ends[1][1])
-    assert ends[0][2] == ends[1][2]
+    assert differences(ends[0][2], ends[1][2]) == 0
 
 
 # ---------------------------------------------------------------------- its state

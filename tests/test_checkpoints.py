@@ -16,7 +16,6 @@ from torch import Tensor, nn
 from torch.optim import SGD, Adam, Optimizer
 
 from lightning_hd import HypergradientDescent, HypergradientLR
-from lightning_hd.directions import DISCOUNTED
 from tests import reference
 from tests.loader import Resumable
 from tests.test_callback import Reference, make_trainer, same
@@ -234,9 +233,9 @@ def test_a_damaged_state_is_named() -> None:
 # ---------------------------------------------------------------------- tensors without their numbers, and otherwise
 
 
-def halves(change: Callable[[dict[str, Any]], Any]) -> tuple[Training, Training]:
+def halves(change: Callable[[dict[str, Any]], Any], rule: str = "multiplicative") -> tuple[Training, Training]:
     """A training of twelve batches, and another one that loads what ``change`` leaves of its state."""
-    first, second = (Training("Adam", "auto", "global", "32-true") for _ in range(2))
+    first, second = (Training("RMSprop", rule, "global", "32-true") for _ in range(2))
     first.run(range(12))
     state = copy.deepcopy(first.state())
     change(state)
@@ -249,7 +248,7 @@ def halves(change: Callable[[dict[str, Any]], Any]) -> tuple[Training, Training]
 
 def lose_tensors(state: dict[str, Any]) -> None:
     for own in state["optimizer"]["state"].values():
-        del own[DISCOUNTED]
+        del own["hd_direction"]
 
 
 def lose_numbers(state: dict[str, Any]) -> None:
@@ -271,7 +270,25 @@ def test_tensors_of_another_run_are_not_mixed_in() -> None:
     assert differences(second.state(), fresh.state()) == 0
 
 
-def test_a_lost_sum_of_directions_is_told_and_summed_anew() -> None:
+def lose_moves(state: dict[str, Any]) -> None:
+    view = state["hd"]["view"]
+    view["parameters"][0][2] += 1  # of another size
+    del view["parameters"][1:]
+    view["mean"] = view["mean"][: view["parameters"][0][3]]
+
+
+def test_moves_of_other_parameters_are_told_and_summed_anew() -> None:
+    first, second = halves(lose_moves, "auto")
+    with pytest.warns(RuntimeWarning, match="the memory of former steps starts anew"):
+        second.run(range(12, 14))
+    assert second.hd.lrs == first.hd.lrs
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        second.run(range(14, 16))
+    assert second.hd.lrs != first.hd.lrs
+
+
+def test_lost_directions_are_told_and_known_again_after_a_step() -> None:
     first, second = halves(lose_tensors)
     with pytest.warns(RuntimeWarning, match="lost the last direction"):
         second.run(range(12, 14))

@@ -27,8 +27,8 @@ class Auto(Rule):
         \log α_t &= \log α_{t-1} + \mathrm{clip}(\frac{H}{\max(H, t / 2)} \, b_t / \sqrt{S_t}),
         \qquad S_t = κ S_{t-1} + b_t^2
 
-    ``L`` is the mean of ``log α`` over the moves in ``E``, each counted as far as it is remembered. Moves that were made
-    at rates far from the present one say nothing about it, so they are forgotten.
+    ``L`` is the mean of ``log α`` over the moves in ``E``, each counted as far as it is remembered. Moves at rates far
+    from the present one say nothing about it, so they are forgotten.
 
     Noise along directions of high curvature cancels within the memory. Slow progress along those of low curvature adds
     up. ``c`` is the cosine, except that a gradient larger than usual counts for more, as it does in the mean loss. It
@@ -124,9 +124,9 @@ class Auto(Rule):
             setattr(self, name, check_number(name, getattr(self, name), low, high))
         self.brakes = 0
         self._first_lr = 0.0  # α_1; 0 where it is the configured one
-        self._log_lr = 0.0  # log α_t, once there are moves
-        self._logs = 0.0  # sum of log α over the moves in E, as far as each is remembered
-        self._moves = 0.0  # their number, likewise
+        self._lr = 0.0  # α_{t-1}
+        self._gap = 0.0  # log α_t - L_t
+        self._moves = 0.0  # how many moves are in E, each counted as far as it is remembered
         self._cosine = 0.0  # c_t
         self._squares = 0.0  # S_t
         self._brake = 0.0  # what is left of the last brakes
@@ -138,28 +138,23 @@ class Auto(Rule):
 
     def first_lr(self, param_norm: float, direction_norm: float) -> float:
         """``α_1 = ρ ‖θ_0‖ / ‖d_1‖``; with ``ρ / ‖d_1‖`` where the parameters are all zero."""
-        self._first_lr = self.first_step * (param_norm or 1.0) / direction_norm
+        self._first_lr = self._lr = self.first_step * (param_norm or 1.0) / direction_norm
+        self._gap = self._moves = 0.0
         return self._first_lr
 
-    def discount(self, step: int) -> float:
+    def discount(self, lr: float, step: int) -> float:
         """``φ_t``: the part of ``E`` that is left where the next move comes in."""
+        if lr > 0 and self._lr > 0:
+            self._gap += math.log(lr / self._lr)
+        self._lr = lr
         kept = 1 - 1 / max(self.horizon, self.growth * step)
-        if self._moves:
-            kept *= math.exp(-max(abs(self._log_lr - self._logs / self._moves) - self.reach, 0.0))
-        self._logs *= kept
-        self._moves *= kept
+        kept *= math.exp(-max(abs(self._gap) - self.reach, 0.0))
+        before, self._moves = kept * self._moves, kept * self._moves + 1
+        self._gap *= before / self._moves
         return kept
 
     def update(self, lr: float, seen: Observation, step: int) -> float:
         """``log α_t`` from ``log α_{t-1}``, the cosine, and the norm of the gradient. A zero gradient says nothing."""
-        if lr > 0:
-            self._logs += math.log(lr)
-            self._moves += 1
-        after = self._next_lr(lr, seen, step)
-        self._log_lr = math.log(after) if after > 0 else self._log_lr
-        return after
-
-    def _next_lr(self, lr: float, seen: Observation, step: int) -> float:
         if seen.grad_norm == 0:
             return lr
         if seen.direction_norm == 0:
@@ -231,8 +226,8 @@ _COUNTS = ("brakes", "_norms")
 
 _LEARNED = {
     "_first_lr": (0.0, math.inf),
-    "_log_lr": (-math.inf, math.inf),
-    "_logs": (-math.inf, math.inf),
+    "_lr": (-math.inf, math.inf),
+    "_gap": (-math.inf, math.inf),
     "_moves": (0.0, math.inf),
     "_cosine": (-math.inf, math.inf),
     "_squares": (0.0, math.inf),

@@ -26,7 +26,7 @@ class Observation(NamedTuple):
 
     @property
     def cosine(self) -> float:
-        """Cosine of ``g_t`` and ``d_{t-1}`` (or ``-E_t``): positive where steps should have been longer; 0 for zeros."""
+        """Cosine of ``g_t`` and ``d_{t-1}`` (or ``-E_t``): positive where steps should have been longer, or 0."""
         norms = self.grad_norm * self.direction_norm
         return -self.hypergradient / (norms + (norms == 0))  # the comparison keeps 0/0 out, for tensors as well
 
@@ -40,7 +40,7 @@ class Rule(ABC):
 
     Attributes:
         long_horizon: ``True``: the derivative is taken with respect to the logarithm of the rate that all remembered
-            steps shared, at ``E_t = φ_{t-1} E_{t-1} + (θ_t - θ_{t-1})``, the sum of the moves (see :meth:`discount`). It
+            steps shared: ``E_t = φ_{t-1} E_{t-1} + (θ_t - θ_{t-1})`` is the sum of the moves (see :meth:`discount`). It
             needs nothing of the optimizer, and looks at a sample of the coordinates. ``False``, the default: with
             respect to the last rate, from the direction of the last step.
         picks_start: ``True``: the first learning rate comes from :meth:`first_lr`, and the configured one sets the
@@ -73,10 +73,12 @@ class Rule(ABC):
         """The rate that step ``t`` is taken with, where it is not ``α_t`` itself."""
         return lr
 
-    def discount(self, step: int) -> float:
-        """``φ_t``, from 0 to 1, the part of ``E`` that is left where the next move comes in; called once per step.
+    def discount(self, lr: float, step: int) -> float:
+        """``φ_t``, the part of ``E`` that is left where the next move comes in, for a rule with :attr:`long_horizon`.
 
-        For a rule with :attr:`long_horizon`.
+        Args:
+            lr: ``α_t``.
+            step: ``t``; it is called once for each.
         """
         raise NotImplementedError(f"{type(self).__name__} has a long horizon and must say how it discounts")
 

@@ -1,0 +1,56 @@
+"""Dot products and norms of flat vectors, with the digits of float32 at least, whatever their size and scale."""
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F  # noqa: N812
+
+from lightning_hd.reduction import exact_dtype, widen
+
+_ROW = 2**10
+"""Numbers that are added in their own dtype; the sums of rows are added in float64."""
+
+_SAFE = (1e-30, 1e30)
+"""Squared norms between these have lost nothing to underflow or overflow in float32."""
+
+
+def products(g: Tensor, d: Tensor | None, weights: Tensor | None = None, wide: bool = False) -> Tensor:
+    """``g·d``, ``‖g‖²`` and ``‖d‖²``, as one tensor of shape (3,) in float64 (float32 on devices without it).
+
+    Args:
+        g: Gradient, flat.
+        d: Direction, of the same length; ``None``: zero.
+        weights: How much each number counts; ``None``: all alike.
+        wide: Whether to compute in float64. In float32, numbers whose squares are out of its range are lost.
+    """
+    exact = exact_dtype(g.device)
+    g_rows, d_rows, w_rows = (None if x is None else _rows(x, exact if wide else None) for x in (g, d, weights))
+    assert g_rows is not None
+    squares = _squares(g_rows, w_rows)
+    if d_rows is None:
+        zero = torch.zeros_like(squares)
+        return torch.stack([zero, squares, zero]).sum(1, dtype=exact)
+    product = g_rows * d_rows if w_rows is None else g_rows * d_rows * w_rows
+    sums = [rows.to(exact) for rows in (product.sum(1), squares, _squares(d_rows, w_rows))]
+    return torch.stack(sums).sum(1)
+
+
+def is_doubtful(g_squared: float, d_squared: float) -> bool:
+    """Whether norms must be computed once more in float64."""
+    low, high = _SAFE
+    return not (low < g_squared < high and low < d_squared < high)
+
+
+def squared_norm(tensor: Tensor) -> Tensor:
+    """``‖tensor‖²``, accumulated in the widest dtype, as a 0-dim tensor."""
+    return torch.linalg.vector_norm(tensor, dtype=exact_dtype(tensor.device)).square()
+
+
+def _rows(x: Tensor, dtype: torch.dtype | None) -> Tensor:
+    x = widen(x) if dtype is None else x.to(dtype)
+    return (F.pad(x, (0, -len(x) % _ROW)) if len(x) % _ROW else x).view(-1, _ROW)
+
+
+def _squares(rows: Tensor, weights: Tensor | None) -> Tensor:
+    if weights is not None:
+        return (rows * rows * weights).sum(1)
+    return torch.linalg.vector_norm(rows, dim=1).square()
