@@ -48,6 +48,7 @@ class Moves(View):
         self._updated: set[Key] = set()  # parameters that had a gradient in a remembered step
         self._present: set[Key] = set()  # those that have one now
         self._apart: set[int] = set()  # groups whose last move did not follow their scope's rate
+        self._coming: set[int] = set()  # those of which the move that comes will not
 
     def __getstate__(self) -> dict[str, Any]:
         return {**vars(self), "_places": []}  # a copy's parameters lie elsewhere
@@ -75,10 +76,9 @@ class Moves(View):
             self._moved.append(moved)
             if mean is None:
                 moved = torch.zeros_like(theta)
-            for group, (start, stop) in bucket.spans.items():
-                if group in self._apart and mean is not None:
-                    mean[start:stop] += moved[start:stop]
-                    moved[start:stop] = 0
+            for start, stop in self._spans_apart(bucket):
+                moved = moved.clone()
+                moved[start:stop] = 0
             if missing & bucket.parts.keys():
                 mask = self._mask(bucket, missing)
                 g, moved = g * mask, moved * mask
@@ -94,7 +94,8 @@ class Moves(View):
 
     def keep(self, group: int, lr: float, weight: float) -> None:
         """See which groups do not follow their scopes' rates: the moves that they make now are not counted."""
-        (self._apart.discard if weight else self._apart.add)(group)
+        if not weight:
+            self._coming.add(group)
 
     def remember(self, kept: Sequence[float | None]) -> None:
         """The step was taken: count the move before it in; where numbers were not finite, the memory stays."""
@@ -102,18 +103,24 @@ class Moves(View):
             part, mean = kept[bucket.key], self._means[i]
             if part is not None:
                 self._means[i] = moved if mean is None else mean.add_(moved, alpha=1 - part)
+                for start, stop in self._spans_apart(bucket) if mean is not None else ():
+                    self._means[i][start:stop].add_(moved[start:stop], alpha=part)  # so that nothing is left of E
+        self._apart, self._coming = self._coming, set()
         self._updated |= self._present
         self._moved = []
 
     def abandon(self) -> None:
         """The step was not taken."""
-        self._moved = []
+        self._moved, self._coming = [], set()
 
     def pause(self) -> None:
         """What moves the parameters in between is a move as any other."""
 
     def make_room(self) -> None:
         """Nothing is saved with the optimizer."""
+
+    def _spans_apart(self, bucket: Bucket) -> list[Range]:
+        return [bucket.spans[group] for group in self._apart & bucket.spans.keys()]
 
     def _gradient(self, bucket: Bucket, g: Tensor, theta: Tensor, grad_scale: Tensor | None) -> Tensor:
         """``g_t``: that of the objective which the optimizer minimizes."""

@@ -130,7 +130,7 @@ class AutoRule:
 
     def part_kept(self, lr: float, t: int) -> float:
         """How much of E is left where the next move comes in, which is made at ``lr``."""
-        part = 1 - 1 / max(300.0, t / 2)
+        part = 1 - 1 / max(450.0, t / 2)
         if self._remembered:
             logs, weights = np.array(self._remembered).T
             part *= np.exp(-max(abs(np.log(lr) - np.dot(logs, weights) / np.sum(weights)) - 0.7, 0.0))
@@ -155,7 +155,7 @@ class AutoRule:
         change = 0.0
         if squares:
             self.slope = float(g_norm / usual_norm / np.sqrt(squares))
-            change = float(np.clip(min(1.0, 600 / t) * self._bent[-1] / np.sqrt(squares), -cap, cap))
+            change = float(np.clip(min(1.0, 900 / t) * self._bent[-1] / np.sqrt(squares), -cap, cap))
         log_norm = np.log(g_norm)
         excess = 0.0
         if len(self._logs) >= 2:
@@ -365,7 +365,7 @@ class Tuned:
         for s, members in enumerate(self.scopes):
             length = norm(x for key, x in self._last.items() if key[0] in members)
             if auto:  # a difference of parameters
-                length += norm(np.full(x.shape, self.sizes[key]) for key, x in self.values.items() if key[0] in members)
+                length += norm(x for key, x in self.values.items() if key[0] in members)
             self._lengths[s] = max(self._lengths[s], length)
 
 

@@ -82,7 +82,7 @@ class Auto(Rule):
     """
 
     start: Literal["automatic", "configured"] = "automatic"
-    horizon: float = 300.0
+    horizon: float = 450.0
     growth: float = 0.5
     reach: float = 0.7
     memory: float = 0.999
