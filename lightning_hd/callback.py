@@ -1,7 +1,5 @@
 """HypergradientDescent: the Lightning callback. Hooks stand in the order in which the Trainer calls them."""
 
-import math
-from array import array
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
@@ -10,7 +8,6 @@ import torch
 import torch.distributed as dist
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
-from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
@@ -19,7 +16,9 @@ from lightning_hd.checks import check_count
 from lightning_hd.hypergradient import HypergradientLR, check_arguments
 from lightning_hd.optimizers import check_optimizer, unwrap
 from lightning_hd.rules import Rule
-from lightning_hd.tensorboard import group_names, optimizer_names, tag
+from lightning_hd.support import check_modules, check_strategy, check_tensors, strategies, with_groups
+from lightning_hd.tensorboard import optimizer_names
+from lightning_hd.tracker import Tracker
 
 
 class HypergradientDescent(Callback):
@@ -98,7 +97,7 @@ class HypergradientDescent(Callback):
         self.log_every_n_steps = log_every_n_steps
         self.prog_bar = prog_bar
         self.engines: list[HypergradientLR] = []
-        self._trackers: list[_Tracker] = []
+        self._trackers: list[Tracker] = []
         self._restored: list[dict[str, Any]] | None = None
         self._pausing: list[RemovableHandle] = []
         self._alone: dist.ProcessGroup | None = None
@@ -133,14 +132,14 @@ class HypergradientDescent(Callback):
 
     def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         """Load the engines' tensors, where Lightning does not."""
-        if "ModelParallelStrategy" in _strategies(trainer) and trainer.ckpt_path and Path(trainer.ckpt_path).is_dir():
+        if "ModelParallelStrategy" in strategies(trainer) and trainer.ckpt_path and Path(trainer.ckpt_path).is_dir():
             for i, optimizer in enumerate(trainer.optimizers):
                 load_copies(pl_module, optimizer, f"optimizer_{i}", Path(trainer.ckpt_path))
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Attach to every optimizer."""
-        _check_strategy(trainer)
-        _check_modules(pl_module)
+        check_strategy(trainer)
+        check_modules(pl_module)
         self._attach(trainer)
         if trainer.ckpt_path and trainer.global_step and self._restored is None and self.engines:
             rank_zero_warn(
@@ -159,7 +158,7 @@ class HypergradientDescent(Callback):
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         """Attach to other optimizers, where they were replaced."""
         self._began = True
-        now, before = _with_groups(trainer), [engine.optimizer for engine in self.engines]
+        now, before = with_groups(trainer), [engine.optimizer for engine in self.engines]
         if len(now) != len(before) or any(unwrap(a) is not b for a, b in zip(now, before, strict=True)):
             rank_zero_warn(
                 "HypergradientDescent: the Trainer's optimizers were replaced in mid-training, so tuning the learning "
@@ -239,10 +238,10 @@ class HypergradientDescent(Callback):
 
     def _attach(self, trainer: Trainer) -> None:
         scheduled = [config.scheduler.optimizer for config in trainer.lr_scheduler_configs]
-        optimizers = _with_groups(trainer)
+        optimizers = with_groups(trainer)
         for optimizer in optimizers:
             check_optimizer(optimizer)
-        _check_tensors(optimizers)
+        check_tensors(optimizers)
         if dist.is_initialized() and dist.get_world_size() > 1 and trainer.world_size == 1:
             # The other processes train something else.
             self._alone = dist.new_group([dist.get_rank()], use_local_synchronization=True)
@@ -262,7 +261,7 @@ class HypergradientDescent(Callback):
             self.engines.append(engine)
             if any(optimizer is other for other in scheduled):
                 engine.scheduled = True
-            self._trackers.append(_Tracker(engine, name))
+            self._trackers.append(Tracker(engine, name))
 
     def _restore(self) -> None:
         if self._restored is None:
@@ -298,116 +297,3 @@ class HypergradientDescent(Callback):
         if self._alone is not None and dist.is_initialized():
             dist.destroy_process_group(self._alone)
         self._alone = None
-
-
-class _Tracker:
-    """What there is to log of one optimizer: its trajectory, and means since they were last logged."""
-
-    def __init__(self, engine: HypergradientLR, name: str) -> None:
-        self.engine = engine
-        self.first_tag = tag("lr", group_names(name, engine.optimizer)[0])
-        self.name = name
-        self._history: list[array[float]] = []
-        self._sums: dict[tuple[str, int], tuple[float, int]] = {}  # with how many numbers were added
-        self._step_count = engine.step_count
-        self.has_news = False
-        self._handles: list[RemovableHandle] = [
-            engine.optimizer.register_step_pre_hook(self._begin),
-            engine.optimizer.register_step_post_hook(self._record),
-        ]
-
-    def detach(self) -> None:
-        for handle in self._handles:
-            handle.remove()
-
-    def _begin(self, *_: Any) -> None:
-        self._step_count = self.engine.step_count
-
-    def _record(self, *_: Any) -> None:
-        """Called after every call of ``optimizer.step``, which need not have been a step of the engine."""
-        if self.engine.step_count == self._step_count:
-            return
-        self.has_news = True
-        lrs = self.engine.lrs
-        self._history.extend(array("d") for _ in lrs[len(self._history) :])
-        for history, lr in zip(self._history, lrs, strict=True):
-            history.append(lr)
-        for i, seen in enumerate(self.engine.last):
-            if seen is None or not all(map(math.isfinite, seen)):
-                continue
-            for quantity, value in (("value", seen.hypergradient), ("cosine", seen.cosine)):
-                total, count = self._sums.get((quantity, i), (0.0, 0))
-                self._sums[quantity, i] = total + value, count + 1
-
-    def history(self) -> list[tuple[str, list[float]]]:
-        names = group_names(self.name, self.engine.optimizer)
-        return [(name, lrs.tolist()) for name, lrs in zip(names, self._history, strict=False)]
-
-    @property
-    def lr(self) -> float:
-        """That of the first group."""
-        return self.engine.lrs[0]
-
-    def lr_metrics(self) -> dict[str, float]:
-        names = group_names(self.name, self.engine.optimizer)
-        return {tag("lr", name): lr for name, lr in zip(names, self.engine.lrs, strict=True)}
-
-    def collect(self) -> dict[str, float]:
-        """All that is logged now; the means start anew."""
-        scales = self.engine.scales
-        by_group = self.engine.scope == "group"
-        names = group_names(self.name, self.engine.optimizer) if by_group else [self.name]
-        metrics = self.lr_metrics()
-        metrics |= {tag("scale", name): scale for name, scale in zip(names, scales, strict=False)}
-        metrics |= {tag("brakes", name): float(n) for name, n in zip(names, self.engine.brakes, strict=False) if n}
-        for (quantity, i), (total, count) in self._sums.items():
-            metrics[tag(quantity, names[i])] = total / count
-        self._sums.clear()
-        self.has_news = False
-        return metrics
-
-
-_SUPPORTED = {"SingleDeviceStrategy", "DDPStrategy", "ModelParallelStrategy"}
-_REFUSED = {"DeepSpeedStrategy", "XLAStrategy", "SingleDeviceXLAStrategy"}  # though they are subclasses of those
-"""By their names, for the package ``pytorch_lightning`` has classes of its own of the same names."""
-
-
-def _strategies(trainer: Trainer) -> set[str]:
-    """The names of the strategy's class and of those that it is a subclass of."""
-    return {base.__name__ for base in type(trainer.strategy).__mro__}
-
-
-def _with_groups(trainer: Trainer) -> list[Optimizer]:
-    return [optimizer for optimizer in trainer.optimizers if optimizer.param_groups]
-
-
-def _check_tensors(optimizers: list[Optimizer]) -> None:
-    """Each would take what the other learns for a rate that somebody has written."""
-    tensors = [
-        {id(group["lr"]) for group in optimizer.param_groups if isinstance(group["lr"], Tensor)}
-        for optimizer in optimizers
-    ]
-    for i, own in enumerate(tensors):
-        if any(own & others for others in tensors[:i]):
-            raise ValueError(
-                f"two optimizers share one lr tensor, the second of them {type(optimizers[i]).__name__}: give each its "
-                "own, as in lr=torch.tensor(...)"
-            )
-
-
-def _check_strategy(trainer: Trainer) -> None:
-    names = _strategies(trainer)
-    if not names & _SUPPORTED or names & _REFUSED:
-        raise TypeError(
-            f"HypergradientDescent does not support {type(trainer.strategy).__name__}: its dot products would see a "
-            "part of the parameters only. Use strategy='ddp', ModelParallelStrategy (fully_shard) or a single device"
-        )
-
-
-def _check_modules(pl_module: LightningModule) -> None:
-    for name, module in pl_module.named_modules():
-        if isinstance(module, (nn.Embedding, nn.EmbeddingBag)) and module.sparse and module.weight.requires_grad:
-            raise TypeError(
-                f"module '{name}' has sparse gradients, which HypergradientDescent does not support: build it with "
-                "sparse=False"
-            )

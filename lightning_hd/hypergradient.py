@@ -10,11 +10,12 @@ from lightning_hd.checkpoints import copies_of, drop_copies, keep_copies
 from lightning_hd.checks import check_count, check_number
 from lightning_hd.hooks import StepHooks
 from lightning_hd.laststep import LastStep
+from lightning_hd.lr import get_lr
 from lightning_hd.moves import Moves
 from lightning_hd.notices import Notices
 from lightning_hd.optimizers import check_optimizer, unwrap
 from lightning_hd.probe import PROBE
-from lightning_hd.rates import Rates, get_lr
+from lightning_hd.rates import Rates
 from lightning_hd.reduction import Ranks, is_flat_shard
 from lightning_hd.rules import Observation, Rule, make_rule
 from lightning_hd.step import Tuning
@@ -194,6 +195,11 @@ class HypergradientLR:
     @scheduled.setter
     def scheduled(self, value: bool | None) -> None:
         self._tuning.rates.scheduled = None if value is None else bool(value)
+
+    @property
+    def probe(self) -> tuple[int, int]:
+        """How many coordinates were looked at in the last step, and how many there are."""
+        return self._tuning.view.share
 
     @property
     def attached(self) -> bool:

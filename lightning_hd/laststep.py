@@ -99,6 +99,11 @@ class LastStep(View):
         device = next(p.device for settings in self._optimizer.param_groups for p in settings["params"])
         return self._tables.combine(sums, factors, flags, device)
 
+    @property
+    def share(self) -> tuple[int, int]:
+        """How many coordinates are looked at, and how many there are."""
+        return sum(slot.count for slot in self._slots), sum(slot.size for slot in self._slots)
+
     def is_doubtful(self, sums: Sequence[Sequence[float]]) -> bool:
         """Whether a norm may have lost something to underflow or overflow."""
         return any(known and is_doubtful(*squares) for _, *squares, _, known in sums)

@@ -1,11 +1,12 @@
 """Moves: where the parameters are, and were on average. The view of rules with a long horizon.
 
 With ``E_t = φ_{t-1} E_{t-1} + (θ_t - θ_{t-1})``, the sum of the moves, ``θ_t - E_t`` is a running mean of the iterates:
-``r_{t-1} + (1 - φ_{t-1}) (θ_{t-1} - r_{t-1})``. So one vector is kept on the probe, and the optimizer need not be known.
+``r_{t-1} + (1 - φ_{t-1}) (θ_{t-1} - r_{t-1})``. One vector is kept on the probe, and the optimizer need not be known.
 """
 
 from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -101,10 +102,12 @@ class Moves(View):
         """The step was taken: count the move before it in; where numbers were not finite, the memory stays."""
         for i, (bucket, moved) in enumerate(zip(self._buckets, self._moved, strict=True)):
             part, mean = kept[bucket.key], self._means[i]
-            if part is not None:
-                self._means[i] = moved if mean is None else mean.add_(moved, alpha=1 - part)
-                for start, stop in self._spans_apart(bucket) if mean is not None else ():
-                    self._means[i][start:stop].add_(moved[start:stop], alpha=part)  # so that nothing is left of E
+            if mean is None and part is not None:
+                self._means[i] = moved
+            elif mean is not None and part is not None:
+                mean.add_(moved, alpha=1 - part)
+                for start, stop in self._spans_apart(bucket):  # nothing is left of E
+                    mean[start:stop].add_(moved[start:stop], alpha=part)
         self._apart, self._coming = self._coming, set()
         self._updated |= self._present
         self._moved = []
@@ -150,7 +153,8 @@ class Moves(View):
 
     @property
     def _device(self) -> torch.device:
-        return next(p.device for settings in self._optimizer.param_groups for p in settings["params"])
+        device: torch.device = next(p.device for settings in self._optimizer.param_groups for p in settings["params"])
+        return device
 
     def _prepare(self, scopes: Sequence[int]) -> None:
         """See whether parameters came, went, or lie somewhere else now."""
@@ -188,7 +192,7 @@ class Moves(View):
         """This process's part of ``r`` for each parameter."""
         parts: dict[int, list[Tensor]] = {}
         for bucket, mean in zip(self._buckets, self._means, strict=True):
-            for place, part in zip(bucket.parts, mean.split(bucket.lengths) if mean is not None else ()):  # noqa: B905
+            for place, part in zip(bucket.parts, torch.split(mean, bucket.lengths) if mean is not None else ()):  # noqa: B905
                 parts.setdefault(place, []).append(part)
         slots = [self._slots[place] for place in parts]
         return {slot.key: (slot, torch.cat(tensors)) for slot, tensors in zip(slots, parts.values(), strict=True)}
@@ -213,7 +217,7 @@ class Moves(View):
         taken = dict.fromkeys(known, 0)
         for bucket in self._buckets:
             mean = gather(bucket.views(self._flats())).to(exact_dtype(bucket.device), copy=True)
-            for place, part in zip(bucket.parts, mean.split(bucket.lengths), strict=True):
+            for place, part in zip(bucket.parts, torch.split(mean, bucket.lengths), strict=True):
                 if place in known:
                     part.copy_(known[place][taken[place] : taken[place] + len(part)])
                     taken[place] += len(part)
@@ -239,10 +243,15 @@ class Moves(View):
             elif self._ranks.speaks_for(slot.p) and len(part):
                 whole[slot.positions().to(whole.device)] = part.to(whole)
             wholes.append(whole)
-        mean = torch.cat(wholes)
+        updated = wholes[0].new_tensor([slot.key in self._updated for slot in self._slots])
+        everything = torch.cat([*wholes, updated])
+        everything = (self._ranks.sum(everything) if sharded else everything).cpu()
+        mean, updated = everything[: -len(self._slots)], everything[-len(self._slots) :]
         return {
-            "parameters": [[*slot.key, slot.size, slot.count, slot.key in self._updated] for slot in self._slots],
-            "mean": (self._ranks.sum(mean) if sharded else mean).cpu(),
+            "parameters": [
+                [*slot.key, slot.size, slot.count, bool(flag)] for slot, flag in zip(self._slots, updated, strict=True)
+            ],
+            "mean": mean.clone(),
         }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -259,7 +268,7 @@ class Moves(View):
         if not isinstance(mean, Tensor) or mean.shape != (sum(counts),) or not bool(mean.isfinite().all()):
             raise ValueError(f"mean must be {sum(counts)} finite numbers")
         self._parameters, self._slots, self._buckets, self._means = [], [], [], []
-        parts = mean.split(counts) if counts else ()
+        parts = torch.split(mean, counts) if counts else ()
         self._saved = {
             (i, j): Saved(size, count, updated, part)
             for ((i, j, size, count), updated), part in zip(entries, parts, strict=True)
@@ -267,7 +276,8 @@ class Moves(View):
         self._updated = {key for key, saved in self._saved.items() if saved.updated}
 
 
-class Saved(NamedTuple):
+@dataclass
+class Saved:
     """What a checkpoint has of one parameter: its size, how many coordinates are looked at, and ``r`` at those."""
 
     size: int

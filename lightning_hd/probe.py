@@ -122,7 +122,7 @@ class Bucket:
         self.size += run[1] - run[0]
         self.spans[group] = (begin, self.size)
 
-    def views(self, flats: Sequence[Tensor]) -> list[Tensor]:
+    def views(self, flats: Sequence[Tensor] | Mapping[int, Tensor]) -> list[Tensor]:
         """Its pieces of the flat tensors of all slots."""
         pieces: list[Tensor] = []
         for place, runs in self.parts.items():
@@ -253,7 +253,8 @@ def _runs(p: Tensor, blocks: Sequence[Range], offset: Range | None) -> tuple[Ran
 
 def _chunk(p: DTensor) -> tuple[list[int], list[int], list[int]]:
     """The shape of a sharded parameter, and the offsets and the sizes of this process's part of it, as real numbers."""
-    (chunk,) = p.__create_chunk_list__()  # what torch.distributed.checkpoint asks of every sharded tensor
+    # What torch.distributed.checkpoint asks of every sharded tensor; it has no types.
+    (chunk,) = p.__create_chunk_list__()  # type: ignore[no-untyped-call]
     tail = [2] if p.is_complex() else []
     return [*p.shape, *tail], [*chunk.offsets, *([0] if tail else [])], [*chunk.sizes, *tail]
 

@@ -13,9 +13,9 @@ from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
 from lightning_hd.directions import direction_of
+from lightning_hd.lr import get_lr
 from lightning_hd.optimizers import check_gradients, coupled_decay
-from lightning_hd.rates import get_lr
-from lightning_hd.reduction import Ranks, as_real, exact_dtype, gradient_of, local, widen
+from lightning_hd.reduction import Ranks, as_real, exact_dtype, gradient_of, is_flat_shard, local, widen
 from lightning_hd.sums import squared_norm
 
 _TRIAL = 2.0**-13
@@ -134,7 +134,9 @@ class Start:
         own = {key: _plain(value) for key, value in own.items()}
         groups = self._optimizer.param_groups
         own["lrs"] = [str(settings["lr"]) if own["error"] else get_lr(settings) for settings in groups]
-        own["shapes of parameters"] = [[tuple(p.shape) for p in settings["params"]] for settings in groups]
+        own["shapes of parameters"] = [
+            ["a flat shard" if is_flat_shard(p) else tuple(p.shape) for p in settings["params"]] for settings in groups
+        ]
         for rank, other in enumerate(everyone := self._ranks.gather(own)):
             for key, value in other.items():
                 if value != everyone[0][key]:
@@ -171,9 +173,9 @@ class Start:
                 decay = coupled_decay(self._optimizer, settings)
                 g = g.add(theta, alpha=decay) if decay else g
                 d = direction.ahead(g, theta, partial(self._state, p))
-                numbers = [squared_norm(theta), squared_norm(g), theta.numel()]
-                numbers += [0.0 if d is None else weight**2 * squared_norm(d), d is None, bool(raw.any())]
-                sums += sums.new_tensor([float(number) for number in numbers]) / self._ranks.copies(p)
+                d_squared = 0.0 if d is None else weight**2 * float(squared_norm(d))
+                numbers = [float(squared_norm(theta)), float(squared_norm(g)), theta.numel(), d_squared]
+                sums += sums.new_tensor([*numbers, d is None, bool(raw.any())]) / self._ranks.copies(p)
         return sums
 
     def _state(self, p: Tensor, name: str) -> Tensor | None:

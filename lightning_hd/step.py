@@ -10,11 +10,12 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from lightning_hd.directions import Measured, direction_of
+from lightning_hd.lr import get_lr, set_lr
 from lightning_hd.notices import Notices
 from lightning_hd.optimizers import follow_rate
-from lightning_hd.rates import Rates, Scope, get_lr, returned, set_lr
+from lightning_hd.rates import Rates, Scope
 from lightning_hd.reduction import Ranks
-from lightning_hd.rules import Observation, Rule
+from lightning_hd.rules import Observation, Rule, returned
 from lightning_hd.start import Start, shorten
 from lightning_hd.view import View
 

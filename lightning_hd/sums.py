@@ -42,15 +42,18 @@ def is_doubtful(g_squared: float, d_squared: float) -> bool:
 
 def squared_norm(tensor: Tensor) -> Tensor:
     """``‖tensor‖²``, accumulated in the widest dtype, as a 0-dim tensor."""
-    return torch.linalg.vector_norm(tensor, dtype=exact_dtype(tensor.device)).square()
+    norm: Tensor = torch.linalg.vector_norm(tensor, dtype=exact_dtype(tensor.device))
+    return norm.square()
 
 
 def _rows(x: Tensor, dtype: torch.dtype | None) -> Tensor:
     x = widen(x) if dtype is None else x.to(dtype)
-    return (F.pad(x, (0, -len(x) % _ROW)) if len(x) % _ROW else x).view(-1, _ROW)
+    padded: Tensor = F.pad(x, (0, -len(x) % _ROW)) if len(x) % _ROW else x
+    return padded.view(-1, _ROW)
 
 
 def _squares(rows: Tensor, weights: Tensor | None) -> Tensor:
     if weights is not None:
         return (rows * rows * weights).sum(1)
-    return torch.linalg.vector_norm(rows, dim=1).square()
+    norms: Tensor = torch.linalg.vector_norm(rows, dim=1)
+    return norms.square()

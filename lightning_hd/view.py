@@ -24,6 +24,11 @@ class View(ABC):
             gradient, and whether there is something to multiply it with: of shape (scopes, 5).
         """
 
+    @property
+    @abstractmethod
+    def share(self) -> tuple[int, int]:
+        """How many coordinates are looked at, and how many there are."""
+
     @abstractmethod
     def keep(self, group: int, lr: float, weight: float) -> None:
         """Before the update: the rate of a group, and its derivative with respect to the rate of its scope."""

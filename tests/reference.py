@@ -108,7 +108,8 @@ def train(
 
 def faded_mean(values: Sequence[float], memories: Sequence[float]) -> float:
     """Mean of a series in which each new number comes in with one minus its memory of the numbers before it."""
-    weights = [(1 - memory) * float(np.prod(memories[i + 1 :])) for i, memory in enumerate(memories)]
+    later = np.append(np.cumprod(memories[:0:-1])[::-1], 1.0)  # the product of the memories of all later numbers
+    weights = (1 - np.array(memories)) * later
     return float(np.dot(values, weights) / np.sum(weights))
 
 
@@ -150,7 +151,7 @@ class AutoRule:
         self._cosines.append(product / (usual_norm * d_norm) if d_norm else 0.0)
         before = self._cosines[-2] if len(self._cosines) > 1 else 0.0
         self._bent.append(self._cosines[-1] + 0.3 * min(1.0, 100 / t) * abs((self._cosines[-1] + before) / 2))
-        squares = sum(c**2 * 0.999**age for age, c in enumerate(reversed(self._bent)))
+        squares = float(np.dot(np.square(self._bent[::-1]), 0.999 ** np.arange(len(self._bent))))
         cap = 0.5 if lr < 30 * self.first else 0.07
         change = 0.0
         if squares:

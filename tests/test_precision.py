@@ -128,7 +128,7 @@ class Recorder(Callback):
         if self.rule == "auto":
             mean = engine.state_dict()["view"]["mean"]
             assert mean.dtype == torch.float64
-            self.d = list(mean.split([p.numel() for p in module.parameters()]))
+            self.d = list(torch.split(mean, [p.numel() for p in module.parameters()]))
             return
         for p, before, g in zip(module.parameters(), self.before, self.g, strict=True):
             state = optimizer.state[p]
@@ -139,7 +139,7 @@ class Recorder(Callback):
                 d = g + 0.9 * momentum
             else:
                 d = (before - p.detach().double()) / engine.lrs[0]
-            self.d.append(d)
+            self.d.append(torch.as_tensor(d))
 
 
 @pytest.mark.parametrize("precision", ROUNDING)

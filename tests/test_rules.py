@@ -121,6 +121,6 @@ def test_a_rule_that_promises_more_must_keep_it() -> None:
             return lr
 
     with pytest.raises(NotImplementedError, match="Promise has a long horizon"):
-        Promise().discount(1)
+        Promise().discount(0.1, 1)
     with pytest.raises(NotImplementedError, match="Promise picks its first rate"):
         Promise().first_lr(1.0, 1.0)

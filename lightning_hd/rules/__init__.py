@@ -1,10 +1,10 @@
 """Rules, and which of them a name means."""
 
 from lightning_hd.rules.auto import Auto
-from lightning_hd.rules.base import Observation, Rule
-from lightning_hd.rules.paper import PAPER_RULES, Additive, Multiplicative
+from lightning_hd.rules.base import Observation, Rule, returned
+from lightning_hd.rules.paper import PAPER_RULES, Additive, Multiplicative, inverse_square
 
-__all__ = ["Additive", "Auto", "Multiplicative", "Observation", "Rule", "make_rule"]
+__all__ = ["Additive", "Auto", "Multiplicative", "Observation", "Rule", "inverse_square", "make_rule", "returned"]
 
 
 def make_rule(rule: Rule | str, hypergrad_lr: float | None) -> Rule:

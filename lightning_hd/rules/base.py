@@ -112,3 +112,14 @@ class Rule(ABC):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Take over what :meth:`state_dict` returned."""
         vars(self).update(copy.deepcopy(state_dict))
+
+
+def returned(value: Any, rule: Rule, method: str) -> float:
+    """What a rule's method returned, as a float.
+
+    Raises:
+        TypeError: It is no number.
+    """
+    if isinstance(value, str) or not hasattr(value, "__float__"):
+        raise TypeError(f"{type(rule).__name__}.{method} must return a number, got {value!r}")
+    return float(value)

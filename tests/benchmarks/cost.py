@@ -11,9 +11,11 @@ dispatcher in a step, without those that only make views. Host reads are those o
 """
 
 import argparse
+import contextlib
 import copy
 import functools
 import gc
+import itertools
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -21,6 +23,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from statistics import median, quantiles
 from typing import Any
+from unittest import mock
 
 import torch
 from torch import Tensor, nn
@@ -40,12 +43,12 @@ OPTIMIZERS: dict[str, Callable[..., Optimizer]] = {
     "RMSprop": functools.partial(RMSprop, lr=1e-3),
 }
 RULES = ("additive", "multiplicative", "auto")
-Shapes = list[tuple[int, ...]]
+Shapes = Sequence[tuple[int, ...]]
 
 
 def resnet50() -> Shapes:
     """The 161 tensors of a ResNet-50, 25.6 M numbers."""
-    shapes: Shapes = [(64, 3, 7, 7), (64,), (64,)]
+    shapes: list[tuple[int, ...]] = [(64, 3, 7, 7), (64,), (64,)]
     inner = 64
     for width, blocks in ((64, 3), (128, 4), (256, 6), (512, 3)):
         for block in range(blocks):
@@ -59,7 +62,7 @@ def resnet50() -> Shapes:
 
 def gpt2() -> Shapes:
     """The 148 tensors of GPT-2 small, 124 M numbers."""
-    block: Shapes = [(768,), (768,), (2304, 768), (2304,), (768, 768), (768,), (768,), (768,)]
+    block: list[tuple[int, ...]] = [(768,), (768,), (2304, 768), (2304,), (768, 768), (768,), (768,), (768,)]
     block += [(3072, 768), (3072,), (768, 3072), (768,)]
     return [(50257, 768), (1024, 768), *(12 * block), (768,), (768,)]
 
@@ -130,51 +133,71 @@ def timed(work: Callable[[], object]) -> float:
     return 1e3 * (time.perf_counter() - begin)
 
 
+VIEWS = {"_reshape_alias", "_unsafe_view", "detach", "split_with_sizes"}
+"""Operations that make views and do not say so."""
+
+
 class Counter(TorchDispatchMode):
-    """Counts operations, but for those that make views, and reads of single numbers."""
+    """Counts operations, but for those that make views."""
 
     def __init__(self) -> None:
         super().__init__()
         self.operations = 0
-        self.reads = 0
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        name = func.overloadpacket.__name__
-        self.reads += name in ("_local_scalar_dense", "item")
-        views = ("view", "detach", "slice", "split", "unsqueeze", "squeeze", "select", "t", "transpose", "alias")
-        views += ("_unsafe_view", "expand", "as_strided", "permute", "split_with_sizes", "unbind", "_reshape_alias")
-        self.operations += name not in views and not func.is_view
+        self.operations += not func.is_view and func.overloadpacket.__name__ not in VIEWS
         return func(*args, **(kwargs or {}))
+
+
+READS = ("item", "tolist", "__float__", "__int__", "__bool__", "numpy")
+"""Methods of a tensor that wait for its numbers."""
+
+
+@contextlib.contextmanager
+def counted_reads() -> Iterator[list[str]]:
+    """The host reads that are made meanwhile."""
+    made: list[str] = []
+
+    def counting(name: str, method: Callable[..., Any]) -> Callable[..., Any]:
+        def read(self: Tensor, *args: Any) -> Any:
+            made.append(name)
+            return method(self, *args)
+
+        return read
+
+    with contextlib.ExitStack() as stack:
+        for name in READS:
+            stack.enter_context(mock.patch.object(Tensor, name, counting(name, getattr(Tensor, name))))
+        yield made
 
 
 def counted(work: Callable[[], object]) -> tuple[int, int]:
     """Operations and host reads."""
-    with Counter() as counter:
+    with Counter() as counter, counted_reads() as reads:
         work()
-    return counter.operations, counter.reads
+    return counter.operations, len(reads)
 
 
 def kept(engine: HypergradientLR, optimizer: Optimizer) -> int:
-    """Bytes that the engine keeps between two steps, as far as they are tensors."""
+    """Bytes of the tensors that the engine keeps between two steps, beside those of the optimizer."""
+    own = {x.untyped_storage().data_ptr() for x in everything(optimizer)}
     found: dict[int, int] = {}
-    own = {id(x.untyped_storage()) for x in everything(optimizer)}
+    seen: set[int] = set()
 
-    def visit(value: Any, depth: int) -> None:
+    def visit(value: Any) -> None:
+        if id(value) in seen or value is optimizer:
+            return
+        seen.add(id(value))
         if isinstance(value, Tensor):
-            if id(value) and value.untyped_storage().data_ptr() not in storages:
-                found[value.untyped_storage().data_ptr()] = value.untyped_storage().nbytes()
-        elif isinstance(value, dict):
-            for item in value.values():
-                visit(item, depth)
-        elif isinstance(value, (list, tuple, set)):
-            for item in value:
-                visit(item, depth)
-        elif depth < 6 and hasattr(value, "__dict__") and value is not optimizer:
-            visit(vars(value), depth + 1)
+            storage = value.untyped_storage()
+            found[storage.data_ptr()] = 0 if storage.data_ptr() in own else storage.nbytes()
+        elif isinstance(value, (dict, list, tuple, set)):
+            for item in value.values() if isinstance(value, dict) else value:
+                visit(item)
+        elif type(value).__module__.startswith("lightning_hd"):
+            visit(vars(value))
 
-    del own
-    storages = {x.untyped_storage().data_ptr() for x in everything(optimizer)}
-    visit(vars(engine), 0)
+    visit(engine)
     return sum(found.values())
 
 
@@ -196,7 +219,8 @@ def measure(row: Row, rounds: int) -> str:
     probe: Any = row.probe
     engine = HypergradientLR(second, row.rule, probe=probe)
     for _ in range(3):
-        first.step(), second.step()
+        first.step()
+        second.step()
     pairs = [(timed(first.step), timed(second.step)) for _ in range(rounds)]
     ratios = [b / a for a, b in pairs]
     low, _, high = quantiles(ratios, n=4)
@@ -258,7 +282,8 @@ def tuners() -> None:
         for name, maker in makers.items():
             optimizer = maker(parameters(MODELS[model]))
             for _ in range(3):
-                fused.step(), foreach.step(), optimizer.step()
+                for o in (fused, foreach, optimizer):
+                    o.step()
             times = [[timed(o.step) for o in (fused, foreach, optimizer)] for _ in range(15)]
             ratios = [median(own / time[i] for *time, own in times) for i in range(2)]
             print(f"| {name} | {model} | {median(own for *_, own in times):.2f} | {ratios[0]:.2f} | {ratios[1]:.2f} |")
@@ -271,13 +296,13 @@ def networks() -> dict[str, tuple[nn.Module, tuple[int, ...]]]:
     """Networks and the shapes of their inputs; they return ten logits."""
 
     def mlp(*widths: int) -> nn.Module:
-        layers = [nn.Linear(a, b) for a, b in zip(widths, widths[1:], strict=False)]
+        layers = [nn.Linear(a, b) for a, b in itertools.pairwise(widths)]
         return nn.Sequential(*[module for layer in layers for module in (layer, nn.ReLU())][:-1])
 
     convolutions = [3, 64, 128, 256, 512, 512]
     cnn = [
         module
-        for a, b in zip(convolutions, convolutions[1:], strict=False)
+        for a, b in itertools.pairwise(convolutions)
         for module in (nn.Conv2d(a, b, 3, padding=1), nn.BatchNorm2d(b), nn.ReLU(), nn.MaxPool2d(2))
     ]
     encoder = nn.TransformerEncoder(
@@ -335,7 +360,7 @@ def trainer(steps: int = 60) -> None:
             for callbacks in ([], [HypergradientDescent()]):
                 clock = Clock()
                 run = Trainer(
-                    accelerator="cpu", callbacks=[clock, *callbacks], max_epochs=1, logger=bool(callbacks) and False,
+                    accelerator="cpu", callbacks=[clock, *callbacks], max_epochs=1, logger=False,
                     enable_progress_bar=False, enable_model_summary=False, enable_checkpointing=False,
                 )  # fmt: skip
                 run.fit(Module(copy.deepcopy(network)), DataLoader(data, batch_size=64))

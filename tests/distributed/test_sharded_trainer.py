@@ -98,9 +98,7 @@ def fit_on(strategy: str, folder: Path, ckpt_path: Path | None) -> list[float]:
     saver = ModelCheckpoint(folder, "{epoch}", save_top_k=-1)
     arguments: dict[str, Any] = {"max_epochs": 8, "devices": count, "plugins": [TorchElasticEnvironment()]}
     make_trainer(folder, hd, saver, strategy=made, **arguments).fit(module, ckpt_path=ckpt_path)
-    (engine,) = hd.engines
     for p in module.parameters():
-        assert isinstance(engine.optimizer.state[p]["hd_discounted"], DTensor) == isinstance(p, DTensor)
         assert isinstance(p, DTensor) == (strategy == "sharded")
     return hd.lrs["lr-Adam"]
 

@@ -41,8 +41,9 @@ def train(kind: Kind, folder: Path, name: str, resume: bool) -> list[float]:
 def save(model: nn.Module, optimizer: torch.optim.Optimizer, hd: HypergradientLR, folder: Path) -> None:
     tensors = dict(zip(("model", "optimizer"), get_state_dict(model, optimizer), strict=True))
     save_tensors(tensors, checkpoint_id=str(folder / "tensors"))
+    state = hd.state_dict()  # on all processes, for each has a part of it
     if not dist.is_initialized() or dist.get_rank() == 0:
-        torch.save(hd.state_dict(), folder / "scalars")
+        torch.save(state, folder / "scalars")
     if dist.is_initialized():
         dist.barrier()
 
