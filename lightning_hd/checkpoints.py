@@ -1,4 +1,4 @@
-"""Checkpoints: our parameter-sized tensors go into ``optimizer.state_dict()``, and never into ``optimizer.state``."""
+"""Checkpoints: our parameter-sized tensors go into ``optimizer.state_dict()``, not into ``optimizer.state``."""
 
 import weakref
 from collections.abc import Iterator
@@ -12,6 +12,8 @@ from torch.distributed.checkpoint.state_dict_loader import load
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
+
+from lightning_hd.optimizers import torch_class
 
 DIRECTION = "hd_direction"
 """Key of a parameter's copy in ``optimizer.state_dict()["state"]``."""
@@ -33,16 +35,30 @@ class Copies:
         self._handles: list[RemovableHandle] = []
 
     def follow(self, optimizer: Optimizer) -> None:
-        """Save and load with this optimizer from now on."""
+        """Save and load with this optimizer from now on, and take what :meth:`leave` has left."""
+        for p, state in list(optimizer.state.items()):
+            if isinstance(state, dict) and DIRECTION in state:
+                self.tensors[p] = state.pop(DIRECTION)
+                if not state:
+                    del optimizer.state[p]
         self._handles = [
             optimizer.register_state_dict_post_hook(self._save),
             optimizer.register_load_state_dict_pre_hook(self._load),
         ]
 
-    def remove(self) -> None:
-        """Forget all, and leave the optimizer's state as its own."""
+    def leave(self, optimizer: Optimizer, keep: bool) -> None:
+        """Save and load no more.
+
+        Args:
+            optimizer: The optimizer.
+            keep: Put the copies into its state, for a checkpoint that is written later: but not for an optimizer of
+                others that has no state for a parameter, and may take the copy for its own.
+        """
         for handle in self._handles:
             handle.remove()
+        for p in _parameters(optimizer) if keep else ():
+            if p in self.tensors and (torch_class(type(optimizer)) is not None or optimizer.state.get(p)):
+                optimizer.state[p][DIRECTION] = self.tensors[p]
         self.tensors.clear()
 
     def place_for(self, p: Tensor) -> Tensor:
@@ -94,9 +110,9 @@ def keep_copies(optimizer: Optimizer, copies: Copies) -> None:
     _copies[optimizer] = copies
 
 
-def drop_copies(optimizer: Optimizer, copies: Copies) -> None:
-    """Leave the optimizer without these."""
-    copies.remove()
+def drop_copies(optimizer: Optimizer, copies: Copies, keep: bool = False) -> None:
+    """Leave the optimizer without these; see :meth:`Copies.leave`."""
+    copies.leave(optimizer, keep)
     if _copies.get(optimizer) is copies:
         del _copies[optimizer]
 

@@ -213,15 +213,13 @@ class HypergradientLR:
         scheduler's own value, without the learned scale.
 
         Args:
-            keep_state: Leave the ``hd_*`` tensors in ``optimizer.state_dict()``, for a checkpoint that is written
-                later.
+            keep_state: Leave the ``hd_*`` tensors in ``optimizer.state``, for a checkpoint that is written later.
         """
         self._tuning.abandon()
         if self._hooks is not None:
             self._hooks.remove()
             self._hooks = None
-        if not keep_state:
-            drop_copies(self.optimizer, self._copies)
+        drop_copies(self.optimizer, self._copies, keep_state)
 
     def state_dict(self) -> dict[str, Any]:
         """What was learned: plain numbers, and a vector of the coordinates that are looked at.

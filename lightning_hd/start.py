@@ -98,7 +98,7 @@ class Start:
         shared = any(isinstance(p, DTensor) for p in parameters)
         try:
             live = any(map(get_lr, self._optimizer.param_groups))
-        except (TypeError, ValueError):
+        except (RuntimeError, TypeError, ValueError):  # an error that is raised in its turn
             live = True
         if live and not (fresh and shared):
             return False
@@ -131,12 +131,11 @@ class Start:
         check_gradients(self._parameters())
 
     def _compare(self, own: Mapping[str, Any]) -> None:
-        own = {key: _plain(value) for key, value in own.items()}
         groups = self._optimizer.param_groups
-        own["lrs"] = [str(settings["lr"]) if own["error"] else get_lr(settings) for settings in groups]
-        own["shapes of parameters"] = [
-            ["a flat shard" if is_flat_shard(p) else tuple(p.shape) for p in settings["params"]] for settings in groups
-        ]
+        shapes = [["a flat shard" if is_flat_shard(p) else tuple(p.shape) for p in g["params"]] for g in groups]
+        lrs = [str(settings["lr"]) if own["error"] else get_lr(settings) for settings in groups]
+        own = {key: _plain(value) for key, value in {**own, "lrs": lrs, "shapes of parameters": shapes}.items()}
+        own["what was learned"] = own.pop("what was learned")  # last: it follows from the others
         for rank, other in enumerate(everyone := self._ranks.gather(own)):
             for key, value in other.items():
                 if value != everyone[0][key]:

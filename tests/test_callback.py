@@ -580,10 +580,12 @@ def test_what_cannot_be_tuned_is_refused_before_the_first_step(tmp_path: Path) -
     with pytest.raises(TypeError, match="module 'table' has sparse gradients"):
         make_trainer(tmp_path, HypergradientDescent()).fit(module)
 
-    for strategy in (FSDPStrategy.__new__(FSDPStrategy), DeepSpeedStrategy.__new__(DeepSpeedStrategy)):
-        trainer: Any = SimpleNamespace(strategy=strategy)
-        with pytest.raises(TypeError, match=f"does not support {type(strategy).__name__}"):
-            HypergradientDescent().on_train_start(trainer, module)
+    trainer: Any = SimpleNamespace(strategy=DeepSpeedStrategy.__new__(DeepSpeedStrategy))
+    with pytest.raises(TypeError, match="does not support DeepSpeedStrategy"):
+        HypergradientDescent().on_train_start(trainer, module)
+    trainer.strategy = FSDPStrategy.__new__(FSDPStrategy)  # is taken, so that the module is looked at
+    with pytest.raises(TypeError, match="module 'table' has sparse gradients"):
+        HypergradientDescent().on_train_start(trainer, module)
 
 
 def test_an_error_in_the_second_optimizer_releases_the_first(tmp_path: Path) -> None:

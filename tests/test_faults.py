@@ -338,7 +338,7 @@ def test_an_optimizer_whose_steps_are_not_seen_is_told(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("frozen", [False, True])
 def test_parameters_that_leave_a_group_do_not_spoil_the_checkpoint(frozen: bool, tmp_path: Path) -> None:
-    module, hd = Network(momentum=0.0), HypergradientDescent()
+    module, hd = Network(momentum=0.0), HypergradientDescent("additive")
     next(module.parameters()).requires_grad_(not frozen)
     leave = Before(range(10, 11), lambda m: m.trainer.optimizers[0].param_groups[0]["params"].pop())
     trainer = fit(tmp_path, module, hd, leave)

@@ -2,7 +2,6 @@
 
 import re
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -96,9 +95,6 @@ def test_a_strategy_of_pytorch_lightning_that_is_not_supported_is_refused(pl: An
     with pytest.raises(TypeError, match="does not support DeepSpeedStrategy"):
         fit(pl, tmp_path, module, HypergradientDescent(), strategy=named("cpu"))
     assert same(module, twin(pl))
-    trainer: Any = SimpleNamespace(strategy=pl.strategies.FSDPStrategy.__new__(pl.strategies.FSDPStrategy))
-    with pytest.raises(TypeError, match="does not support FSDPStrategy"):
-        HypergradientDescent().on_train_start(trainer, module)
 
 
 # ---------------------------------------------------------------------- the README

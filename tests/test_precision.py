@@ -68,9 +68,9 @@ def test_rates_are_nearly_those_of_float64(name: str, rule: str, tmp_path: Path)
         tolerance = STEPS * rounding  # each step's gradients are rounded once more
         if rule == "auto" and precision.endswith("-true"):
             # Moves are measured, and the first ones are 1e-4 of the parameters: each element is off by 1e4 roundings
-            # and, 2410 of them being off at random, their dot product by 1e4 / 49 roundings; twice that over the steps.
-            # In bfloat16 most steps vanish.
-            tolerance = min(2e4 / 49 * rounding, 0.5)
+            # and, 2410 of them being off at random, their dot product by 1e4 / 49 roundings. The rate adds up those of
+            # the first nine steps, at random: three times that. In bfloat16 most steps vanish.
+            tolerance = min(3e4 / 49 * rounding, 0.5)
         hd, _ = fit(tmp_path, name, rule, precision)
         np.testing.assert_allclose(rates(hd), expected, rtol=tolerance, err_msg=precision)
         assert len(set(rates(hd))) > STEPS // 2
