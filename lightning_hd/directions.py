@@ -17,7 +17,7 @@ Adam-HD; the formulas of d in the documentation of ``torch.optim``.
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Protocol
 
 import torch
 from torch import Tensor
@@ -28,10 +28,17 @@ from lightning_hd.optimizers import is_coupled, torch_class
 COPY, PARAMETER = "copy", "parameter"
 """What a direction may ask for, beside the names of the optimizer's state."""
 
-Get = Callable[[str], Tensor]
-"""A quantity of a bucket by its name: flat, of 32 bits at least, not to be written to."""
-
 State = Callable[[str], Tensor | None]
+
+
+class Quantities(Protocol):
+    """What a direction is computed from, for one bucket."""
+
+    def __call__(self, name: str) -> Tensor:
+        """A quantity by its name: flat, of 32 bits at least, not to be written to."""
+
+    def spare(self, like: Tensor) -> Tensor:
+        """A tensor of the same size to write a direction into; it holds until the next bucket."""
 
 
 @dataclass(frozen=True)
@@ -49,7 +56,7 @@ class Direction(ABC):
         """What of each parameter must be there for :meth:`read`."""
 
     @abstractmethod
-    def read(self, get: Get, step: int) -> Tensor:
+    def read(self, get: Quantities, step: int) -> Tensor:
         """``d_t`` at any time after step ``t`` and before the next: flat, not to be written to.
 
         Args:
@@ -89,9 +96,10 @@ class Gradient(Direction):
         """The copy, and Nesterov's momentum."""
         return (COPY, "momentum_buffer") if self.nesterov else (COPY,)
 
-    def read(self, get: Get, step: int) -> Tensor:
+    def read(self, get: Quantities, step: int) -> Tensor:
         """The copy, and the momentum."""
-        return torch.add(get(COPY), get("momentum_buffer"), alpha=self.nesterov) if self.nesterov else get(COPY)
+        g = get(COPY)
+        return torch.add(g, get("momentum_buffer"), alpha=self.nesterov, out=get.spare(g)) if self.nesterov else g
 
     def ahead(self, g: Tensor, p: Tensor, state: State) -> Tensor | None:
         """``g + μ (μ v + g) + λ θ``."""
@@ -113,7 +121,7 @@ class HeavyBall(Direction):
         """The optimizer's buffer."""
         return ("momentum_buffer",)
 
-    def read(self, get: Get, step: int) -> Tensor:
+    def read(self, get: Quantities, step: int) -> Tensor:
         """The optimizer's own buffer."""
         return get("momentum_buffer")
 
@@ -145,11 +153,12 @@ class AdaptiveMoments(Direction):
         """M and v."""
         return ("exp_avg", "max_exp_avg_sq" if self.amsgrad else "exp_avg_sq")
 
-    def read(self, get: Get, step: int) -> Tensor:
+    def read(self, get: Quantities, step: int) -> Tensor:
         """Computed from the optimizer's m and v: ``m √(1-β2^t) / (√v + ε √(1-β2^t)) / (1-β1^t)``."""
         root = (1 - self.beta2**step) ** 0.5
         first, second = self.needs
-        scale = get(second).sqrt().add_(self.eps * root)
+        v = get(second)
+        scale = torch.sqrt(v, out=get.spare(v)).add_(self.eps * root)
         d = torch.div(get(first), scale, out=scale).mul_(root / (1 - self.beta1**step))
         if self.decoupled:
             d.add_(get(PARAMETER), alpha=self.decoupled).div_(1 - self.lr * self.decoupled)
@@ -163,8 +172,21 @@ class AdaptiveMoments(Direction):
         v = g.square() * (1 - self.beta2)
         v = v if second is None else v.add_(second, alpha=self.beta2)
         v = torch.maximum(v, largest) if self.amsgrad and largest is not None else v
-        made = {"exp_avg": m, "exp_avg_sq": v, "max_exp_avg_sq": v, PARAMETER: p}
-        return self.read(made.__getitem__, 1 + (0 if step is None else int(step)))
+        made = _Made({"exp_avg": m, "exp_avg_sq": v, "max_exp_avg_sq": v, PARAMETER: p})
+        return self.read(made, 1 + (0 if step is None else int(step)))
+
+
+@dataclass(frozen=True)
+class _Made:
+    """Quantities that are computed, not gathered."""
+
+    tensors: dict[str, Tensor]
+
+    def __call__(self, name: str) -> Tensor:
+        return self.tensors[name]
+
+    def spare(self, like: Tensor) -> Tensor:
+        return torch.empty_like(like)
 
 
 @dataclass(frozen=True)
@@ -183,7 +205,7 @@ class Measured(Direction):
         """The copy."""
         return (COPY,)
 
-    def read(self, get: Get, step: int) -> Tensor:
+    def read(self, get: Quantities, step: int) -> Tensor:
         """The difference over ``α_t``. Without a rate there was no step."""
         return get(COPY) / self.lr if self.lr else get(COPY)
 

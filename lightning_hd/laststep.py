@@ -14,9 +14,9 @@ from lightning_hd.directions import (
     COPY,
     PARAMETER,
     Direction,
-    Get,
     Gradient,
     Measured,
+    Quantities,
     direction_from_dict,
     direction_of,
 )
@@ -62,10 +62,12 @@ class LastStep(View):
         self._tables = Tables()
         self._last: list[Last] = []
         self._next: list[Last] = []  # while a step is under way
-        self._steps: dict[Tensor, int] = {}  # how many each parameter has seen, where its direction depends on it
+        self._steps: dict[int, int] = {}  # how many each parameter, by id, has seen, where its direction depends on it
         self._loads = copies.loads
-        self._layout_key: list[Any] = []
-        self._slots: list[Slot] = []
+        self._layout: Any = None  # what the buckets are made for
+        self._known: set[int] = set()  # groups of which the last direction is
+        self._youngest: dict[int, Tensor] = {}  # for groups that are alike a parameter with the most steps
+        self.slots: list[Slot] = []
         self._buckets: list[Bucket] = []
 
     # ------------------------------------------------------------------ before a step
@@ -75,26 +77,22 @@ class LastStep(View):
         self._last += [Last() for _ in self._optimizer.param_groups[len(self._last) :]]
         if self._loads != self._copies.loads:
             self._loads, self._steps = self._copies.loads, {}
-        seen = self._seen()
-        alike = self._alike(scopes)
-        latest = dict.fromkeys(alike, 0)
-        for i, _, _, step in seen:
-            latest[alike[i]] = max(latest[alike[i]], step or 0)
-        slots, buckets = self._layout(seen, alike, latest)
+        self._prepare(scopes)
         flats: dict[tuple[str, int], Tensor] = {}
+        spare: dict[tuple[str, torch.dtype, torch.device], Tensor] = {}
         sums, factors = [], []
-        for bucket in buckets:
+        for bucket in self._buckets:
             group, age = bucket.key
-            last, get = self._last[group], self._reader(bucket, slots, flats)
+            last, get = self._last[group], _Reader(self, bucket, flats, spare)
             d = None
             if age is not None and last.direction is not None:
-                d = last.direction.read(get, latest[group] - age)
+                d = last.direction.read(get, self._latest(group) - age)
             g = self._objective_gradient(group, get, grad_scale)
-            sums.append(products(g, d, bucket.weights, wide))
+            sums.append(products(g, d, bucket.weights, wide, get.spare(g, "product")))
             share = 1 / bucket.copies
             factors.append((scopes[group], -last.weight * share, share, last.weight**2 * share))
-        has_gradient = {scopes[i] for i, _, _, _ in seen}
-        known = {scopes[i] for i, _, _, step in seen if step is not None}
+        has_gradient = {scopes[slot.group] for slot in self.slots}
+        known = {scopes[i] for i in self._known}
         flags = [(scope in has_gradient, scope in known) for scope in range(max(scopes) + 1)]
         device = next(p.device for settings in self._optimizer.param_groups for p in settings["params"])
         return self._tables.combine(sums, factors, flags, device)
@@ -102,7 +100,7 @@ class LastStep(View):
     @property
     def share(self) -> tuple[int, int]:
         """How many coordinates are looked at, and how many there are."""
-        return sum(slot.count for slot in self._slots), sum(slot.size for slot in self._slots)
+        return sum(slot.count for slot in self.slots), sum(slot.size for slot in self.slots)
 
     def is_doubtful(self, sums: Sequence[Sequence[float]]) -> bool:
         """Whether a norm may have lost something to underflow or overflow."""
@@ -113,16 +111,48 @@ class LastStep(View):
         last = self._last[group] if group < len(self._last) else Last()
         return isinstance(last.direction, Measured) and last.direction.lr * last.weight != 0
 
-    def _seen(self) -> list[tuple[int, int, Tensor, int | None]]:
-        """The parameters with a gradient: group, place in it, and the steps taken; ``None``: no last direction."""
-        seen: list[tuple[int, int, Tensor, int | None]] = []
+    def _prepare(self, scopes: Sequence[int]) -> None:
+        """Lay out the parameters that have a gradient, unless that is as it was."""
+        alike = self._alike(scopes)
+        now = [[p for p in settings["params"] if p.grad is not None] for settings in self._optimizer.param_groups]
+        moved = [list(map(id, last.moved)) for last in self._last]
+        layout = (alike, [list(map(id, own)) for own in now], [list(map(Tensor.numel, own)) for own in now])
+        if layout == self._layout and layout[1] == moved and self._is_complete(now):
+            return
+        seen: list[tuple[int, int, Tensor]] = []
+        steps: dict[int, int] = {}
         for i, (settings, last) in enumerate(zip(self._optimizer.param_groups, self._last, strict=True)):
-            moved = set(map(id, last.moved))
             for j, p in enumerate(settings["params"]):
                 if p.grad is not None:
-                    known = id(p) in moved and self._is_there(last, p)
-                    seen.append((i, j, p, self._steps_of(last, p) if known else None))
-        return seen
+                    seen.append((i, j, p))
+                    if id(p) in moved[i] and self._is_there(last, p):
+                        steps[id(p)] = self._steps_of(last, p)
+        latest = dict.fromkeys(alike, 0)
+        for i, _, p in seen:
+            latest[alike[i]] = max(latest[alike[i]], steps.get(id(p), 0))
+        ages = {id(p): latest[alike[i]] - steps[id(p)] for i, _, p in seen if id(p) in steps}
+        self._known = {i for i, _, p in seen if id(p) in steps}
+        self._youngest = {alike[i]: p for i, _, p in seen if ages.get(id(p)) == 0}
+        self.slots = look(seen, self._budget, self._ranks, {})
+        self._buckets = pack(self.slots, lambda slot: (alike[slot.group], ages.get(id(slot.p))))
+        # It is as it was only where all that moved has a gradient now, and nothing is lost.
+        self._layout = layout if len(steps) == len(seen) else None
+
+    def _is_complete(self, now: Sequence[Sequence[Tensor]]) -> bool:
+        """Whether all that directions are computed from is there."""
+        for last, own in zip(self._last, now, strict=True):
+            for name in last.direction.needs if last.direction is not None and own else ():
+                if name == COPY:
+                    if not all(p in self._copies.tensors for p in own):
+                        return False
+                elif not all(self._optimizer.state.get(p, {}).get(name) is not None for p in own):
+                    return False
+        return True
+
+    def _latest(self, group: int) -> int:
+        """How many steps the optimizer has taken with the groups that are alike."""
+        p = self._youngest.get(group)
+        return 0 if p is None else self._steps_of(self._last[group], p)
 
     def _is_there(self, last: Last, p: Tensor) -> bool:
         """Whether all that the direction of a parameter is computed from still is."""
@@ -143,9 +173,9 @@ class LastStep(View):
         """How many steps the optimizer has taken with a parameter: read once, counted from then on."""
         if last.direction is None or not last.direction.counts:
             return 0
-        if p not in self._steps:
-            self._steps[p] = int(self._optimizer.state[p]["step"])
-        return self._steps[p]
+        if id(p) not in self._steps:
+            self._steps[id(p)] = int(self._optimizer.state[p]["step"])
+        return self._steps[id(p)]
 
     def _alike(self, scopes: Sequence[int]) -> list[int]:
         """For each group the first one whose directions and gradients are computed with the same numbers."""
@@ -156,33 +186,8 @@ class LastStep(View):
         ]
         return [first.setdefault((scope, *own), i) for i, (scope, own) in enumerate(zip(scopes, numbers, strict=True))]
 
-    def _layout(
-        self, seen: Sequence[tuple[int, int, Tensor, int | None]], alike: Sequence[int], latest: dict[int, int]
-    ) -> tuple[list[Slot], list[Bucket]]:
-        """Buckets of parameters of groups that are alike, and that have seen equally many steps."""
-        ages = [None if step is None else latest[alike[i]] - step for i, _, _, step in seen]
-        key = [(alike[i], id(p), p.shape, p.dtype, age) for (i, _, p, _), age in zip(seen, ages, strict=True)]
-        if key != self._layout_key:
-            slots = look([(i, j, p) for i, j, p, _ in seen], self._budget, self._ranks, {})
-            known = {id(p): age for (_, _, p, _), age in zip(seen, ages, strict=True)}
-            self._layout_key, self._slots = key, slots
-            self._buckets = pack(slots, lambda slot: (alike[slot.group], known[id(slot.p)]))
-        return self._slots, self._buckets
-
-    def _reader(self, bucket: Bucket, slots: Sequence[Slot], flats: dict[tuple[str, int], Tensor]) -> Get:
-        """Gives quantities of a bucket by name."""
-
-        def get(name: str) -> Tensor:
-            own = {}
-            for place in bucket.parts:
-                if (name, place) not in flats:
-                    flats[name, place] = slots[place].flat(self._tensor(name, slots[place].p))
-                own[place] = flats[name, place]
-            return widen(gather(bucket.views(own)))
-
-        return get
-
-    def _tensor(self, name: str, p: Tensor) -> Tensor:
+    def tensor(self, name: str, p: Tensor) -> Tensor:
+        """A quantity of one parameter."""
         if name == _GRADIENT:
             return gradient_of(p)
         if name == PARAMETER:
@@ -190,7 +195,7 @@ class LastStep(View):
         tensor: Tensor = self._copies.tensors[p] if name == COPY else self._optimizer.state[p][name]
         return tensor
 
-    def _objective_gradient(self, group: int, get: Get, grad_scale: Tensor | None) -> Tensor:
+    def _objective_gradient(self, group: int, get: Quantities, grad_scale: Tensor | None) -> Tensor:
         """``g_t``: that of the objective which the optimizer minimizes."""
         settings, g = self._optimizer.param_groups[group], get(_GRADIENT)
         if grad_scale is not None:
@@ -234,9 +239,9 @@ class LastStep(View):
                 copies = [local(self._copies.tensors[p]) for p in last.moved]
                 torch._foreach_sub_(copies, [local(p.detach()) for p in last.moved])
             if last.direction is not None and last.direction.counts:
-                for p in last.moved:
-                    if p in self._steps:
-                        self._steps[p] += 1
+                for key in map(id, last.moved):
+                    if key in self._steps:
+                        self._steps[key] += 1
         self._last, self._next = self._next, []
 
     def abandon(self) -> None:
@@ -294,3 +299,29 @@ class LastStep(View):
             for saved, settings in groups
         ]
         self._steps = {}
+
+
+class _Reader:
+    """Gathers the quantities of one bucket."""
+
+    def __init__(self, view: LastStep, bucket: Bucket, flats: dict[Any, Tensor], spare: dict[Any, Tensor]) -> None:
+        self._view = view
+        self._bucket = bucket
+        self._flats = flats
+        self._spare = spare
+
+    def __call__(self, name: str) -> Tensor:
+        own = {}
+        for place in self._bucket.parts:
+            if (name, place) not in self._flats:
+                slot = self._view.slots[place]
+                self._flats[name, place] = slot.flat(self._view.tensor(name, slot.p))
+            own[place] = self._flats[name, place]
+        return widen(gather(self._bucket.views(own)))
+
+    def spare(self, like: Tensor, what: str = "direction") -> Tensor:
+        """One tensor for all buckets, for the memory to stay in the cache."""
+        known = self._spare.get((what, like.dtype, like.device))
+        if known is None or len(known) < len(like):
+            known = self._spare[what, like.dtype, like.device] = torch.empty_like(like)
+        return known[: len(like)]

@@ -40,14 +40,17 @@ class Moves(View):
         self._tables = Tables()
         self._parameters: list[Tensor] = []
         self._slots: list[Slot] = []
-        self._places: list[tuple[int, int]] = []  # where the parameters lie in memory, and their sizes
+        self._places: list[int] = []  # where the parameters lie in memory
+        self._sizes: list[int] = []  # of this process's parts of them
+        self._sharded = any(isinstance(p, DTensor) for settings in optimizer.param_groups for p in settings["params"])
         self._buckets: list[Bucket] = []
         self._pieces: list[list[Tensor]] = []  # of the parameters, for each bucket
         self._means: list[Tensor | None] = []  # r, for each bucket
         self._moved: list[Tensor] = []  # E, for each bucket, while a step is under way
         self._saved: dict[Key, Saved] = {}  # of a checkpoint
         self._updated: set[Key] = set()  # parameters that had a gradient in a remembered step
-        self._present: set[Key] = set()  # those that have one now
+        self._present: set[Key] | None = None  # those that have one now
+        self._missing: frozenset[int] = frozenset()  # the places of those that have none
         self._apart: set[int] = set()  # groups whose last move did not follow their scope's rate
         self._coming: set[int] = set()  # those of which the move that comes will not
 
@@ -73,6 +76,8 @@ class Moves(View):
             theta = gather(pieces or bucket.views(self._flats()))
             theta = theta.to(exact_dtype(bucket.device), copy=True)
             g = self._gradient(bucket, gather(bucket.views(flats)), theta, grad_scale)
+            if bucket.roots is not None:  # so that sums over the probe are unbiased estimates of those over everything
+                g, theta = g.mul_(bucket.roots), theta.mul_(bucket.roots)
             moved = theta if mean is None else theta.sub_(mean)
             self._moved.append(moved)
             if mean is None:
@@ -83,10 +88,10 @@ class Moves(View):
             if missing & bucket.parts.keys():
                 mask = self._mask(bucket, missing)
                 g, moved = g * mask, moved * mask
-            weighted = (g, moved) if bucket.weights is None else (g * bucket.weights, moved * bucket.weights)
-            products = (torch.dot(weighted[0], moved), torch.dot(weighted[0], g), torch.dot(weighted[1], moved))
-            sums.append(torch.stack(products))
-        self._present = {slot.key for place, slot in enumerate(self._slots) if place not in missing}
+            sums.append(torch.stack([torch.dot(g, moved), torch.dot(g, g), torch.dot(moved, moved)]))
+        if self._present is None or missing != self._missing:
+            self._missing = missing
+            self._present = {slot.key for place, slot in enumerate(self._slots) if place not in missing}
         has_gradient = {scopes[i] for i, _ in self._present}
         known = {scopes[i] for i, _ in self._present & self._updated}
         flags = [(scope in has_gradient, scope in known) for scope in range(max(scopes) + 1)]
@@ -109,7 +114,7 @@ class Moves(View):
                 for start, stop in self._spans_apart(bucket):  # nothing is left of E
                     mean[start:stop].add_(moved[start:stop], alpha=part)
         self._apart, self._coming = self._coming, set()
-        self._updated |= self._present
+        self._updated |= self._present or set()
         self._moved = []
 
     def abandon(self) -> None:
@@ -158,19 +163,18 @@ class Moves(View):
 
     def _prepare(self, scopes: Sequence[int]) -> None:
         """See whether parameters came, went, or lie somewhere else now."""
-        groups = enumerate(self._optimizer.param_groups)
-        found = [(i, j, p) for i, settings in groups for j, p in enumerate(settings["params"]) if p.requires_grad]
-        parameters = [p for _, _, p in found]
-        places = [(tensor.data_ptr(), tensor.numel()) for tensor in map(local, parameters)]
-        if list(map(id, parameters)) == list(map(id, self._parameters)):
-            if places == self._places:
-                return
-            if [size for _, size in places] == [size for _, size in self._places] and self._slots:
-                self._places = places
-                self._pieces = self._views()
-                return
+        groups = self._optimizer.param_groups
+        parameters = [p for settings in groups for p in settings["params"] if p.requires_grad]
+        tensors = [local(p) for p in parameters] if self._sharded else parameters
+        places = list(map(Tensor.data_ptr, tensors))
+        sizes = list(map(Tensor.numel, tensors))
+        if self._slots and sizes == self._sizes and list(map(id, parameters)) == list(map(id, self._parameters)):
+            if places != self._places:
+                self._places, self._pieces = places, self._views()
+            return
         before = self._local_means()
-        self._parameters, self._places = parameters, places
+        self._parameters, self._places, self._sizes, self._present = parameters, places, sizes, None
+        found = [(i, j, p) for i, own in enumerate(groups) for j, p in enumerate(own["params"]) if p.requires_grad]
         self._slots = look(found, self._budget, self._ranks, flat_offsets(parameters, self._ranks))
         self._buckets = pack(self._slots, lambda slot: scopes[slot.group])
         self._pieces = self._views()
@@ -217,6 +221,7 @@ class Moves(View):
         taken = dict.fromkeys(known, 0)
         for bucket in self._buckets:
             mean = gather(bucket.views(self._flats())).to(exact_dtype(bucket.device), copy=True)
+            mean = mean if bucket.roots is None else mean.mul_(bucket.roots)
             for place, part in zip(bucket.parts, torch.split(mean, bucket.lengths), strict=True):
                 if place in known:
                     part.copy_(known[place][taken[place] : taken[place] + len(part)])
@@ -225,7 +230,10 @@ class Moves(View):
         return means
 
     def state_dict(self) -> dict[str, Any]:
-        """``r`` in the coordinates of the whole parameters; where they are sharded, to be called on every process."""
+        """``r`` in the coordinates of the whole parameters, times the roots of their weights.
+
+        Where parameters are sharded, it is to be called on every process.
+        """
         if not self._slots or all(mean is None for mean in self._means):
             wholes = [saved.mean for saved in self._saved.values()]
             entries = [[*key, saved.size, saved.count, saved.updated] for key, saved in self._saved.items()]

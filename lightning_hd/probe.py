@@ -21,11 +21,12 @@ from lightning_hd.reduction import Ranks, as_real, exact_dtype, local
 PROBE = 2**18
 """How many coordinates a probe has by default: more do not change what is learned, fewer than some thousands do."""
 
-_BLOCK = 2**8
-"""Coordinates in a block: a kilobyte, for the memory to be read in long pieces."""
+_BLOCK = 2**10
+"""Coordinates in a block: some kilobytes, for few and long reads of the memory."""
 
-_CACHED, _LAUNCHED = 2**18, 2**24
-"""Coordinates in a bucket, on a CPU for it to stay in the cache, elsewhere for few launches."""
+_LARGE, _CACHED, _LAUNCHED = 2**18, 2**16, 2**24
+"""Coordinates in a bucket: for few operations in small models; on a CPU for it to stay in the cache; on others for few
+launches."""
 
 Range = tuple[int, int]
 Key = tuple[int, int]
@@ -99,7 +100,7 @@ class Bucket:
         size: How many there are.
         parts: For each parameter the place of its slot, and the ranges of this process's part of it.
         spans: Where the numbers of each parameter group are.
-        weights: For how many coordinates each number stands; ``None``: for one each.
+        roots: The square roots of the weights; ``None``: all are 1.
     """
 
     key: Any
@@ -108,12 +109,17 @@ class Bucket:
     size: int = 0
     parts: dict[int, list[Range]] = field(default_factory=dict)
     spans: dict[int, Range] = field(default_factory=dict)
-    weights: Tensor | None = None
+    roots: Tensor | None = None
 
     @property
     def lengths(self) -> list[int]:
         """How many numbers of each parameter it has."""
         return [sum(stop - start for start, stop in runs) for runs in self.parts.values()]
+
+    @property
+    def weights(self) -> Tensor | None:
+        """For how many coordinates each number stands; ``None``: for one each."""
+        return None if self.roots is None else self.roots.square()
 
     def add(self, place: int, group: int, run: Range) -> None:
         """Take in a range of one parameter."""
@@ -125,15 +131,23 @@ class Bucket:
     def views(self, flats: Sequence[Tensor] | Mapping[int, Tensor]) -> list[Tensor]:
         """Its pieces of the flat tensors of all slots."""
         pieces: list[Tensor] = []
-        for place, runs in self.parts.items():
+        for place, start, stop, sizes in self.cuts:
             flat = flats[place]
-            if len(runs) == 1:
-                ((start, stop),) = runs
+            if sizes is None:
                 pieces.append(flat if stop - start == len(flat) else flat[start:stop])
             else:
-                ends = [0, *(end for run in runs for end in run), len(flat)]
-                pieces += flat.split_with_sizes([b - a for a, b in pairwise(ends)])[1::2]
+                pieces += flat[:stop].split_with_sizes(sizes)[1::2]
         return pieces
+
+    @cached_property
+    def cuts(self) -> list[tuple[int, int, int, list[int] | None]]:
+        """For each parameter the place of its slot, where its pieces begin and end, and the gaps and pieces between."""
+        cuts: list[tuple[int, int, int, list[int] | None]] = []
+        for place, runs in self.parts.items():
+            ends = [0, *(end for run in runs for end in run)]
+            sizes = None if len(runs) == 1 else [b - a for a, b in pairwise(ends)]
+            cuts.append((place, runs[0][0], runs[-1][1], sizes))
+        return cuts
 
 
 def look(
@@ -194,9 +208,10 @@ def pack(slots: Sequence[Slot], key: Callable[[Slot], Hashable]) -> list[Bucket]
     """Buckets for slots in the order of their groups, each for one key and device."""
     buckets: list[Bucket] = []
     filling: dict[Hashable, Bucket] = {}
+    total = sum(stop - start for slot in slots for start, stop in slot.runs)
     for place, slot in enumerate(slots):
         device = local(slot.p).device
-        limit = _CACHED if device.type == "cpu" else _LAUNCHED
+        limit = _LAUNCHED if device.type != "cpu" else _LARGE if total <= 6 * _LARGE else _CACHED
         kind = (key(slot), device, slot.copies)
         for start, stop in slot.runs:
             while start < stop:
@@ -211,7 +226,7 @@ def pack(slots: Sequence[Slot], key: Callable[[Slot], Hashable]) -> list[Bucket]
         if any(weight != 1 for weight, _ in each):
             lengths = torch.tensor([length for _, length in each])
             weights = torch.tensor([weight for weight, _ in each], dtype=exact_dtype(bucket.device))
-            bucket.weights = weights.repeat_interleave(lengths).to(bucket.device)
+            bucket.roots = weights.sqrt().repeat_interleave(lengths).to(bucket.device)
     return buckets
 
 

@@ -13,7 +13,9 @@ _SAFE = (1e-30, 1e30)
 """Squared norms between these have lost nothing to underflow or overflow in float32."""
 
 
-def products(g: Tensor, d: Tensor | None, weights: Tensor | None = None, wide: bool = False) -> Tensor:
+def products(
+    g: Tensor, d: Tensor | None, weights: Tensor | None = None, wide: bool = False, spare: Tensor | None = None
+) -> Tensor:
     """``g·d``, ``‖g‖²`` and ``‖d‖²``, as one tensor of shape (3,) in float64 (float32 on devices without it).
 
     Args:
@@ -21,6 +23,7 @@ def products(g: Tensor, d: Tensor | None, weights: Tensor | None = None, wide: b
         d: Direction, of the same length; ``None``: zero.
         weights: How much each number counts; ``None``: all alike.
         wide: Whether to compute in float64. In float32, numbers whose squares are out of its range are lost.
+        spare: A tensor of the length and dtype of ``g`` to write products into; ``None``: one is made.
     """
     exact = exact_dtype(g.device)
     g_rows, d_rows, w_rows = (None if x is None else _rows(x, exact if wide else None) for x in (g, d, weights))
@@ -29,7 +32,9 @@ def products(g: Tensor, d: Tensor | None, weights: Tensor | None = None, wide: b
     if d_rows is None:
         zero = torch.zeros_like(squares)
         return torch.stack([zero, squares, zero]).sum(1, dtype=exact)
-    product = g_rows * d_rows if w_rows is None else g_rows * d_rows * w_rows
+    fits = spare is not None and g_rows.dtype == d_rows.dtype == spare.dtype and len(g) % _ROW == 0
+    product = torch.mul(g_rows, d_rows, out=spare.view(-1, _ROW) if fits and spare is not None else None)
+    product = product if w_rows is None else product * w_rows
     sums = [rows.to(exact) for rows in (product.sum(1), squares, _squares(d_rows, w_rows))]
     return torch.stack(sums).sum(1)
 
