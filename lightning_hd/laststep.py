@@ -186,14 +186,15 @@ class LastStep(View):
         ]
         return [first.setdefault((scope, *own), i) for i, (scope, own) in enumerate(zip(scopes, numbers, strict=True))]
 
-    def tensor(self, name: str, p: Tensor) -> Tensor:
-        """A quantity of one parameter."""
+    def tensors(self, name: str, parameters: Sequence[Tensor]) -> Sequence[Tensor]:
+        """A quantity of some parameters."""
         if name == _GRADIENT:
-            return gradient_of(p)
+            return [gradient_of(p) for p in parameters]
         if name == PARAMETER:
-            return p.detach()
-        tensor: Tensor = self._copies.tensors[p] if name == COPY else self._optimizer.state[p][name]
-        return tensor
+            return [p.detach() for p in parameters]
+        if name == COPY:
+            return [self._copies.tensors[p] for p in parameters]
+        return [self._optimizer.state[p][name] for p in parameters]
 
     def _objective_gradient(self, group: int, get: Quantities, grad_scale: Tensor | None) -> Tensor:
         """``g_t``: that of the objective which the optimizer minimizes."""
@@ -311,12 +312,11 @@ class _Reader:
         self._spare = spare
 
     def __call__(self, name: str) -> Tensor:
-        own = {}
-        for place in self._bucket.parts:
-            if (name, place) not in self._flats:
-                slot = self._view.slots[place]
-                self._flats[name, place] = slot.flat(self._view.tensor(name, slot.p))
-            own[place] = self._flats[name, place]
+        places = [place for place in self._bucket.parts if (name, place) not in self._flats]
+        slots = [self._view.slots[place] for place in places]
+        for place, slot, tensor in zip(places, slots, self._view.tensors(name, [s.p for s in slots]), strict=True):
+            self._flats[name, place] = slot.flat(tensor)
+        own = {place: self._flats[name, place] for place in self._bucket.parts}
         return widen(gather(self._bucket.views(own)))
 
     def spare(self, like: Tensor, what: str = "direction") -> Tensor:

@@ -24,9 +24,8 @@ PROBE = 2**18
 _BLOCK = 2**10
 """Coordinates in a block: some kilobytes, for few and long reads of the memory."""
 
-_LARGE, _CACHED, _LAUNCHED = 2**18, 2**16, 2**24
-"""Coordinates in a bucket: for few operations in small models; on a CPU for it to stay in the cache; on others for few
-launches."""
+_CACHED, _LAUNCHED = 2**20, 2**24
+"""Coordinates in a bucket: on a CPU for it to stay in the cache, elsewhere for few launches."""
 
 Range = tuple[int, int]
 Key = tuple[int, int]
@@ -74,8 +73,20 @@ class Slot:
         """How many coordinates are looked at, over all processes."""
         return sum(stop - start for start, stop in self.blocks)
 
+    @cached_property
+    def numel(self) -> int:
+        """How many real coordinates this process holds."""
+        return as_real(local(self.p.detach())).numel()
+
+    @cached_property
+    def is_plain(self) -> bool:
+        """Whether its tensors are real, not sharded, and lie in memory row by row."""
+        return self.order is None and not isinstance(self.p, DTensor) and not self.p.is_complex()
+
     def flat(self, tensor: Tensor) -> Tensor:
         """This process's part of a tensor of the parameter's shape, in one dimension: a view where there can be one."""
+        if self.is_plain:
+            return tensor.reshape(-1)
         tensor = as_real(local(tensor))
         return (tensor if self.order is None else tensor.permute(self.order)).reshape(-1)
 
@@ -99,6 +110,7 @@ class Bucket:
         copies: On how many processes.
         size: How many there are.
         parts: For each parameter the place of its slot, and the ranges of this process's part of it.
+        wholes: The places of those that are in it with all that this process holds.
         spans: Where the numbers of each parameter group are.
         roots: The square roots of the weights; ``None``: all are 1.
     """
@@ -108,6 +120,7 @@ class Bucket:
     copies: float
     size: int = 0
     parts: dict[int, list[Range]] = field(default_factory=dict)
+    wholes: set[int] = field(default_factory=set)
     spans: dict[int, Range] = field(default_factory=dict)
     roots: Tensor | None = None
 
@@ -121,22 +134,25 @@ class Bucket:
         """For how many coordinates each number stands; ``None``: for one each."""
         return None if self.roots is None else self.roots.square()
 
-    def add(self, place: int, group: int, run: Range) -> None:
+    def add(self, place: int, slot: Slot, run: Range) -> None:
         """Take in a range of one parameter."""
         self.parts.setdefault(place, []).append(run)
-        begin, _ = self.spans.get(group, (self.size, 0))
+        if run == (0, slot.numel):
+            self.wholes.add(place)
+        begin, _ = self.spans.get(slot.group, (self.size, 0))
         self.size += run[1] - run[0]
-        self.spans[group] = (begin, self.size)
+        self.spans[slot.group] = (begin, self.size)
 
     def views(self, flats: Sequence[Tensor] | Mapping[int, Tensor]) -> list[Tensor]:
         """Its pieces of the flat tensors of all slots."""
+        if len(self.wholes) == len(self.parts):
+            return [flats[place] for place in self.parts]
         pieces: list[Tensor] = []
         for place, start, stop, sizes in self.cuts:
-            flat = flats[place]
-            if sizes is None:
-                pieces.append(flat if stop - start == len(flat) else flat[start:stop])
+            if sizes is not None:
+                pieces += flats[place][:stop].split_with_sizes(sizes)[1::2]
             else:
-                pieces += flat[:stop].split_with_sizes(sizes)[1::2]
+                pieces.append(flats[place] if place in self.wholes else flats[place][start:stop])
         return pieces
 
     @cached_property
@@ -208,10 +224,9 @@ def pack(slots: Sequence[Slot], key: Callable[[Slot], Hashable]) -> list[Bucket]
     """Buckets for slots in the order of their groups, each for one key and device."""
     buckets: list[Bucket] = []
     filling: dict[Hashable, Bucket] = {}
-    total = sum(stop - start for slot in slots for start, stop in slot.runs)
     for place, slot in enumerate(slots):
         device = local(slot.p).device
-        limit = _LAUNCHED if device.type != "cpu" else _LARGE if total <= 6 * _LARGE else _CACHED
+        limit = _CACHED if device.type == "cpu" else _LAUNCHED
         kind = (key(slot), device, slot.copies)
         for start, stop in slot.runs:
             while start < stop:
@@ -219,7 +234,7 @@ def pack(slots: Sequence[Slot], key: Callable[[Slot], Hashable]) -> list[Bucket]
                     filling[kind] = Bucket(*kind)
                     buckets.append(filling[kind])
                 end = min(stop, start + limit - filling[kind].size)
-                filling[kind].add(place, slot.group, (start, end))
+                filling[kind].add(place, slot, (start, end))
                 start = end
     for bucket in buckets:
         each = [(slots[place].weight, stop - start) for place, runs in bucket.parts.items() for start, stop in runs]

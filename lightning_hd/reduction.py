@@ -35,7 +35,7 @@ def gradient_of(p: Tensor) -> Tensor:
     """The gradient of a parameter that has one, sharded as the parameter is."""
     g = p.grad
     assert g is not None, "the caller passes parameters with a gradient only"
-    if isinstance(p, DTensor) and isinstance(g, DTensor) and g.placements != p.placements:
+    if isinstance(g, DTensor) and isinstance(p, DTensor) and g.placements != p.placements:
         g = g.redistribute(placements=p.placements)
     return g
 
