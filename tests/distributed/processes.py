@@ -13,7 +13,7 @@ import torch
 import torch.distributed as dist
 
 
-def run(worker: Callable[..., Any], world_size: int, *args: Any, timeout_s: float = 120) -> list[Any]:
+def run(worker: Callable[..., Any], world_size: int, *args: Any, timeout_s: float = 240) -> list[Any]:
     """What ``worker(*args)`` returns on each rank, the exception that it raised, or ``None`` of a rank that was killed.
 
     Raises:
