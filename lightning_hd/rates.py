@@ -2,7 +2,6 @@
 
 import math
 from collections.abc import Container, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor
@@ -11,48 +10,8 @@ from torch.optim import Optimizer
 from lightning_hd.checks import check_count, check_flag, check_number
 from lightning_hd.lr import check_lr, get_lr, set_lr
 from lightning_hd.optimizers import is_normalized
-from lightning_hd.rules import Observation, Rule
-
-
-@dataclass
-class Scope:
-    """One learned learning rate: of the whole optimizer, or of one parameter group."""
-
-    rule: Rule
-    lr: float = 0.0  # α_t
-    used: float = 0.0  # γ_t, the rate of the last step: α_t itself but for rules with a transition
-    reference: float = 1.0  # what α would be without learning
-    from_zero: bool = False  # configured at 0: there is no ratio to keep, the groups count as equal, the reference is 1
-    started: bool = False  # whether a step has been taken at a rate of its own
-    moved: bool = False  # whether the last step was one, and not at a rate of 0
-    vanished: int = 0  # how many steps on trial have left no trace
-    last: Observation | None = None
-
-    @property
-    def waits(self) -> bool:
-        """Whether the rule has yet to pick the first rate."""
-        return self.rule.picks_start and not self.started
-
-    @property
-    def scale(self) -> float:
-        """The learned scale."""
-        return self.used / self.reference
-
-
-@dataclass
-class Group:
-    """The rate of one parameter group."""
-
-    scope: int
-    lr: float  # effective learning rate of the last step
-    base: float = 0.0  # what the configuration, or the scheduler, gives the group
-    join: float = 1.0  # for a group added in mid-training: what makes it join at its configured rate
-    zero: bool = False  # configured at 0, so that no clamp shall move it
-
-    @property
-    def unscaled(self) -> float:
-        """The group's rate at a scale of 1."""
-        return self.base * self.join
+from lightning_hd.rules import Rule
+from lightning_hd.scopes import Group, Scope
 
 
 class Rates:
@@ -186,6 +145,27 @@ class Rates:
         if self.under_schedule:
             low, high = min(low, scope.lr), max(high, scope.lr)
         return min(max(lr, low), high)
+
+    def put_back(self, before: Sequence[float], during: Sequence[float]) -> bool:
+        """After a step that raised: what the groups held before, where they hold what they held during the step.
+
+        Returns:
+            Whether all of them did.
+        """
+        groups = self.optimizer.param_groups
+        holding = [get_lr(settings) for settings in groups]  # first of all, for groups may share a tensor
+        for settings, held, lr, rate in zip(groups, holding, during, before, strict=False):
+            if held == lr:
+                set_lr(settings, rate)
+        return all(held == lr for held, lr in zip(holding, during, strict=False))
+
+    def give_back(self, before: Sequence[float], during: Sequence[float]) -> None:
+        """After a step: what the scheduler says; less by as much as the optimizer has lowered its rate, if it has."""
+        groups = self.optimizer.param_groups
+        holding = [get_lr(settings) for settings in groups]
+        for settings, held, lr, rate in zip(groups, holding, during, before, strict=True):
+            lowered = held / lr if lr else 1.0
+            set_lr(settings, rate * lowered if 0 <= lowered < 1 else rate)
 
     def _is_scheduled(self) -> bool:
         if self.scheduled is not None:

@@ -15,7 +15,9 @@ from torch.optim import Optimizer
 from lightning_hd.directions import direction_of
 from lightning_hd.lr import get_lr
 from lightning_hd.optimizers import check_gradients, coupled_decay
+from lightning_hd.rates import Rates
 from lightning_hd.reduction import Ranks, as_real, exact_dtype, gradient_of, is_flat_shard, local, widen
+from lightning_hd.rules import Rule
 from lightning_hd.sums import squared_norm
 
 _TRIAL = 2.0**-13
@@ -109,19 +111,26 @@ class Start:
             live = bool(self._ranks.sum(self._zeros(1) + live).item())
         return not live
 
-    def check(self, error: Exception | None, own: Mapping[str, Any]) -> None:
-        """Before the first step: raise where something is wrong, on all ranks where they do not tune the same.
-
-        Args:
-            error: What is wrong with the rates.
-            own: What must be the same on all ranks.
-        """
+    def check(self, rates: Rates, rule: Rule, step_count: int) -> None:
+        """Before the first step: raise where something is wrong, on all ranks where they do not tune the same."""
+        error: Exception | None = None
         try:
+            rates.check()
             self.check_gradients()
-        except TypeError as sparse:
-            error = error or sparse
+        except (TypeError, ValueError) as wrong:
+            error = wrong
         if self._ranks.count > 1 and not self._compared:
-            self._compare({"error": error and repr(error), **own})
+            self._compare(
+                {
+                    "error": error and repr(error),
+                    "optimizer": type(self._optimizer).__name__,
+                    "rule": (type(rule).__name__, vars(rule)),
+                    "scope": rates.kind,
+                    "min_lr, max_lr": rates.limits,
+                    "step_count": step_count,
+                    "what was learned": rates.state_dict()["scopes"],
+                }
+            )
         if error is not None:
             raise error
         self._compared = True

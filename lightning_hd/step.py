@@ -13,9 +13,10 @@ from lightning_hd.directions import Measured, direction_of
 from lightning_hd.lr import get_lr, set_lr
 from lightning_hd.notices import Notices
 from lightning_hd.optimizers import follow_rate
-from lightning_hd.rates import Rates, Scope
+from lightning_hd.rates import Rates
 from lightning_hd.reduction import Ranks
 from lightning_hd.rules import Observation, Rule, returned
+from lightning_hd.scopes import Scope
 from lightning_hd.start import Start, shorten
 from lightning_hd.view import View
 
@@ -115,39 +116,18 @@ class Tuning:
         self.view.abandon()
         for scope, rule in zip(self.rates.scopes, step.rules, strict=True):
             scope.rule.load_state_dict(rule)
-        holding = [get_lr(settings) for settings in self.optimizer.param_groups]
-        for settings, held, lr, restore in zip(
-            self.optimizer.param_groups, holding, step.lrs, step.restore, strict=False
-        ):
-            if held == lr:
-                set_lr(settings, restore)
-            elif self.rates.under_schedule:
-                self.notices.warn(
-                    "schedule",
-                    "a step raised an error, and the scheduler went on from the rate of that step: its values may be "
-                    "off from here on",
-                )
+        if not self.rates.put_back(step.restore, step.lrs) and self.rates.under_schedule:
+            self.notices.warn(
+                "schedule",
+                "a step raised an error, and the scheduler went on from the rate of that step: its values may be off "
+                "from here on",
+            )
 
     # ------------------------------------------------------------------ before the update
 
     def _check(self) -> None:
         """Before the first step: what only serves a clear error."""
-        error = None
-        try:
-            self.rates.check()
-        except (TypeError, ValueError) as wrong:
-            error = wrong
-        self.start.check(
-            error,
-            {
-                "optimizer": type(self.optimizer).__name__,
-                "rule": (type(self.rule).__name__, vars(self.rule)),
-                "scope": self.rates.kind,
-                "min_lr, max_lr": self.rates.limits,
-                "step_count": self.step_count,
-                "what was learned": self.rates.state_dict()["scopes"],
-            },
-        )
+        self.start.check(self.rates, self.rule, self.step_count)
         if not self.step_count:
             self.view.start()
         self._checked = True
@@ -339,7 +319,7 @@ class Tuning:
             scope.started |= moves and (i in step.begun or not scope.waits)
             scope.moved = scope.started and moves and any(step.lrs[j] for j in self.rates.members(i))
         if self.rates.under_schedule:
-            self._give_back_rates(step)
+            self.rates.give_back(step.restore, step.lrs)
         self.nonfinite_steps += not step.finite
         self.step_count += 1
 
@@ -365,11 +345,3 @@ class Tuning:
                 for p in settings["params"]:
                     shorten(p, step.before[p], part)
                 step.lrs[i], step.weights[i] = set_lr(settings, lr), weight
-
-    def _give_back_rates(self, step: Step) -> None:
-        """What the scheduler says; less by as much as the optimizer has lowered its rate during the step, if it has."""
-        groups = self.optimizer.param_groups
-        holding = [get_lr(settings) for settings in groups]  # first of all, for groups may share a tensor
-        for settings, restore, lr, held in zip(groups, step.restore, step.lrs, holding, strict=True):
-            lowered = held / lr if lr else 1.0
-            set_lr(settings, restore * lowered if 0 <= lowered < 1 else restore)
