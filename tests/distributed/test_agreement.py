@@ -89,6 +89,29 @@ def test_many_processes_tune_as_one_does(way: Way) -> None:
             torch.testing.assert_close(p, q, rtol=1e-9, atol=1e-12)
 
 
+PROBED: list[Case] = [("SGD", "auto", "group"), ("Adam", "auto", "global"), ("Adam", "multiplicative", "global")]
+
+
+def train_with_a_probe() -> dict[str, list[list[float]]]:
+    """Rates with a probe of 30 of the coordinates, which each process has a part of."""
+    kinds: list[Kind] = ["ddp", "sharded", "parallel"] if dist.is_initialized() else ["alone"]
+    return {
+        f"{kind} {case}": trained.lrs
+        for kind in kinds
+        for case, trained in train(kind, PROBED, 30, 8, probe=30).items()
+    }
+
+
+def test_many_processes_look_at_the_same_coordinates() -> None:
+    first, second = outcomes(train_with_a_probe)
+    assert first == second, "bit for bit"
+    alone = train_with_a_probe()
+    assert len(first) == 3 * len(alone)
+    for name, lrs in first.items():
+        _, _, case = name.partition(" ")
+        np.testing.assert_allclose(lrs, alone[f"alone {case}"], rtol=1e-12, err_msg=name)
+
+
 class Unused(nn.Module):
     """One layer of two has a gradient in each step, by turns."""
 
@@ -426,6 +449,7 @@ def test_the_state_may_be_asked_for_on_one_rank_alone() -> None:
 
 
 WORKERS: list[Callable[[], Any]] = [
+    train_with_a_probe,
     start_without_a_gradient,
     disagree_with_shards,
     without_gradients_by_turns,

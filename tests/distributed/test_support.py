@@ -171,7 +171,8 @@ def attempt(folder: Path, strategy: str, feature: Feature, precision: Any = "32-
     if error := error_of(lambda: lrs.update(fit(folder, strategy, feature, precision, tuned=True))):
         without = error_of(lambda: fit(folder, strategy, feature, precision, tuned=False))
         return f"no: {'without the callback as well: ' if without == error else ''}{error}", None
-    moves = all(len(set(own)) == len(own) > 3 and torch.tensor(own).isfinite().all() for own in lrs.values())
+    # In 16 bit, the first moves may round to what asks for the lowest, then the highest change: a rate comes back.
+    moves = all(len(own) - 1 <= len(set(own)) > 3 and torch.tensor(own).isfinite().all() for own in lrs.values())
     return "yes" if lrs and moves else f"no: its rates are {lrs}", lrs
 
 

@@ -3,7 +3,7 @@
 import functools
 import math
 from collections.abc import Callable
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -107,19 +107,19 @@ def whole(tensor: Tensor) -> Tensor:
     return (tensor if gather is None else gather()).detach().clone()
 
 
-def tuner(parameters: list[nn.Parameter], case: Case) -> HypergradientLR:
+def tuner(parameters: list[nn.Parameter], case: Case, probe: Any = "default") -> HypergradientLR:
     name, rule, scope = case
     optimizer = OPTIMIZERS[name]([{"params": parameters[:2]}, {"params": parameters[2:]}])
     optimizer.param_groups[1]["lr"] /= 2
-    return HypergradientLR(optimizer, rule=rule, hypergrad_lr=RULES[rule], scope=scope)
+    return HypergradientLR(optimizer, rule=rule, hypergrad_lr=RULES[rule], scope=scope, probe=probe)
 
 
-def train(kind: Kind, cases: list[Case], steps: int, width: int) -> dict[Case, Trained]:
+def train(kind: Kind, cases: list[Case], steps: int, width: int, probe: Any = "default") -> dict[Case, Trained]:
     """All cases side by side, a network for each."""
     networks = Networks(len(cases), width)
     model = placed(networks, kind)
     parameters = [list(member.parameters()) for member in networks.members]
-    hds = [tuner(own, case) for own, case in zip(parameters, cases, strict=True)]
+    hds = [tuner(own, case, probe) for own, case in zip(parameters, cases, strict=True)]
     lrs: list[list[list[float]]] = [[] for _ in cases]
     generator = torch.Generator().manual_seed(1)
     part = share(kind)
