@@ -257,7 +257,7 @@ def test_the_tests_that_the_readme_names_exist() -> None:
 
 def test_the_errors_that_the_readme_names_are_those_of_the_package() -> None:
     literals = []
-    for path in (ROOT / "lightning_hd").glob("*.py"):
+    for path in (ROOT / "lightning_hd").rglob("*.py"):
         for node in ast.walk(ast.parse(path.read_text())):
             parts = node.values if isinstance(node, ast.JoinedStr) else [node]
             literals.append("".join(str(p.value) if isinstance(p, ast.Constant) else "…" for p in parts))
