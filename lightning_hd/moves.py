@@ -146,13 +146,9 @@ class Moves(View):
 
     def _mask(self, bucket: Bucket, missing: frozenset[int]) -> Tensor:
         """1 where a parameter has a gradient, else 0."""
-        flags = [
-            (float(place not in missing), stop - start) for place, runs in bucket.parts.items() for start, stop in runs
-        ]
-        values, lengths = zip(*flags, strict=True)
-        return self._tables.constant(values, bucket.device).repeat_interleave(
-            torch.tensor(lengths, device=bucket.device)
-        )
+        flags = self._tables.constant([float(place not in missing) for place in bucket.parts], bucket.device)
+        lengths = self._tables.constant(bucket.lengths, bucket.device).long()
+        return flags.repeat_interleave(lengths, output_size=bucket.size)  # with the size known, nothing waits for it
 
     # ------------------------------------------------------------------ which parameters there are
 
