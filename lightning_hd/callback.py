@@ -11,7 +11,7 @@ from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
-from lightning_hd.checkpoints import copies_of, drop_copies, load_copies
+from lightning_hd.checkpoints import copies_of, leave_copies, load_copies
 from lightning_hd.checks import check_count
 from lightning_hd.hypergradient import HypergradientLR, check_arguments
 from lightning_hd.optimizers import check_optimizer, unwrap
@@ -222,7 +222,7 @@ class HypergradientDescent(Callback):
         """Leave the optimizers alone, where training did not start."""
         for optimizer in trainer.optimizers:
             if isinstance(optimizer, Optimizer):
-                drop_copies(optimizer, copies_of(optimizer), keep=True)
+                leave_copies(optimizer)
 
     def state_dict(self) -> dict[str, Any]:
         """The learned scalars of every optimizer; the tensors are in the optimizers' own state, under keys ``hd_*``."""

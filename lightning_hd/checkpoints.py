@@ -117,6 +117,12 @@ def drop_copies(optimizer: Optimizer, copies: Copies, keep: bool = False) -> Non
         del _copies[optimizer]
 
 
+def leave_copies(optimizer: Optimizer) -> None:
+    """Put the copies, if it has any, into its state, and let it be as any other."""
+    if optimizer in _copies:
+        drop_copies(optimizer, _copies[optimizer], keep=True)
+
+
 def load_copies(model: nn.Module, optimizer: Optimizer, prefix: str, folder: Path) -> None:
     """Load the copies from a distributed checkpoint, of which Lightning loads only what the optimizer has.
 

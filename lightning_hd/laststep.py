@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -16,16 +17,14 @@ from lightning_hd.directions import (
     Direction,
     Gradient,
     Measured,
-    Quantities,
     direction_from_dict,
     direction_of,
 )
 from lightning_hd.notices import Notices
-from lightning_hd.optimizers import coupled_decay
-from lightning_hd.probe import Bucket, Slot, gather, look, pack
+from lightning_hd.optimizers import coupled_decay, objective_gradient
+from lightning_hd.probe import Bucket, gather, look, pack
 from lightning_hd.reduction import Ranks, gradient_of, local, widen
 from lightning_hd.sums import is_doubtful, products
-from lightning_hd.tables import Tables
 from lightning_hd.view import View
 
 _GRADIENT = "gradient"
@@ -54,12 +53,8 @@ class LastStep(View):
     def __init__(
         self, optimizer: Optimizer, budget: int | None, ranks: Ranks, notices: Notices, copies: Copies
     ) -> None:
-        self._optimizer = optimizer
-        self._budget = budget
-        self._ranks = ranks
-        self._notices = notices
+        super().__init__(optimizer, budget, ranks, notices)
         self._copies = copies
-        self._tables = Tables()
         self._last: list[Last] = []
         self._next: list[Last] = []  # while a step is under way
         self._steps: dict[int, int] = {}  # how many each parameter, by id, has seen, where its direction depends on it
@@ -67,7 +62,6 @@ class LastStep(View):
         self._layout: Any = None  # what the buckets are made for
         self._known: set[int] = set()  # groups of which the last direction is
         self._youngest: dict[int, Tensor] = {}  # for groups that are alike a parameter with the most steps
-        self.slots: list[Slot] = []
         self._buckets: list[Bucket] = []
 
     # ------------------------------------------------------------------ before a step
@@ -87,20 +81,12 @@ class LastStep(View):
             d = None
             if age is not None and last.direction is not None:
                 d = last.direction.read(get, self._latest(group) - age)
-            g = self._objective_gradient(group, get, grad_scale)
+            settings = self._optimizer.param_groups[group]
+            g = objective_gradient(self._optimizer, settings, get(_GRADIENT), partial(get, PARAMETER), grad_scale)
             sums.append(products(g, d, bucket.weights, wide, get.spare(g, "product")))
             share = 1 / bucket.copies
             factors.append((scopes[group], -last.weight * share, share, last.weight**2 * share))
-        has_gradient = {scopes[slot.group] for slot in self.slots}
-        known = {scopes[i] for i in self._known}
-        flags = [(scope in has_gradient, scope in known) for scope in range(max(scopes) + 1)]
-        device = next(p.device for settings in self._optimizer.param_groups for p in settings["params"])
-        return self._tables.combine(sums, factors, flags, device)
-
-    @property
-    def share(self) -> tuple[int, int]:
-        """How many coordinates are looked at, and how many there are."""
-        return sum(slot.count for slot in self.slots), sum(slot.size for slot in self.slots)
+        return self._combine(sums, factors, scopes, {slot.group for slot in self.slots}, self._known)
 
     def is_doubtful(self, sums: Sequence[Sequence[float]]) -> bool:
         """Whether a norm may have lost something to underflow or overflow."""
@@ -140,14 +126,19 @@ class LastStep(View):
 
     def _is_complete(self, now: Sequence[Sequence[Tensor]]) -> bool:
         """Whether all that directions are computed from is there."""
-        for last, own in zip(self._last, now, strict=True):
-            for name in last.direction.needs if last.direction is not None and own else ():
-                if name == COPY:
-                    if not all(p in self._copies.tensors for p in own):
-                        return False
-                elif not all(self._optimizer.state.get(p, {}).get(name) is not None for p in own):
-                    return False
-        return True
+        return all(
+            self._find(name, p) is not None
+            for last, own in zip(self._last, now, strict=True)
+            for name in (last.direction.needs if last.direction is not None else ())
+            for p in own
+        )
+
+    def _find(self, name: str, p: Tensor) -> Tensor | None:
+        """What a direction needs of a parameter."""
+        tensor: Tensor | None = (
+            self._copies.tensors.get(p) if name == COPY else self._optimizer.state.get(p, {}).get(name)
+        )
+        return tensor
 
     def _latest(self, group: int) -> int:
         """How many steps the optimizer has taken with the groups that are alike."""
@@ -156,10 +147,8 @@ class LastStep(View):
 
     def _is_there(self, last: Last, p: Tensor) -> bool:
         """Whether all that the direction of a parameter is computed from still is."""
-        state = self._optimizer.state.get(p, {})
-        names = () if last.direction is None else last.direction.needs
-        for name in names:
-            tensor = self._copies.tensors.get(p) if name == COPY else state.get(name)
+        for name in () if last.direction is None else last.direction.needs:
+            tensor = self._find(name, p)
             if tensor is None or tensor.shape != p.shape:
                 self._notices.warn(
                     "lost direction",
@@ -195,16 +184,6 @@ class LastStep(View):
         if name == COPY:
             return [self._copies.tensors[p] for p in parameters]
         return [self._optimizer.state[p][name] for p in parameters]
-
-    def _objective_gradient(self, group: int, get: Quantities, grad_scale: Tensor | None) -> Tensor:
-        """``g_t``: that of the objective which the optimizer minimizes."""
-        settings, g = self._optimizer.param_groups[group], get(_GRADIENT)
-        if grad_scale is not None:
-            g = g / grad_scale.to(g.device)
-        if settings.get("maximize", False):
-            g = -g
-        decay = coupled_decay(self._optimizer, settings)
-        return g.add(get(PARAMETER), alpha=decay) if decay else g
 
     # ------------------------------------------------------------------ around the update
 

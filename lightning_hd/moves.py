@@ -15,10 +15,9 @@ from torch.optim import Optimizer
 
 from lightning_hd.checks import check_count, check_flag
 from lightning_hd.notices import Notices
-from lightning_hd.optimizers import coupled_decay
+from lightning_hd.optimizers import coupled_decay, device_of
 from lightning_hd.probe import Bucket, Key, Range, Slot, gather, look, pack
 from lightning_hd.reduction import Ranks, exact_dtype, gradient_of, is_flat_shard, local
-from lightning_hd.tables import Tables
 from lightning_hd.view import View
 
 
@@ -33,13 +32,8 @@ class Moves(View):
     """
 
     def __init__(self, optimizer: Optimizer, budget: int | None, ranks: Ranks, notices: Notices) -> None:
-        self._optimizer = optimizer
-        self._budget = budget
-        self._ranks = ranks
-        self._notices = notices
-        self._tables = Tables()
+        super().__init__(optimizer, budget, ranks, notices)
         self._parameters: list[Tensor] = []
-        self._slots: list[Slot] = []
         self._places: list[int] = []  # where the parameters lie in memory
         self._sizes: list[int] = []  # of this process's parts of them
         self._sharded = any(isinstance(p, DTensor) for settings in optimizer.param_groups for p in settings["params"])
@@ -57,18 +51,13 @@ class Moves(View):
     def __getstate__(self) -> dict[str, Any]:
         return {**vars(self), "_places": []}  # a copy's parameters lie elsewhere
 
-    @property
-    def share(self) -> tuple[int, int]:
-        """How many coordinates are looked at, and how many there are."""
-        return sum(slot.count for slot in self._slots), sum(slot.size for slot in self._slots)
-
     def observe(self, scopes: Sequence[int], grad_scale: Tensor | None, wide: bool = False) -> Tensor:
         """For each scope ``g·E``, ``‖g‖²``, ``‖E‖²`` and two flags; see :meth:`View.observe`."""
         self._prepare(scopes)
         missing = frozenset(i for i, p in enumerate(self._parameters) if p.grad is None)
         flats = [
             slot.flat(slot.p.detach() if place in missing else gradient_of(slot.p))
-            for place, slot in enumerate(self._slots)
+            for place, slot in enumerate(self.slots)
         ]
         sums = []
         self._moved = []
@@ -91,12 +80,10 @@ class Moves(View):
             sums.append(torch.stack([torch.dot(g, moved), torch.dot(g, g), torch.dot(moved, moved)]))
         if self._present is None or missing != self._missing:
             self._missing = missing
-            self._present = {slot.key for place, slot in enumerate(self._slots) if place not in missing}
-        has_gradient = {scopes[i] for i, _ in self._present}
-        known = {scopes[i] for i, _ in self._present & self._updated}
-        flags = [(scope in has_gradient, scope in known) for scope in range(max(scopes) + 1)]
+            self._present = {slot.key for place, slot in enumerate(self.slots) if place not in missing}
+        known = {i for i, _ in self._present & self._updated}
         shares = [(bucket.key, *[1 / bucket.copies] * 3) for bucket in self._buckets]
-        return self._tables.combine(sums, shares, flags, self._device)
+        return self._combine(sums, shares, scopes, {i for i, _ in self._present}, known)
 
     def keep(self, group: int, lr: float, weight: float) -> None:
         """See which groups do not follow their scopes' rates: the moves that they make now are not counted."""
@@ -152,11 +139,6 @@ class Moves(View):
 
     # ------------------------------------------------------------------ which parameters there are
 
-    @property
-    def _device(self) -> torch.device:
-        device: torch.device = next(p.device for settings in self._optimizer.param_groups for p in settings["params"])
-        return device
-
     def _prepare(self, scopes: Sequence[int]) -> None:
         """See whether parameters came, went, or lie somewhere else now."""
         groups = self._optimizer.param_groups
@@ -164,26 +146,26 @@ class Moves(View):
         tensors = [local(p) for p in parameters] if self._sharded else parameters
         places = list(map(Tensor.data_ptr, tensors))
         sizes = list(map(Tensor.numel, tensors))
-        if self._slots and sizes == self._sizes and list(map(id, parameters)) == list(map(id, self._parameters)):
+        if self.slots and sizes == self._sizes and list(map(id, parameters)) == list(map(id, self._parameters)):
             if places != self._places:
                 self._places, self._pieces = places, self._views()
             return
         before = self._local_means()
         self._parameters, self._places, self._sizes, self._present = parameters, places, sizes, None
         found = [(i, j, p) for i, own in enumerate(groups) for j, p in enumerate(own["params"]) if p.requires_grad]
-        self._slots = look(found, self._budget, self._ranks, flat_offsets(parameters, self._ranks))
-        self._buckets = pack(self._slots, lambda slot: scopes[slot.group])
+        self.slots = look(found, self._budget, self._ranks, flat_offsets(parameters, self._ranks))
+        self._buckets = pack(self.slots, lambda slot: scopes[slot.group])
         self._pieces = self._views()
         self._means = self._carried(before)
         self._saved = {}
 
     def _flats(self) -> list[Tensor]:
-        return [slot.flat(slot.p.detach()) for slot in self._slots]
+        return [slot.flat(slot.p.detach()) for slot in self.slots]
 
     def _views(self) -> list[list[Tensor]]:
         """Of the parameters, to be gathered from in every step; of a bucket with copies among them none."""
         flats = self._flats()
-        still = [flat.data_ptr() == local(slot.p).data_ptr() for flat, slot in zip(flats, self._slots, strict=True)]
+        still = [flat.data_ptr() == local(slot.p).data_ptr() for flat, slot in zip(flats, self.slots, strict=True)]
         return [bucket.views(flats) if all(still[place] for place in bucket.parts) else [] for bucket in self._buckets]
 
     # ------------------------------------------------------------------ what was remembered
@@ -194,19 +176,19 @@ class Moves(View):
         for bucket, mean in zip(self._buckets, self._means, strict=True):
             for place, part in zip(bucket.parts, torch.split(mean, bucket.lengths) if mean is not None else ()):  # noqa: B905
                 parts.setdefault(place, []).append(part)
-        slots = [self._slots[place] for place in parts]
+        slots = [self.slots[place] for place in parts]
         return {slot.key: (slot, torch.cat(tensors)) for slot, tensors in zip(slots, parts.values(), strict=True)}
 
     def _carried(self, before: Mapping[Key, tuple[Slot, Tensor]]) -> list[Tensor | None]:
         """``r`` for the present buckets, from that of the former ones, or of a checkpoint; else the parameters."""
         known: dict[int, Tensor] = {}
-        for place, slot in enumerate(self._slots):
+        for place, slot in enumerate(self.slots):
             former, saved = before.get(slot.key), self._saved.get(slot.key)
             if former is not None and (former[0].size, former[0].runs) == (slot.size, slot.runs):
                 known[place] = former[1]
             elif saved is not None and (saved.size, saved.count) == (slot.size, slot.count):
                 known[place] = saved.mean[slot.positions()]
-        self._updated &= {self._slots[place].key for place in known}
+        self._updated &= {self.slots[place].key for place in known}
         if not known:
             if before or self._saved:
                 self._notices.warn(
@@ -230,30 +212,30 @@ class Moves(View):
 
         Where parameters are sharded, it is to be called on every process.
         """
-        if not self._slots or all(mean is None for mean in self._means):
+        if not self.slots or all(mean is None for mean in self._means):
             wholes = [saved.mean for saved in self._saved.values()]
             entries = [[*key, saved.size, saved.count, saved.updated] for key, saved in self._saved.items()]
             return {"parameters": entries, "mean": torch.cat(wholes) if wholes else torch.zeros(0)}
-        own = self._local_means()
+        own, device = self._local_means(), device_of(self._optimizer)
         sharded = self._ranks.count > 1 and any(
-            isinstance(slot.p, DTensor) or slot.offset is not None for slot in self._slots
+            isinstance(slot.p, DTensor) or slot.offset is not None for slot in self.slots
         )
         wholes = []
-        for slot in self._slots:
+        for slot in self.slots:
             _, part = own.get(slot.key, (slot, torch.zeros(0)))
-            whole = torch.zeros(slot.count, dtype=exact_dtype(self._device), device=self._device)
+            whole = torch.zeros(slot.count, dtype=exact_dtype(device), device=device)
             if not sharded:
                 whole = part.to(whole)
             elif self._ranks.speaks_for(slot.p) and len(part):
                 whole[slot.positions().to(whole.device)] = part.to(whole)
             wholes.append(whole)
-        updated = wholes[0].new_tensor([slot.key in self._updated for slot in self._slots])
+        updated = wholes[0].new_tensor([slot.key in self._updated for slot in self.slots])
         everything = torch.cat([*wholes, updated])
         everything = (self._ranks.sum(everything) if sharded else everything).cpu()
-        mean, updated = everything[: -len(self._slots)], everything[-len(self._slots) :]
+        mean, updated = everything[: -len(self.slots)], everything[-len(self.slots) :]
         return {
             "parameters": [
-                [*slot.key, slot.size, slot.count, bool(flag)] for slot, flag in zip(self._slots, updated, strict=True)
+                [*slot.key, slot.size, slot.count, bool(flag)] for slot, flag in zip(self.slots, updated, strict=True)
             ],
             "mean": mean.clone(),
         }
@@ -271,7 +253,7 @@ class Moves(View):
         counts, mean = [count for (_, _, _, count), _ in entries], state_dict["mean"]
         if not isinstance(mean, Tensor) or mean.shape != (sum(counts),) or not bool(mean.isfinite().all()):
             raise ValueError(f"mean must be {sum(counts)} finite numbers")
-        self._parameters, self._slots, self._buckets, self._means = [], [], [], []
+        self._parameters, self.slots, self._buckets, self._means = [], [], [], []
         parts = torch.split(mean, counts) if counts else ()
         self._saved = {
             (i, j): Saved(size, count, updated, part)

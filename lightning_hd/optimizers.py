@@ -1,7 +1,7 @@
 """What is known of optimizers by their class: which can be tuned, and what their steps do with a gradient."""
 
 import inspect
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -55,6 +55,32 @@ def coupled_decay(optimizer: Optimizer, group: dict[str, Any]) -> float:
     """``λ`` of the L2 penalty that the optimizer adds to the objective of a group."""
     weight_decay = float(group.get("weight_decay", 0.0))
     return weight_decay if weight_decay and is_coupled(optimizer, group) else 0.0
+
+
+def objective_gradient(
+    optimizer: Optimizer, group: dict[str, Any], g: Tensor, p: Callable[[], Tensor], grad_scale: Tensor | None
+) -> Tensor:
+    """``g_t``: the gradient of the objective that the optimizer minimizes.
+
+    Args:
+        optimizer: The optimizer.
+        group: The parameter group.
+        g: The gradient as backpropagation has left it, not to be written to.
+        p: Gives the parameters, in the shape of ``g``.
+        grad_scale: The factor that a GradScaler has left in the gradient, or ``None``.
+    """
+    if grad_scale is not None:
+        g = g / grad_scale.to(g.device)
+    if group.get("maximize", False):
+        g = -g
+    decay = coupled_decay(optimizer, group)
+    return g.add(p(), alpha=decay) if decay else g
+
+
+def device_of(optimizer: Optimizer) -> torch.device:
+    """The device of the first parameter, where sums are made."""
+    device: torch.device = next(p.device for group in optimizer.param_groups for p in group["params"])
+    return device
 
 
 def follow_rate(optimizer: Optimizer, group: dict[str, Any], lr: float) -> None:

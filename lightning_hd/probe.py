@@ -68,7 +68,7 @@ class Slot:
         """For how many coordinates each one that is looked at stands."""
         return self.size / self.count
 
-    @property
+    @cached_property
     def count(self) -> int:
         """How many coordinates are looked at, over all processes."""
         return sum(stop - start for start, stop in self.blocks)

@@ -14,7 +14,7 @@ from torch.optim import Optimizer
 
 from lightning_hd.directions import direction_of
 from lightning_hd.lr import get_lr
-from lightning_hd.optimizers import check_gradients, coupled_decay
+from lightning_hd.optimizers import check_gradients, device_of, objective_gradient
 from lightning_hd.rates import Rates
 from lightning_hd.reduction import Ranks, as_real, exact_dtype, gradient_of, is_flat_shard, local, widen
 from lightning_hd.rules import Rule
@@ -83,7 +83,6 @@ class Start:
     def __init__(self, optimizer: Optimizer, ranks: Ranks) -> None:
         self._optimizer = optimizer
         self._ranks = ranks
-        self._compared = False
 
     def _parameters(self) -> list[Tensor]:
         return [p for settings in self._optimizer.param_groups for p in settings["params"]]
@@ -119,32 +118,31 @@ class Start:
             self.check_gradients()
         except (TypeError, ValueError) as wrong:
             error = wrong
-        if self._ranks.count > 1 and not self._compared:
-            self._compare(
-                {
-                    "error": error and repr(error),
-                    "optimizer": type(self._optimizer).__name__,
-                    "rule": (type(rule).__name__, vars(rule)),
-                    "scope": rates.kind,
-                    "min_lr, max_lr": rates.limits,
-                    "step_count": step_count,
-                    "what was learned": rates.state_dict()["scopes"],
-                }
-            )
+        if self._ranks.count > 1:
+            groups = self._optimizer.param_groups
+            own = {
+                "error": error and repr(error),
+                "optimizer": type(self._optimizer).__name__,
+                "rule": (type(rule).__name__, vars(rule)),
+                "scope": rates.kind,
+                "min_lr, max_lr": rates.limits,
+                "step_count": step_count,
+                "lrs": [str(settings["lr"]) if error else get_lr(settings) for settings in groups],
+                "shapes of parameters": [
+                    ["a flat shard" if is_flat_shard(p) else tuple(p.shape) for p in settings["params"]]
+                    for settings in groups
+                ],
+                "what was learned": rates.state_dict()["scopes"],
+            }
+            self._compare(_plain(own))
         if error is not None:
             raise error
-        self._compared = True
 
     def check_gradients(self) -> None:
         """Raise :class:`TypeError` where a gradient is sparse."""
         check_gradients(self._parameters())
 
     def _compare(self, own: Mapping[str, Any]) -> None:
-        groups = self._optimizer.param_groups
-        shapes = [["a flat shard" if is_flat_shard(p) else tuple(p.shape) for p in g["params"]] for g in groups]
-        lrs = [str(settings["lr"]) if own["error"] else get_lr(settings) for settings in groups]
-        own = {key: _plain(value) for key, value in {**own, "lrs": lrs, "shapes of parameters": shapes}.items()}
-        own["what was learned"] = own.pop("what was learned")  # last: it follows from the others
         for rank, other in enumerate(everyone := self._ranks.gather(own)):
             for key, value in other.items():
                 if value != everyone[0][key]:
@@ -176,10 +174,7 @@ class Start:
                 if p.grad is None or not weight:
                     continue
                 theta, raw = widen(as_real(local(p.detach()))), widen(as_real(local(gradient_of(p))))
-                g = raw if grad_scale is None else raw / grad_scale.to(raw.device)
-                g = -g if settings.get("maximize", False) else g
-                decay = coupled_decay(self._optimizer, settings)
-                g = g.add(theta, alpha=decay) if decay else g
+                g = objective_gradient(self._optimizer, settings, raw, theta.detach, grad_scale)
                 d = direction.ahead(g, theta, partial(self._state, p))
                 d_squared = 0.0 if d is None else weight**2 * float(squared_norm(d))
                 numbers = [float(squared_norm(theta)), float(squared_norm(g)), theta.numel(), d_squared]
@@ -207,7 +202,7 @@ class Start:
         return max((torch.finfo(dtype).eps for dtype in dtypes), default=0.0)
 
     def _zeros(self, size: int) -> Tensor:
-        device = next(iter(self._parameters())).device
+        device = device_of(self._optimizer)
         return torch.zeros(size, dtype=exact_dtype(device), device=device)
 
 

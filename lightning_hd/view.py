@@ -5,10 +5,50 @@ from collections.abc import Sequence
 from typing import Any
 
 from torch import Tensor
+from torch.optim import Optimizer
+
+from lightning_hd.notices import Notices
+from lightning_hd.optimizers import device_of
+from lightning_hd.probe import Slot
+from lightning_hd.reduction import Ranks
+from lightning_hd.tables import Tables
 
 
 class View(ABC):
-    """What is looked at around every step of an optimizer: its moves, or the direction of its last step."""
+    """What is looked at around every step of an optimizer: its moves, or the direction of its last step.
+
+    Args:
+        optimizer: The optimizer.
+        budget: How many coordinates to look at; ``None``: all.
+        ranks: The processes that train together.
+        notices: For what the user should know.
+    """
+
+    def __init__(self, optimizer: Optimizer, budget: int | None, ranks: Ranks, notices: Notices) -> None:
+        self._optimizer = optimizer
+        self._budget = budget
+        self._ranks = ranks
+        self._notices = notices
+        self._tables = Tables()
+        self.slots: list[Slot] = []
+
+    @property
+    def share(self) -> tuple[int, int]:
+        """How many coordinates are looked at, and how many there are."""
+        return sum(slot.count for slot in self.slots), sum(slot.size for slot in self.slots)
+
+    def _combine(
+        self,
+        sums: Sequence[Tensor],
+        factors: Sequence[tuple[int, float, float, float]],
+        scopes: Sequence[int],
+        with_gradient: set[int],
+        known: set[int],
+    ) -> Tensor:
+        """The sums of buckets by scope, with two flags: a group has a gradient, and it can be compared."""
+        flagged = [{scopes[i] for i in groups} for groups in (with_gradient, known)]
+        flags = [(scope in flagged[0], scope in flagged[1]) for scope in range(max(scopes) + 1)]
+        return self._tables.combine(sums, factors, flags, device_of(self._optimizer))
 
     @abstractmethod
     def observe(self, scopes: Sequence[int], grad_scale: Tensor | None, wide: bool = False) -> Tensor:
@@ -23,11 +63,6 @@ class View(ABC):
             For each scope the derivative, ``‖g‖²``, the square of what ``g`` is multiplied with, whether there is a
             gradient, and whether there is something to multiply it with: of shape (scopes, 5).
         """
-
-    @property
-    @abstractmethod
-    def share(self) -> tuple[int, int]:
-        """How many coordinates are looked at, and how many there are."""
 
     @abstractmethod
     def keep(self, group: int, lr: float, weight: float) -> None:

@@ -277,20 +277,18 @@ def lose_moves(state: dict[str, Any]) -> None:
     view["mean"] = view["mean"][: view["parameters"][0][3]]
 
 
-def test_moves_of_other_parameters_are_told_and_summed_anew() -> None:
-    first, second = halves(lose_moves, "auto")
-    with pytest.warns(RuntimeWarning, match="the memory of former steps starts anew"):
-        second.run(range(12, 14))
-    assert second.hd.lrs == first.hd.lrs
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        second.run(range(14, 16))
-    assert second.hd.lrs != first.hd.lrs
-
-
-def test_lost_directions_are_told_and_known_again_after_a_step() -> None:
-    first, second = halves(lose_tensors)
-    with pytest.warns(RuntimeWarning, match="lost the last direction"):
+@pytest.mark.parametrize(
+    ("lose", "rule", "words"),
+    [
+        (lose_moves, "auto", "the memory of former steps starts anew"),
+        (lose_tensors, "multiplicative", "lost the last direction"),
+    ],
+)
+def test_what_is_lost_is_told_and_known_again_after_a_step(
+    lose: Callable[[dict[str, Any]], Any], rule: str, words: str
+) -> None:
+    first, second = halves(lose, rule)
+    with pytest.warns(RuntimeWarning, match=words):
         second.run(range(12, 14))
     assert second.hd.lrs == first.hd.lrs
     with warnings.catch_warnings():
