@@ -1,6 +1,6 @@
 """The last step: its direction, for rules that ask whether it alone should have been longer. The paper's view."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -126,19 +126,16 @@ class LastStep(View):
 
     def _is_complete(self, now: Sequence[Sequence[Tensor]]) -> bool:
         """Whether all that directions are computed from is there."""
-        return all(
-            self._find(name, p) is not None
-            for last, own in zip(self._last, now, strict=True)
-            for name in (last.direction.needs if last.direction is not None else ())
-            for p in own
-        )
+        for last, own in zip(self._last, now, strict=True):
+            for name in last.direction.needs if last.direction is not None else ():
+                if any(tensor is None for tensor in map(self._finder(name), own)):
+                    return False
+        return True
 
-    def _find(self, name: str, p: Tensor) -> Tensor | None:
-        """What a direction needs of a parameter."""
-        tensor: Tensor | None = (
-            self._copies.tensors.get(p) if name == COPY else self._optimizer.state.get(p, {}).get(name)
-        )
-        return tensor
+    def _finder(self, name: str) -> Callable[[Tensor], Tensor | None]:
+        """Finds what a direction needs of a parameter."""
+        state, nothing = self._optimizer.state, dict[str, Any]()
+        return self._copies.tensors.get if name == COPY else lambda p: state.get(p, nothing).get(name)
 
     def _latest(self, group: int) -> int:
         """How many steps the optimizer has taken with the groups that are alike."""
@@ -148,7 +145,7 @@ class LastStep(View):
     def _is_there(self, last: Last, p: Tensor) -> bool:
         """Whether all that the direction of a parameter is computed from still is."""
         for name in () if last.direction is None else last.direction.needs:
-            tensor = self._find(name, p)
+            tensor = self._finder(name)(p)
             if tensor is None or tensor.shape != p.shape:
                 self._notices.warn(
                     "lost direction",
