@@ -1,8 +1,12 @@
 """The rate that a parameter group of an optimizer holds: a number, or a tensor of one."""
 
+from collections.abc import Sequence
 from typing import Any
 
+import torch
 from torch import Tensor
+
+from lightning_hd.reduction import exact_dtype
 
 
 def check_lr(name: str, lr: Any) -> None:
@@ -22,11 +26,23 @@ def get_lr(settings: dict[str, Any]) -> float:
     return float(settings["lr"])
 
 
+def get_lrs(groups: Sequence[dict[str, Any]]) -> list[float]:
+    """The rates that some groups hold. Where they are tensors, all are read at once."""
+    tensors = [settings["lr"] for settings in groups if isinstance(settings["lr"], Tensor)]
+    if len({tensor.device for tensor in tensors}) != 1:
+        return list(map(get_lr, groups))
+    numbers = iter(
+        torch.stack([tensor.detach().to(exact_dtype(tensor.device)).view(()) for tensor in tensors]).tolist()
+    )
+    return [next(numbers) if isinstance(settings["lr"], Tensor) else get_lr(settings) for settings in groups]
+
+
 def set_lr(settings: dict[str, Any], lr: float) -> float:
     """Write it, in place where it is a tensor; returns what the group then holds."""
+    held = settings["lr"]
+    if isinstance(held, Tensor):
+        held.fill_(lr)
+        return float(torch.tensor(lr, dtype=held.dtype))  # what it holds, without waiting for its device
     if get_lr(settings) != lr:
-        if isinstance(settings["lr"], Tensor):
-            settings["lr"].fill_(lr)
-        else:
-            settings["lr"] = lr
+        settings["lr"] = lr
     return get_lr(settings)

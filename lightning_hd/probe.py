@@ -21,7 +21,7 @@ from lightning_hd.reduction import Ranks, as_real, exact_dtype, local
 PROBE = 2**18
 """How many coordinates a probe has by default: more do not change what is learned, fewer than some thousands do."""
 
-_BLOCK = 2**10
+_BLOCK = 2**12
 """Coordinates in a block: some kilobytes, for few and long reads of the memory."""
 
 _CACHED, _LAUNCHED = 2**20, 2**24

@@ -8,7 +8,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from lightning_hd.checks import check_count, check_flag, check_number
-from lightning_hd.lr import check_lr, get_lr, set_lr
+from lightning_hd.lr import check_lr, get_lrs, set_lr
 from lightning_hd.optimizers import is_normalized
 from lightning_hd.rules import Rule
 from lightning_hd.scopes import Group, Scope
@@ -38,6 +38,7 @@ class Rates:
         self.scheduled: bool | None = None  # what the user says; None: see under_schedule
         self.scopes: list[Scope] = []
         self.groups: list[Group] = []
+        self.held: list[float] = []  # what each param_groups[i]["lr"] held when a step began
         self._rule = rule
         self._min_lr = min_lr
         self._max_lr = max_lr
@@ -54,24 +55,25 @@ class Rates:
             )
         scheduled = self._is_scheduled()
         self.check()
+        held = self.held
         fresh = set(range(len(self.scopes))) if scheduled != self.under_schedule else set()
         self.under_schedule = scheduled
         for i in range(len(self.groups), len(settings)):
-            group = Group(scope=i if self.kind == "group" else 0, lr=get_lr(settings[i]))
+            group = Group(scope=i if self.kind == "group" else 0, lr=held[i])
             self.groups.append(group)
             if group.scope == len(self.scopes):
                 self.scopes.append(Scope(self._rule.bind(is_normalized(self.optimizer))))
                 fresh.add(group.scope)
             elif not self._join(group):
                 fresh.add(group.scope)
-        for group, group_settings in zip(self.groups, settings, strict=True):
+        for group, lr in zip(self.groups, held, strict=True):
             if scheduled:
-                group.base = get_lr(group_settings)
-            elif get_lr(group_settings) != group.lr and group.scope not in fresh:
-                if all(get_lr(settings[i]) != self.groups[i].lr for i in self.members(group.scope)):
+                group.base = lr
+            elif lr != group.lr and group.scope not in fresh:
+                if all(held[i] != self.groups[i].lr for i in self.members(group.scope)):
                     fresh.add(group.scope)
                 else:
-                    self._write(group, get_lr(group_settings))
+                    self._write(group, lr)
         for scope in fresh:
             self._anchor(scope)
 
@@ -153,7 +155,7 @@ class Rates:
             Whether all of them did.
         """
         groups = self.optimizer.param_groups
-        holding = [get_lr(settings) for settings in groups]  # first of all, for groups may share a tensor
+        holding = get_lrs(groups)  # first of all, for groups may share a tensor
         for settings, held, lr, rate in zip(groups, holding, during, before, strict=False):
             if held == lr:
                 set_lr(settings, rate)
@@ -162,7 +164,7 @@ class Rates:
     def give_back(self, before: Sequence[float], during: Sequence[float]) -> None:
         """After a step: what the scheduler says; less by as much as the optimizer has lowered its rate, if it has."""
         groups = self.optimizer.param_groups
-        holding = [get_lr(settings) for settings in groups]
+        holding = get_lrs(groups)
         for settings, held, lr, rate in zip(groups, holding, during, before, strict=True):
             lowered = held / lr if lr else 1.0
             set_lr(settings, rate * lowered if 0 <= lowered < 1 else rate)
@@ -172,18 +174,19 @@ class Rates:
             return self.scheduled
         return any("initial_lr" in settings for settings in self.optimizer.param_groups)
 
-    def _configured(self, settings: dict[str, Any]) -> float:
-        return float(settings.get("initial_lr", settings["lr"]) if self.under_schedule else settings["lr"])
+    def _configured(self, index: int) -> float:
+        settings = self.optimizer.param_groups[index]
+        return float(settings["initial_lr"]) if self.under_schedule and "initial_lr" in settings else self.held[index]
 
     def _anchor(self, index: int) -> None:
         """Start a scope from the rates that its groups are configured with now."""
         scope = self.scopes[index]
         configured = []
         for i in self.members(index):
-            group, settings = self.groups[i], self.optimizer.param_groups[i]
+            group = self.groups[i]
             # a scheduler that comes in mid-training goes on from the rate that is there, whatever it calls its own
-            configured.append((scope.started and get_lr(settings)) or self._configured(settings))
-            group.lr = group.base = get_lr(settings)
+            configured.append((scope.started and self.held[i]) or self._configured(i))
+            group.lr = group.base = self.held[i]
             group.join = 1.0
             group.zero = configured[-1] == 0
         reference = max(configured, key=abs)
@@ -238,13 +241,14 @@ class Rates:
         scope.used *= factor
 
     def check(self) -> None:
-        """Raise :class:`TypeError` or :class:`ValueError` where what a group of the optimizer holds is no rate."""
+        """Read what the groups of the optimizer hold; raise :class:`TypeError` or :class:`ValueError` for no rate."""
         settings = self.optimizer.param_groups
         scheduled = self._is_scheduled()
-        for i, group_settings in enumerate(settings):
-            name = f"lr of {type(self.optimizer).__name__} param_groups[{i}]"
+        names = [f"lr of {type(self.optimizer).__name__} param_groups[{i}]" for i in range(len(settings))]
+        for name, group_settings in zip(names, settings, strict=True):
             check_lr(name, group_settings["lr"])
-            lr = get_lr(group_settings)
+        self.held = get_lrs(settings)
+        for name, lr in zip(names, self.held, strict=True):
             if not math.isfinite(lr) or (lr < 0 <= self._min_lr and not scheduled):
                 allowed = "a finite number" + ("" if self._min_lr < 0 else " of at least 0 (or pass min_lr=None)")
                 raise ValueError(f"{name} must be {allowed}, got {lr}")

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from lightning_hd.directions import Measured, direction_of
-from lightning_hd.lr import get_lr, set_lr
+from lightning_hd.lr import set_lr
 from lightning_hd.notices import Notices
 from lightning_hd.optimizers import follow_rate
 from lightning_hd.rates import Rates
@@ -143,7 +143,7 @@ class Tuning:
         if not any(has_gradient for *_, has_gradient, _ in sums):
             return False
         rules = [scope.rule.state_dict() for scope in self.rates.scopes]
-        step = self._step = Step(rules, restore=[get_lr(settings) for settings in groups])
+        step = self._step = Step(rules, restore=list(self.rates.held))
         for i, found in enumerate(sums):
             step.has_gradient.append(bool(found[3]))
             step.seen.append(self._see(i, *found))

@@ -4,6 +4,7 @@
     python tests/benchmarks/cost.py --quick              # some rows, a minute
     python tests/benchmarks/cost.py --trainer            # whole training steps through a Trainer
     python tests/benchmarks/cost.py --tuners             # the steps of other tuners, of the extra ``bench``
+    python tests/benchmarks/cost.py --device cuda        # on a GPU
 
 Each row times the plain optimizer and the tuned one in turn, in one process, and gives the median of the ratios of
 neighbouring steps, with the quartiles. Parameters and gradients are random. Operations are those that reach torch's
@@ -119,17 +120,21 @@ def rows(quick: bool) -> Iterator[Row]:
                     yield Row(optimizer, way, model, rule)
 
 
-def parameters(shapes: Shapes) -> list[nn.Parameter]:
+def parameters(shapes: Shapes, device: str = "cpu") -> list[nn.Parameter]:
     generator = torch.Generator().manual_seed(0)
-    made = [nn.Parameter(torch.randn(shape, generator=generator)) for shape in shapes]
+    made = [nn.Parameter(torch.randn(shape, generator=generator).to(device)) for shape in shapes]
     for p in made:
-        p.grad = torch.randn(p.shape, generator=generator)
+        p.grad = torch.randn(p.shape, generator=generator).to(device)
     return made
 
 
-def timed(work: Callable[[], object]) -> float:
+def timed(work: Callable[[], object], device: str = "cpu") -> float:
+    """Milliseconds until the work is done, on a GPU too."""
+    wait = torch.cuda.synchronize if device == "cuda" else lambda: None
+    wait()
     begin = time.perf_counter()
     work()
+    wait()
     return 1e3 * (time.perf_counter() - begin)
 
 
@@ -212,16 +217,17 @@ def everything(optimizer: Optimizer) -> Iterator[Tensor]:
         yield from (x for x in state.values() if isinstance(x, Tensor))
 
 
-def measure(row: Row, rounds: int) -> str:
+def measure(row: Row, rounds: int, device: str) -> str:
     """One line: medians, quartiles, operations, host reads, bytes kept."""
-    plain, tuned = parameters(MODELS[row.model]), parameters(MODELS[row.model])
+    plain, tuned = parameters(MODELS[row.model], device), parameters(MODELS[row.model], device)
     first, second = (OPTIMIZERS[row.optimizer](p, **WAYS[row.way]) for p in (plain, tuned))
     probe: Any = row.probe
-    engine = HypergradientLR(second, row.rule, probe=probe)
+    # The gradients are always the same, so a paper's rule that moved would leave the range of numbers.
+    engine = HypergradientLR(second, row.rule, None if row.rule == "auto" else 0.0, probe=probe)
     for _ in range(3):
         first.step()
         second.step()
-    pairs = [(timed(first.step), timed(second.step)) for _ in range(rounds)]
+    pairs = [(timed(first.step, device), timed(second.step, device)) for _ in range(rounds)]
     ratios = [b / a for a, b in pairs]
     low, _, high = quantiles(ratios, n=4)
     own, alone = counted(second.step), counted(first.step)
@@ -235,9 +241,10 @@ def measure(row: Row, rounds: int) -> str:
     )
 
 
-def table(threads: int, quick: bool, only: str) -> None:
+def table(threads: int, quick: bool, only: str, device: str) -> None:
     torch.set_num_threads(threads)
-    print(f"\n{threads} thread{'s' if threads > 1 else ''}, times in ms per step\n")
+    where = torch.cuda.get_device_name() if device == "cuda" else f"{threads} thread{'s' if threads > 1 else ''}"
+    print(f"\n{where}, times in ms per step\n")
     print(
         "| optimizer | parameters | rule | plain | tuned | ratio | quartiles | operations | host reads | MiB kept "
         "| bytes per parameter |"
@@ -247,7 +254,7 @@ def table(threads: int, quick: bool, only: str) -> None:
         if only in f"{row.optimizer} {row.way} {row.model} {row.rule}":
             numbers = sum(int(torch.Size(shape).numel()) for shape in MODELS[row.model])
             gc.collect()
-            print(measure(row, max(7, min(101, int(3e8 / numbers)))), flush=True)
+            print(measure(row, max(7, min(101, int(3e8 / numbers))), device), flush=True)
 
 
 # ---------------------------------------------------------------------- other tuners
@@ -382,11 +389,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--trainer", action="store_true", help="whole training steps only")
     parser.add_argument("--tuners", action="store_true", help="other tuners only")
     parser.add_argument("--only", default="", metavar="WORDS", help="rows whose description contains these")
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="where the steps are taken")
     arguments = parser.parse_args(argv)
+    if arguments.device == "cuda":
+        table(1, arguments.quick, arguments.only, "cuda")
+        return 0
     if not (arguments.trainer or arguments.tuners):
         threads = torch.get_num_threads()
         for count in (1,) if arguments.quick or threads == 1 else (1, threads):
-            table(count, arguments.quick or count > 1, arguments.only)
+            table(count, arguments.quick or count > 1, arguments.only, "cpu")
         torch.set_num_threads(threads)
     if arguments.tuners or not (arguments.quick or arguments.trainer or arguments.only):
         tuners()
