@@ -45,7 +45,7 @@ from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # for those who run the file by its path
 
-from tests.benchmarks import figure, table, tasks, training, tuners
+from tests.benchmarks import fashion, figure, table, tasks, training, tuners
 from tests.benchmarks.plan import OTHER_RATES, Settings, plan
 from tests.benchmarks.results import Outcome, Results, Run, append, load, select
 
@@ -91,7 +91,8 @@ def submit(
 def execute(run: Run, rule: str, data: Path) -> Outcome:
     """Make one run, in a worker."""
     problem = tasks.build(run.task, run.seed, data)
-    return training.train(problem, tuners.methods(rule)[run.method], run.optimizer, run.rate, run.steps)
+    decay = tasks.TASKS[run.task].decay
+    return training.train(problem, tuners.methods(rule)[run.method], run.optimizer, run.rate, decay, run.steps)
 
 
 def start_pool(jobs: int) -> ProcessPoolExecutor:
@@ -145,7 +146,9 @@ def arguments(argv: Sequence[str] | None) -> tuple[Settings, argparse.Namespace]
     listed = ", ".join((*tuners.methods(tuners.RULE), OTHER_RATES))
     parser.add_argument("--methods", metavar="A,B", help=f"of {listed}")
     parser.add_argument("--rule", default=tuners.RULE, help="the rule under test (default: %(default)s)")
-    parser.add_argument("--data", type=Path, default=tasks.FASHION, metavar="DIR", help="of Fashion-MNIST's IDX files")
+    parser.add_argument(
+        "--data", type=Path, default=fashion.FASHION, metavar="DIR", help="of Fashion-MNIST's IDX files"
+    )
     parser.add_argument("--report-only", action="store_true", help="make no runs")
     args = parser.parse_args(argv)
 

@@ -24,7 +24,7 @@ from matplotlib.figure import Figure
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # for those who run the file by its path
 
-from tests.benchmarks import tasks, tuners
+from tests.benchmarks import fashion, tasks, tuners
 from tests.benchmarks.figure import PLAIN
 from tests.benchmarks.learning_quality import complete, execute, start_pool
 from tests.benchmarks.plan import Settings, plan
@@ -88,7 +88,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = parser.parse_args(argv)
     settings = Settings(args.tasks.split(","), list(tuners.BASES), ["constant", tuners.RULE], args.seeds)
     args.out.mkdir(parents=True, exist_ok=True)
-    work = functools.partial(execute, rule=settings.rule, data=tasks.FASHION)
+    work = functools.partial(execute, rule=settings.rule, data=fashion.FASHION)
     results: Results = {}
     failed = []
     try:

@@ -34,7 +34,7 @@ def plan(settings: Settings, results: Results) -> list[Run]:
     """All runs, finished ones included; what is finished decides how far the grids reach."""
     every_run: dict[Run, None] = {}
     for task in settings.tasks:
-        for optimizer in settings.optimizers:
+        for optimizer in [name for name in settings.optimizers if name in tasks.TASKS[task].optimizers]:
             for method in settings.methods:
                 every_run |= dict.fromkeys(runs_of(settings, results, task, optimizer, method))
     return list(every_run)

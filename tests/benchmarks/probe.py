@@ -20,7 +20,7 @@ from torch.optim import SGD, AdamW, Optimizer
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # for those who run the file by its path
 
 from lightning_hd import HypergradientLR
-from tests.benchmarks.tasks import CONTEXT, Transformer, source_code
+from tests.benchmarks.text import CONTEXT, Transformer, source_code
 
 PROBES: tuple[int | None, ...] = (None, 2**18, 2**16, 2**14)
 OPTIMIZERS: dict[str, Callable[..., Optimizer]] = {

@@ -7,15 +7,15 @@ from statistics import fmean
 import torch
 from torch.optim.lr_scheduler import CosineAnnealingLR
 
+from tests.benchmarks.problems import Problem
 from tests.benchmarks.results import Outcome
-from tests.benchmarks.tasks import Problem
 from tests.benchmarks.tuners import Method
 
 
-def train(problem: Problem, method: Method, base: str, rate: float, steps: int) -> Outcome:
+def train(problem: Problem, method: Method, base: str, rate: float, decay: float, steps: int) -> Outcome:
     """Train for that many steps, or until the loss is not finite."""
     network = problem.network
-    tuning = method.start(network, base, rate)
+    tuning = method.start(network, base, rate, decay)
     optimizer = tuning.optimizer
     scheduler = CosineAnnealingLR(optimizer, T_max=steps) if method.cosine else None
     switch_mode(optimizer, "train")
@@ -31,6 +31,7 @@ def train(problem: Problem, method: Method, base: str, rate: float, steps: int) 
             return Outcome(math.inf, val_loss, final_lr, time.perf_counter() - begin)
         loss.backward()
         optimizer.step()
+        problem.project()
         final_lr = tuning.rate()
         tuning.after_step()
         if scheduler is not None:

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.optim import SGD, Adam, Optimizer
+from torch.optim import SGD, Adam, AdamW, Optimizer
 
 from lightning_hd import HypergradientLR
 
@@ -17,6 +17,7 @@ BASES: dict[str, Callable[..., Optimizer]] = {
     "Nesterov": functools.partial(SGD, momentum=0.9, nesterov=True),
     "Adam": Adam,
 }
+"""A task with weight decay has AdamW in the place of Adam."""
 
 RULE = "auto"
 """The rule under test."""
@@ -50,13 +51,13 @@ class Method:
     """A way to set the learning rate.
 
     Args:
-        start: Makes it for a network, a base optimizer and a configured rate.
+        start: Makes it for a network, a base optimizer, a configured rate, and a decoupled weight decay.
         rates: The rates to try for each base optimizer it is for; ``None``: the grid.
         package: Of the ``bench`` extra; by the name it is imported with.
         cosine: Whether torch's cosine annealing goes on top.
     """
 
-    start: Callable[[nn.Module, str, float], Tuning]
+    start: Callable[[nn.Module, str, float, float], Tuning]
     rates: Mapping[str, Sequence[float]] | None
     package: str | None = None
     cosine: bool = False
@@ -71,26 +72,38 @@ class Method:
         return [self.package] if self.package and importlib.util.find_spec(self.package) is None else []
 
 
-def constant(network: nn.Module, base: str, rate: float) -> Tuning:
-    optimizer = BASES[base](network.parameters(), lr=rate)
+def trainable(network: nn.Module) -> list[nn.Parameter]:
+    """The parameters that are not frozen."""
+    return [p for p in network.parameters() if p.requires_grad]
+
+
+def plain(network: nn.Module, base: str, rate: float, decay: float) -> Optimizer:
+    """The base optimizer itself."""
+    if decay:
+        return AdamW(trainable(network), lr=rate, weight_decay=decay)
+    return BASES[base](trainable(network), lr=rate)
+
+
+def constant(network: nn.Module, base: str, rate: float, decay: float) -> Tuning:
+    optimizer = plain(network, base, rate, decay)
     return Tuning(optimizer, lambda: float(optimizer.param_groups[0]["lr"]))
 
 
-def hypergradient(network: nn.Module, base: str, rate: float, rule: str) -> Tuning:
-    optimizer = BASES[base](network.parameters(), lr=rate)
+def hypergradient(network: nn.Module, base: str, rate: float, decay: float, rule: str) -> Tuning:
+    optimizer = plain(network, base, rate, decay)
     engine = HypergradientLR(optimizer, rule=rule)
     return Tuning(optimizer, lambda: engine.lrs[0])
 
 
-def prodigy(network: nn.Module, base: str, rate: float) -> Tuning:
+def prodigy(network: nn.Module, base: str, rate: float, decay: float) -> Tuning:
     from prodigyopt import Prodigy
 
-    optimizer: Optimizer = Prodigy(network.parameters(), lr=rate)
+    optimizer: Optimizer = Prodigy(trainable(network), lr=rate, weight_decay=decay)
     (group,) = optimizer.param_groups
     return Tuning(optimizer, lambda: float(group["d"] * group["lr"]))
 
 
-def d_adaptation(network: nn.Module, base: str, rate: float) -> Tuning:
+def d_adaptation(network: nn.Module, base: str, rate: float, decay: float) -> Tuning:
     from dadaptation import DAdaptAdam, DAdaptSGD
 
     makers: dict[str, Callable[..., Optimizer]] = {
@@ -98,37 +111,41 @@ def d_adaptation(network: nn.Module, base: str, rate: float) -> Tuning:
         "Nesterov": functools.partial(DAdaptSGD, momentum=0.9),
         "Adam": DAdaptAdam,
     }
-    optimizer = makers[base](network.parameters(), lr=rate)
+    optimizer = makers[base](
+        trainable(network), lr=rate, **({"weight_decay": decay, "decouple": True} if decay else {})
+    )
     (group,) = optimizer.param_groups
     return Tuning(optimizer, lambda: float(group["d"] * group["lr"] / group.get("g0_norm", 1.0)))
 
 
-def mechanic(network: nn.Module, base: str, rate: float) -> Tuning:
+def mechanic(network: nn.Module, base: str, rate: float, decay: float) -> Tuning:
     from mechanic_pytorch import mechanize
 
     # It derives a class from the optimizer's, so it takes the class itself.
     settings: dict[str, Any] = {"momentum": 0.9, "nesterov": True} if base == "Nesterov" else {}
-    optimizer: Optimizer = mechanize(Adam if base == "Adam" else SGD)(network.parameters(), lr=rate, **settings)
+    settings |= {"weight_decay": decay} if decay else {}
+    optimizer_class = SGD if base != "Adam" else AdamW if decay else Adam
+    optimizer: Optimizer = mechanize(optimizer_class)(trainable(network), lr=rate, **settings)
     (group,) = optimizer.param_groups
     state: Mapping[Any, Any] = optimizer.state
     return Tuning(optimizer, lambda: float(state["_mechanic"]["s"].sum() * group["lr"]))
 
 
-def dog(network: nn.Module, base: str, rate: float) -> Tuning:
+def dog(network: nn.Module, base: str, rate: float, decay: float) -> Tuning:
     """Validated, as the package asks, by its average of the iterates."""
     from dog import DoG, PolynomialDecayAverager
 
-    optimizer: Optimizer = DoG(network.parameters(), lr=rate)
+    optimizer: Optimizer = DoG(trainable(network), lr=rate, weight_decay=decay)
     averager = PolynomialDecayAverager(network)
     (group,) = optimizer.param_groups
     return Tuning(optimizer, lambda: float(group["eta"][0]), averager.step, averager.averaged_model)
 
 
-def schedule_free(network: nn.Module, base: str, rate: float) -> Tuning:
+def schedule_free(network: nn.Module, base: str, rate: float, decay: float) -> Tuning:
     from schedulefree import AdamWScheduleFree, SGDScheduleFree
 
     makers: dict[str, Callable[..., Optimizer]] = {"SGD": SGDScheduleFree, "Adam": AdamWScheduleFree}
-    optimizer = makers[base](network.parameters(), lr=rate)
+    optimizer = makers[base](trainable(network), lr=rate, weight_decay=decay)
     (group,) = optimizer.param_groups
     return Tuning(optimizer, lambda: float(group["scheduled_lr"]))
 
