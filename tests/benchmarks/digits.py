@@ -28,10 +28,20 @@ def split() -> tuple[Labelled, Labelled]:
 
 
 def classify(seed: int, data: Path, size: int | None, widths: tuple[int, ...] = (64, 64, 10)) -> Problem:
-    """A network with ReLUs, or a linear one; ``size=None`` is the full batch."""
+    """A network with ReLUs; ``size=None`` is the full batch."""
     generator = sampler(seed)
     train, val = split()
     return supervised(mlp(*widths), train, val, size or len(train[0]), generator)
+
+
+def logistic(seed: int, data: Path) -> Problem:
+    """Logistic regression in full batches, with a penalty, so that it is strongly convex."""
+    problem = classify(seed, data, None, (64, 10))
+
+    def train_loss() -> Tensor:
+        return problem.train_loss() + sum(p.square().sum() for p in problem.network.parameters()) * 1e-3
+
+    return Problem(problem.network, train_loss, problem.val_loss)
 
 
 def compress(seed: int, data: Path) -> Problem:

@@ -46,15 +46,15 @@ class Sines(nn.Module):
 
 
 def picture(seed: int, data: Path) -> Problem:
-    """A mosaic of 25 digits, brightness from coordinates; every other pixel is held out, as on a chessboard."""
+    """A mosaic of 100 digits, brightness from coordinates; a quarter of the pixels is held out."""
     generator = sampler(seed)
-    tiles = digits()[0][:25].view(5, 5, 8, 8)
+    tiles = digits()[0][:100].view(10, 10, 8, 8)
     y = tiles.permute(0, 2, 1, 3).reshape(-1, 1) * 2 - 1
-    grid = torch.linspace(-1, 1, 40)
+    grid = torch.linspace(-1, 1, 80)
     x = torch.cartesian_prod(grid, grid)
-    ids = torch.arange(1600)
-    held_out = (ids // 40 + ids % 40) % 4 == 0
-    return supervised(Sines(), (x[~held_out], y[~held_out]), (x[held_out], y[held_out]), 400, generator, F.mse_loss)
+    ids = torch.arange(6400)
+    held_out = (ids // 80 + ids % 80) % 4 == 0
+    return supervised(Sines(), (x[~held_out], y[~held_out]), (x[held_out], y[held_out]), 600, generator, F.mse_loss)
 
 
 def equation(seed: int, data: Path) -> Problem:

@@ -25,11 +25,9 @@ TASKS = {
     "text": Task("source code, transformer", 400, text.language_model),
     "words": Task("source code, word vectors", 600, text.word_vectors),
     "tanh": Task("regression, deep tanh", 1000, functions.tanh_regression),
-    "picture": Task("a picture, sines", 600, functions.picture),
+    "picture": Task("a picture, sines", 400, functions.picture),
     "equation": Task("a differential equation", 600, functions.equation),
-    "logistic": Task(
-        "logistic regression, full batch", 300, functools.partial(digits.classify, size=None, widths=(64, 10))
-    ),
+    "logistic": Task("logistic regression, full batch", 300, digits.logistic),
     "compress": Task("auto-encoder", 800, digits.compress),
     "diffusion": Task("diffusion", 700, digits.diffuse),
     "adapters": Task("low-rank adapters", 600, functools.partial(transfer.adapters, dropout=0.1)),
