@@ -1,5 +1,7 @@
 """HypergradientDescent: the Lightning callback. Hooks stand in the order in which the Trainer calls them."""
 
+import math
+from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
@@ -11,9 +13,10 @@ from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
+from lightning_hd.arguments import check_arguments, make_decline
 from lightning_hd.checkpoints import copies_of, leave_copies, load_copies
 from lightning_hd.checks import check_count
-from lightning_hd.hypergradient import HypergradientLR, check_arguments
+from lightning_hd.hypergradient import HypergradientLR
 from lightning_hd.optimizers import check_optimizer, unwrap
 from lightning_hd.rules import Rule
 from lightning_hd.support import check_modules, check_strategy, check_tensors, strategies, with_groups
@@ -58,6 +61,9 @@ class HypergradientDescent(Callback):
         max_lr: Upper clamp; ``None``: unclamped.
         probe: How many coordinates of the parameters to look at; ``None``: all. ``"default"``: 2^18 with the default
             rule, all with the paper's.
+        decline: Over which last part of the training the rates fall to 0, linearly; 0: none. ``"default"``: a fifth
+            with the default rule, none with the paper's. They do not fall where a scheduler sets them, in manual
+            optimization, or where the Trainer does not know how long it trains.
         log_every_n_steps: Logging interval in steps; ``None``: the Trainer's. 0: loggers get nothing.
         prog_bar: Whether to show the learning rates in the progress bar.
 
@@ -82,10 +88,12 @@ class HypergradientDescent(Callback):
         min_lr: float | None = 0.0,
         max_lr: float | None = None,
         probe: int | Literal["default"] | None = "default",
+        decline: float | Literal["default"] = "default",
         log_every_n_steps: int | None = None,
         prog_bar: bool = False,
     ) -> None:
-        check_arguments(rule, hypergrad_lr, scope, min_lr, max_lr, probe)
+        checked, *_ = check_arguments(rule, hypergrad_lr, scope, min_lr, max_lr, probe)
+        make_decline(decline, None, checked)
         if log_every_n_steps is not None:
             check_count("log_every_n_steps", log_every_n_steps)
         self.rule = rule
@@ -94,6 +102,7 @@ class HypergradientDescent(Callback):
         self.min_lr = min_lr
         self.max_lr = max_lr
         self.probe = probe
+        self.decline = decline
         self.log_every_n_steps = log_every_n_steps
         self.prog_bar = prog_bar
         self.engines: list[HypergradientLR] = []
@@ -177,6 +186,10 @@ class HypergradientDescent(Callback):
         batch_idx: int,
     ) -> None:
         """Log, where steps were taken."""
+        if trainer.scaler is not None and pl_module.automatic_optimization:
+            loss = outputs["loss"] if isinstance(outputs, Mapping) else outputs
+            for engine in self.engines if loss is not None else ():
+                engine.observe(loss)  # a GradScaler gives the optimizer no closure that would return it
         if not trainer.barebones:
             lrs = {key: lr for tracker in self._trackers for key, lr in tracker.lr_metrics().items()}
             names = {tracker.first_tag: tracker.lr for tracker in self._trackers}  # though groups were added since
@@ -262,12 +275,21 @@ class HypergradientDescent(Callback):
                 self.min_lr,
                 self.max_lr,
                 self.probe,
-                process_group=self._alone,
+                self._total_steps(trainer),
+                self.decline,
+                self._alone,
             )
             self.engines.append(engine)
             if any(optimizer is other for other in scheduled):
                 engine.scheduled = True
             self._trackers.append(Tracker(engine, name))
+
+    def _total_steps(self, trainer: Trainer) -> int | None:
+        """How many steps the training takes; ``None`` where that is not known."""
+        if not trainer.lightning_module.automatic_optimization:
+            return None
+        steps = trainer.estimated_stepping_batches
+        return int(steps) if 0 < steps < math.inf else None
 
     def _restore(self) -> None:
         if self._restored is None:

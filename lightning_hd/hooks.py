@@ -23,6 +23,7 @@ class StepHooks:
         begin: Called where a step begins; the last one may not have come to its end. It returns whether to go on.
         prepare: Called where the gradients are there, before the parameters move. It returns whether it is done, so
             that an optimizer which evaluates its closure twice is prepared once.
+        hear: Called with what a closure returns, before ``prepare``.
         finish: Called when the step is over. A GradScaler that skips a step does not get there, nor does an exception.
 
     Raises:
@@ -34,6 +35,7 @@ class StepHooks:
         optimizer: Optimizer,
         begin: Callable[[], bool],
         prepare: Callable[[], bool],
+        hear: Callable[[Any], None],
         finish: Callable[[], None],
     ) -> None:
         if optimizer in _attached:
@@ -44,6 +46,7 @@ class StepHooks:
         self._optimizer = optimizer
         self._begin = begin
         self._prepare = prepare
+        self._hear = hear
         self._finish = finish
         self._caller: FrameType | None = None  # of the step that is under way
         self._handles: list[RemovableHandle] = [
@@ -101,7 +104,9 @@ class StepHooks:
             except BaseException:
                 self._caller = None
                 raise
-            done = self._caller is caller and self._call_prepare()
+            if self._caller is caller:
+                self._hear(loss)
+                done = self._call_prepare()
             return loss
 
         return prepare_after_backward

@@ -1,13 +1,14 @@
 """HypergradientLR: attached to one torch optimizer, it tunes the rate of its steps; what the public reads and saves."""
 
-import math
 from typing import Any, Literal
 
+from torch import Tensor
 from torch.distributed import ProcessGroup
 from torch.optim import Optimizer
 
+from lightning_hd.arguments import check_arguments, make_decline
 from lightning_hd.checkpoints import copies_of, drop_copies, keep_copies
-from lightning_hd.checks import check_count, check_number
+from lightning_hd.checks import check_count
 from lightning_hd.hooks import StepHooks
 from lightning_hd.laststep import LastStep
 from lightning_hd.lr import get_lr
@@ -17,7 +18,7 @@ from lightning_hd.optimizers import check_optimizer, unwrap
 from lightning_hd.probe import PROBE
 from lightning_hd.rates import Rates
 from lightning_hd.reduction import Ranks, is_flat_shard
-from lightning_hd.rules import Observation, Rule, make_rule
+from lightning_hd.rules import Observation, Rule
 from lightning_hd.step import Tuning
 
 
@@ -66,6 +67,9 @@ class HypergradientLR:
         max_lr: Upper clamp; ``None``: unclamped.
         probe: How many coordinates to look at, chosen once by a fixed seed; ``None``: all. ``"default"``: 2^18 with the
             default rule, all with the paper's. In a smaller model it is all of them anyway.
+        total_steps: How many steps the training takes; ``None``: it is not known.
+        decline: Over which last part of them the rates fall to 0, linearly; 0: none. ``"default"``: a fifth with the
+            default rule, none with the paper's. Under a scheduler they do not.
         process_group: The processes that train this model together, each with a copy (DDP) or with shards (DTensor
             parameters, as of ``fully_shard`` and tensor parallelism): hypergradients are summed over them, in one
             ``all_reduce`` per step, and the rates are equal bit for bit. ``None``: the default group, where
@@ -120,9 +124,12 @@ class HypergradientLR:
         min_lr: float | None = 0.0,
         max_lr: float | None = None,
         probe: int | Literal["default"] | None = "default",
+        total_steps: int | None = None,
+        decline: float | Literal["default"] = "default",
         process_group: ProcessGroup | None = None,
     ) -> None:
         self._rule, low, high = check_arguments(rule, hypergrad_lr, scope, min_lr, max_lr, probe)
+        falling = make_decline(decline, total_steps, self._rule)
         check_optimizer(optimizer)
         ranks = Ranks(process_group)
         ranks.check_meshes(p for settings in optimizer.param_groups for p in settings["params"])
@@ -138,7 +145,7 @@ class HypergradientLR:
             if self._rule.long_horizon
             else LastStep(self.optimizer, budget, ranks, notices, self._copies)
         )
-        self._tuning = Tuning(self.optimizer, self._rule, rates, view, ranks, notices)
+        self._tuning = Tuning(self.optimizer, self._rule, rates, view, ranks, notices, falling)
         self._hooks: StepHooks | None = None
         self._attach()
 
@@ -201,6 +208,21 @@ class HypergradientLR:
         """How many coordinates were looked at in the last step, and how many there are."""
         return self._tuning.view.share
 
+    def observe(self, loss: Tensor | float) -> None:
+        """Report the loss of the step that comes, or of the last one; the default rule backs off where it rises.
+
+        A closure that is given to ``optimizer.step`` reports what it returns, and needs no call. What is reported
+        before a step is averaged, over the processes too. A loss that is not finite counts as unknown. Nothing waits
+        for a tensor on a device.
+
+        Args:
+            loss: The loss: a number, or a tensor of one.
+
+        Raises:
+            TypeError: It is neither.
+        """
+        self._tuning.losses.report(loss)
+
     @property
     def attached(self) -> bool:
         """Whether the optimizer is being tuned: from the beginning until :meth:`detach`."""
@@ -235,6 +257,7 @@ class HypergradientLR:
             "nonfinite_steps": self.nonfinite_steps,
             "rates": self._tuning.rates.state_dict(),
             "view": self._tuning.view.state_dict(),
+            "losses": self._tuning.losses.state_dict(),
         }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -266,6 +289,7 @@ class HypergradientLR:
             scheduled = tuning.rates.under_schedule
             tuning.view.load_state_dict(state_dict["view"])
             tuning.rates.load_state_dict(state_dict["rates"])
+            tuning.losses.load_state_dict(state_dict["losses"])
         except (KeyError, IndexError, TypeError, ValueError, AttributeError) as error:
             tuning.view.load_state_dict(own["view"])
             raise ValueError(f"the saved state is damaged, or of other parameter groups: {error!r}") from error
@@ -296,7 +320,8 @@ class HypergradientLR:
             self._attach()
 
     def _attach(self) -> None:
-        self._hooks = StepHooks(self.optimizer, self._tuning.begin, self._tuning.prepare, self._tuning.finish)
+        tuning = self._tuning
+        self._hooks = StepHooks(self.optimizer, tuning.begin, tuning.prepare, tuning.losses.hear, tuning.finish)
 
     def _check_flat_shards(self) -> None:
         """Raise :class:`TypeError` where the rule needs the directions of flat shards."""
@@ -306,30 +331,3 @@ class HypergradientLR:
                 f"rule {type(self._rule).__name__} does not support FullyShardedDataParallel: use rule='auto', or "
                 "shard the model with torch.distributed.fsdp.fully_shard"
             )
-
-
-def check_arguments(
-    rule: Rule | str,
-    hypergrad_lr: float | None,
-    scope: str,
-    min_lr: float | None,
-    max_lr: float | None,
-    probe: int | str | None,
-) -> tuple[Rule, float, float]:
-    """The rule and the two clamps that are asked for, once all arguments are found to be in order.
-
-    Raises:
-        TypeError: An argument is of the wrong type.
-        ValueError: An argument is out of range.
-    """
-    if scope not in ("global", "group"):
-        raise ValueError(f"scope must be 'global' or 'group', got {scope!r}")
-    low = -math.inf if min_lr is None else check_number("min_lr", min_lr)
-    high = math.inf if max_lr is None else check_number("max_lr", max_lr)
-    if low > high:
-        raise ValueError(f"min_lr must not be above max_lr, got min_lr={min_lr!r} and max_lr={max_lr!r}")
-    if isinstance(probe, str) and probe != "default":
-        raise ValueError(f"probe must be a whole number, None for all coordinates, or 'default', got {probe!r}")
-    if not isinstance(probe, str) and probe is not None and check_count("probe", probe) == 0:
-        raise ValueError("probe must be at least 1, or None for all coordinates, got 0")
-    return make_rule(rule, hypergrad_lr), low, high

@@ -2,15 +2,15 @@
 
 import logging
 import math
-from dataclasses import dataclass, field
-from typing import Any
 
 import torch
-from torch import Tensor
 from torch.optim import Optimizer
 
+from lightning_hd.decline import Decline
 from lightning_hd.directions import Measured, direction_of
+from lightning_hd.loss import Losses
 from lightning_hd.lr import set_lr
+from lightning_hd.moment import Step
 from lightning_hd.notices import Notices
 from lightning_hd.optimizers import follow_rate
 from lightning_hd.rates import Rates
@@ -26,25 +26,6 @@ _LARGEST = torch.finfo(torch.float32).max
 _log = logging.getLogger("lightning_hd.hypergradient")
 
 
-@dataclass
-class Step:
-    """One call of ``optimizer.step``, from when the gradients are there until the parameters have moved."""
-
-    rules: list[dict[str, Any]]  # what the rules held before
-    restore: list[float]  # what param_groups[i]["lr"] held before
-    has_gradient: list[bool] = field(default_factory=list)  # of each scope, on any rank
-    seen: list[Observation | None] = field(default_factory=list)
-    rates: list[tuple[float, float]] = field(default_factory=list)  # α_t and γ_t of each scope
-    kept: list[float | None] = field(default_factory=list)  # φ_t of each scope, for rules with a long horizon
-    finite: bool = True
-    lrs: list[float] = field(default_factory=list)  # what param_groups[i]["lr"] holds during the update
-    weights: list[float] = field(default_factory=list)  # derivative of the group's rate with respect to the scope's
-    trial: dict[int, float] = field(default_factory=dict)  # of groups whose direction is not known: a short rate
-    starting: dict[int, float] = field(default_factory=dict)  # scopes that get their first rate from that, and ‖θ_0‖
-    begun: set[int] = field(default_factory=set)  # scopes that have their first rate since this step
-    before: dict[Tensor, Tensor] = field(default_factory=dict)  # θ_{t-1}, on trial
-
-
 class Tuning:
     """The steps of one optimizer.
 
@@ -55,10 +36,18 @@ class Tuning:
         view: What the rule looks at.
         ranks: The processes that train together.
         notices: For what the user should know.
+        decline: How rates fall at the end.
     """
 
     def __init__(
-        self, optimizer: Optimizer, rule: Rule, rates: Rates, view: View, ranks: Ranks, notices: Notices
+        self,
+        optimizer: Optimizer,
+        rule: Rule,
+        rates: Rates,
+        view: View,
+        ranks: Ranks,
+        notices: Notices,
+        decline: Decline,
     ) -> None:
         self.optimizer = optimizer
         self.rule = rule
@@ -66,6 +55,8 @@ class Tuning:
         self.view = view
         self.ranks = ranks
         self.notices = notices
+        self.decline = decline
+        self.losses = Losses()
         self.start = Start(optimizer, ranks)
         self.paused = False
         self.step_count = 0
@@ -139,11 +130,11 @@ class Tuning:
         if not parameters or (self.ranks.count == 1 and all(p.grad is None for p in parameters)):
             return False
         self._sync()
-        sums = self._sum()
+        sums, loss = self._sum()
         if not any(has_gradient for *_, has_gradient, _ in sums):
             return False
         rules = [scope.rule.state_dict() for scope in self.rates.scopes]
-        step = self._step = Step(rules, restore=list(self.rates.held))
+        step = self._step = Step(rules, restore=list(self.rates.held), loss=loss)
         for i, found in enumerate(sums):
             step.has_gradient.append(bool(found[3]))
             step.seen.append(self._see(i, *found))
@@ -173,10 +164,14 @@ class Tuning:
             )
         self.lost_schedule = False
 
-    def _sum(self) -> list[list[float]]:
-        """What there is to see, for each scope: one collective and one host read. Nothing where the step is skipped."""
+    def _sum(self) -> tuple[list[list[float]], float | None]:
+        """What there is to see, for each scope, and the loss: one collective and one host read.
+
+        Nothing where the step is skipped.
+        """
         scopes = [group.scope for group in self.rates.groups]
         grad_scale = getattr(self.optimizer, "grad_scale", None)
+        losses = None
         for wide in (False, True):
             try:
                 sums = self.view.observe(scopes, grad_scale, wide)
@@ -187,13 +182,14 @@ class Tuning:
             # scaler reports it by these two attributes, which exist during the step only.
             found_inf = getattr(self.optimizer, "found_inf", None)
             skips = sums.new_zeros(1) if found_inf is None else found_inf.to(sums).view(1)
-            *numbers, skipped = self.ranks.sum(torch.cat([sums.flatten(), skips])).tolist()
+            losses = self.losses.take(sums) if losses is None else losses
+            *numbers, skipped, loss, known = self.ranks.sum(torch.cat([sums.flatten(), skips, losses])).tolist()
             if skipped:
-                return []
+                return [], None
             table = [numbers[i : i + 5] for i in range(0, len(numbers), 5)]
             if not self.view.is_doubtful(table):
                 break
-        return table
+        return table, loss / known if known and math.isfinite(loss) else None
 
     def _see(
         self, index: int, derivative: float, g_squared: float, d_squared: float, has_gradient: float, known: float
@@ -223,21 +219,27 @@ class Tuning:
         finite = seen is None or all(map(math.isfinite, seen))
         if seen is not None and finite:
             lr = returned(scope.rule.update(lr, seen, number), scope.rule, "update")
+            if step.loss is not None and math.isfinite(lr):
+                lr = returned(scope.rule.watch(lr, step.loss, number), scope.rule, "watch")
         lr *= self.rates.follow_schedule(index)
         if not finite:
             return self._stay(step, scope, f"(hypergradient, ‖g‖, ‖d‖) = {tuple(seen or ())}")
         if abs(lr) <= _LARGEST:
             lr = self.rates.clamp(index, lr)
-            used = returned(scope.rule.used(lr, number), scope.rule, "used")
+            used = returned(scope.rule.used(lr, number), scope.rule, "used") * self._factor()
             if abs(used) <= _LARGEST:
                 if seen is not None and scope.rule.brakes > brakes and self.ranks.is_first:
                     _log.info(
-                        "HypergradientLR(%s): step %d: the gradient's norm leapt to %.3g, so the learning rate backs "
-                        "off from %.3g to %.3g",
+                        "HypergradientLR(%s): step %d: the gradient's norm, %.3g, has leapt, or the loss has risen, so "
+                        "the learning rate backs off from %.3g to %.3g",
                         *(type(self.optimizer).__name__, number, seen.grad_norm, scope.used, used),
                     )
                 return lr, used
         return self._stay(step, scope, f"the rate that {type(scope.rule).__name__} made of {seen}")
+
+    def _factor(self) -> float:
+        """What the decline makes of the rates; a schedule stands in its place."""
+        return 1.0 if self.rates.under_schedule else self.decline.factor(self.step_count + 1)
 
     def _stay(self, step: Step, scope: Scope, what: str) -> tuple[float, float]:
         step.finite = False
@@ -253,7 +255,8 @@ class Tuning:
         rule, seen = self.rates.scopes[index].rule, step.seen[index]
         if not self.rule.long_horizon or (seen is not None and not all(map(math.isfinite, seen))):
             return None
-        return returned(rule.discount(step.rates[index][0], self.step_count + 1), rule, "discount")
+        lr = step.rates[index][0] * self._factor() * self.rates.scheduled_part(index)
+        return returned(rule.discount(lr, self.step_count + 1), rule, "discount")
 
     def _effective(self, step: Step) -> list[tuple[float, float]]:
         return self.rates.effective([used for _, used in step.rates], step.begun)

@@ -69,6 +69,16 @@ class Rule(ABC):
             step: ``t``, counted from 1; the first step that has an observation is the second.
         """
 
+    def watch(self, lr: float, loss: float, step: int) -> float:
+        """``α_t``, once the loss is known as well; it is called after :meth:`update` where there is one.
+
+        Args:
+            lr: What :meth:`update` returned.
+            loss: The loss of the step, averaged over the processes: a finite number.
+            step: ``t``.
+        """
+        return lr
+
     def used(self, lr: float, step: int) -> float:
         """The rate that step ``t`` is taken with, where it is not ``α_t`` itself."""
         return lr
@@ -77,7 +87,7 @@ class Rule(ABC):
         """``φ_t``, the part of ``E`` that is left where the next move comes in, for a rule with :attr:`long_horizon`.
 
         Args:
-            lr: ``α_t``.
+            lr: ``γ_t``, the effective rate of the step: ``α_t``, times what a schedule or a decline makes of it.
             step: ``t``; it is called once for each.
         """
         raise NotImplementedError(f"{type(self).__name__} has a long horizon and must say how it discounts")

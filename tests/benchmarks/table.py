@@ -57,6 +57,8 @@ def make_row(losses: Losses, task: str, optimizer: str, rule: str, constant: tup
     ratios = {
         f"{rule} / const": ratio(own, constant[1]),
         f"{rule} / cos": ratio(own, cosine[1]),
+        f"{rule}+decline / const": ratio(only(f"{rule}+decline"), constant[1]),
+        f"{rule}+decline / cos": ratio(only(f"{rule}+decline"), cosine[1]),
         f"{rule}+cos / cos": ratio(only(f"{rule}+cosine"), cosine[1]),
         "paper": ratio(better[middle], constant[1]),
         "paper, worst": ratio(max((loss for loss in better if not math.isnan(loss)), default=math.nan), constant[1]),
@@ -99,7 +101,7 @@ def duels(results: Results, rule: str) -> dict[str, tuple[float, int]]:
     tasks = dict.fromkeys(run.task for run in results)
     found = {}
     for suffix in ("", "+cosine"):
-        for other in ("prodigy", "mechanic"):
+        for other in ("prodigy", "mechanic", *(() if suffix else ("schedule-free",))):
             mine, its = rule + suffix, other + suffix
             found[f"{mine} / {its}"] = mean_ratio(
                 [ratio(losses.at(task, "Adam", mine, RULE_RATE), losses.best(task, "Adam", its)[1]) for task in tasks]

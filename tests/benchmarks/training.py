@@ -15,7 +15,7 @@ from tests.benchmarks.tuners import Method
 def train(problem: Problem, method: Method, base: str, rate: float, decay: float, steps: int) -> Outcome:
     """Train for that many steps, or until the loss is not finite."""
     network = problem.network
-    tuning = method.start(network, base, rate, decay)
+    tuning = method.start(network, base, rate, decay, steps)
     optimizer = tuning.optimizer
     scheduler = CosineAnnealingLR(optimizer, T_max=steps) if method.cosine else None
     switch_mode(optimizer, "train")
@@ -30,6 +30,7 @@ def train(problem: Problem, method: Method, base: str, rate: float, decay: float
             val_loss = math.nan if problem.val_loss is None else math.inf
             return Outcome(math.inf, val_loss, final_lr, time.perf_counter() - begin)
         loss.backward()
+        tuning.observe(loss)
         optimizer.step()
         problem.project()
         final_lr = tuning.rate()

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.optim import SGD, Adam, AdamW, Optimizer
 
 from lightning_hd import HypergradientLR
@@ -43,6 +43,7 @@ class Tuning:
     optimizer: Optimizer
     rate: Callable[[], float]  # that of the last step
     after_step: Callable[[], object] = lambda: None
+    observe: Callable[[Tensor], object] = lambda loss: None  # the loss, before the step
     evaluated: nn.Module | None = None  # validated in the place of the network that is trained
 
 
@@ -51,13 +52,14 @@ class Method:
     """A way to set the learning rate.
 
     Args:
-        start: Makes it for a network, a base optimizer, a configured rate, and a decoupled weight decay.
+        start: Makes it for a network, a base optimizer, a configured rate, a decoupled weight decay, and a
+            number of steps.
         rates: The rates to try for each base optimizer it is for; ``None``: the grid.
         package: Of the ``bench`` extra; by the name it is imported with.
         cosine: Whether torch's cosine annealing goes on top.
     """
 
-    start: Callable[[nn.Module, str, float, float], Tuning]
+    start: Callable[[nn.Module, str, float, float, int], Tuning]
     rates: Mapping[str, Sequence[float]] | None
     package: str | None = None
     cosine: bool = False
@@ -84,18 +86,20 @@ def plain(network: nn.Module, base: str, rate: float, decay: float) -> Optimizer
     return BASES[base](trainable(network), lr=rate)
 
 
-def constant(network: nn.Module, base: str, rate: float, decay: float) -> Tuning:
+def constant(network: nn.Module, base: str, rate: float, decay: float, steps: int) -> Tuning:
     optimizer = plain(network, base, rate, decay)
     return Tuning(optimizer, lambda: float(optimizer.param_groups[0]["lr"]))
 
 
-def hypergradient(network: nn.Module, base: str, rate: float, decay: float, rule: str) -> Tuning:
+def hypergradient(
+    network: nn.Module, base: str, rate: float, decay: float, steps: int, rule: str, decline: bool = False
+) -> Tuning:
     optimizer = plain(network, base, rate, decay)
-    engine = HypergradientLR(optimizer, rule=rule)
-    return Tuning(optimizer, lambda: engine.lrs[0])
+    engine = HypergradientLR(optimizer, rule=rule, total_steps=steps if decline else None)
+    return Tuning(optimizer, lambda: engine.lrs[0], observe=engine.observe)
 
 
-def prodigy(network: nn.Module, base: str, rate: float, decay: float) -> Tuning:
+def prodigy(network: nn.Module, base: str, rate: float, decay: float, steps: int) -> Tuning:
     from prodigyopt import Prodigy
 
     optimizer: Optimizer = Prodigy(trainable(network), lr=rate, weight_decay=decay)
@@ -103,7 +107,7 @@ def prodigy(network: nn.Module, base: str, rate: float, decay: float) -> Tuning:
     return Tuning(optimizer, lambda: float(group["d"] * group["lr"]))
 
 
-def d_adaptation(network: nn.Module, base: str, rate: float, decay: float) -> Tuning:
+def d_adaptation(network: nn.Module, base: str, rate: float, decay: float, steps: int) -> Tuning:
     from dadaptation import DAdaptAdam, DAdaptSGD
 
     makers: dict[str, Callable[..., Optimizer]] = {
@@ -118,7 +122,7 @@ def d_adaptation(network: nn.Module, base: str, rate: float, decay: float) -> Tu
     return Tuning(optimizer, lambda: float(group["d"] * group["lr"] / group.get("g0_norm", 1.0)))
 
 
-def mechanic(network: nn.Module, base: str, rate: float, decay: float) -> Tuning:
+def mechanic(network: nn.Module, base: str, rate: float, decay: float, steps: int) -> Tuning:
     from mechanic_pytorch import mechanize
 
     # It derives a class from the optimizer's, so it takes the class itself.
@@ -131,7 +135,7 @@ def mechanic(network: nn.Module, base: str, rate: float, decay: float) -> Tuning
     return Tuning(optimizer, lambda: float(state["_mechanic"]["s"].sum() * group["lr"]))
 
 
-def dog(network: nn.Module, base: str, rate: float, decay: float) -> Tuning:
+def dog(network: nn.Module, base: str, rate: float, decay: float, steps: int) -> Tuning:
     """Validated, as the package asks, by its average of the iterates."""
     from dog import DoG, PolynomialDecayAverager
 
@@ -141,7 +145,7 @@ def dog(network: nn.Module, base: str, rate: float, decay: float) -> Tuning:
     return Tuning(optimizer, lambda: float(group["eta"][0]), averager.step, averager.averaged_model)
 
 
-def schedule_free(network: nn.Module, base: str, rate: float, decay: float) -> Tuning:
+def schedule_free(network: nn.Module, base: str, rate: float, decay: float, steps: int) -> Tuning:
     from schedulefree import AdamWScheduleFree, SGDScheduleFree
 
     makers: dict[str, Callable[..., Optimizer]] = {"SGD": SGDScheduleFree, "Adam": AdamWScheduleFree}
@@ -172,6 +176,9 @@ def methods(rule: str) -> dict[str, Method]:
         "dog": Method(dog, sgd, "dog"),
         "schedule-free": Method(schedule_free, {"SGD": (1.0,), "Adam": (0.0025,)}, "schedulefree"),
         **({} if rule in ("additive", "multiplicative") else {rule: rule_method(rule, (RULE_RATE,))}),
+        f"{rule}+decline": Method(
+            functools.partial(hypergradient, rule=rule, decline=True), dict.fromkeys(BASES, (RULE_RATE,))
+        ),
         f"{rule}+cosine": rule_method(rule, (RULE_RATE,), cosine=True),
     }
 

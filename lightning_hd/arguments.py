@@ -1,0 +1,53 @@
+"""What the arguments of the public classes mean, and what is wrong with them."""
+
+import math
+
+from lightning_hd.checks import check_count, check_number
+from lightning_hd.decline import Decline
+from lightning_hd.rules import Rule, make_rule
+
+_PART = 0.2
+"""A fifth of the run: noise averages out within it, and before it as much is learned as without it."""
+
+
+def check_arguments(
+    rule: Rule | str,
+    hypergrad_lr: float | None,
+    scope: str,
+    min_lr: float | None,
+    max_lr: float | None,
+    probe: int | str | None,
+) -> tuple[Rule, float, float]:
+    """The rule and the two clamps that are asked for, once all arguments are found to be in order.
+
+    Raises:
+        TypeError: An argument is of the wrong type.
+        ValueError: An argument is out of range.
+    """
+    if scope not in ("global", "group"):
+        raise ValueError(f"scope must be 'global' or 'group', got {scope!r}")
+    low = -math.inf if min_lr is None else check_number("min_lr", min_lr)
+    high = math.inf if max_lr is None else check_number("max_lr", max_lr)
+    if low > high:
+        raise ValueError(f"min_lr must not be above max_lr, got min_lr={min_lr!r} and max_lr={max_lr!r}")
+    if isinstance(probe, str) and probe != "default":
+        raise ValueError(f"probe must be a whole number, None for all coordinates, or 'default', got {probe!r}")
+    if not isinstance(probe, str) and probe is not None and check_count("probe", probe) == 0:
+        raise ValueError("probe must be at least 1, or None for all coordinates, got 0")
+    return make_rule(rule, hypergrad_lr), low, high
+
+
+def make_decline(part: float | str, total: int | None, rule: Rule) -> Decline:
+    """The decline that the arguments of the public classes name.
+
+    Raises:
+        TypeError: An argument is of the wrong type.
+        ValueError: An argument is out of range.
+    """
+    if isinstance(part, str) and part != "default":
+        raise ValueError(f"decline must be a number from 0 to 1, or 'default', got {part!r}")
+    if isinstance(part, str):
+        part = _PART if rule.picks_start else 0.0
+    if total is not None and check_count("total_steps", total) == 0:
+        raise ValueError("total_steps must be at least 1, or None where it is not known, got 0")
+    return Decline(check_number("decline", part, 0.0, 1.0), total)

@@ -1,0 +1,21 @@
+"""The decline at the end of a run, whose length is known."""
+
+from dataclasses import dataclass
+
+
+@dataclass
+class Decline:
+    """Over the last part of the steps, rates fall in proportion to what is left of them.
+
+    Args:
+        part: The last part of the steps, from 0 to 1.
+        total: The number of steps; ``None``: it is not known, and rates do not fall.
+    """
+
+    part: float
+    total: int | None
+
+    def factor(self, step: int) -> float:
+        """What the rate of a step, counted from 1, is multiplied with. It stays above 0, in later steps as well."""
+        length = self.part * (self.total or 0)
+        return min(1.0, max((self.total or 0) - step + 1, 1) / length) if length else 1.0

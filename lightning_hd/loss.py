@@ -1,0 +1,58 @@
+"""The loss of a step, as far as it is known: what a closure returns, and what is reported."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+class Losses:
+    """The losses that have become known since the last step. None is read on the host before it is used."""
+
+    def __init__(self) -> None:
+        self._reported: list[Tensor | float] = []
+        self._returned: Tensor | float | None = None
+
+    def report(self, loss: Tensor | float) -> None:
+        """Take in a loss; several are averaged.
+
+        Raises:
+            TypeError: It is no real number, nor a tensor of one.
+        """
+        number = _number(loss)
+        if number is None:
+            raise TypeError(f"loss must be a real number or a tensor of one, got {loss!r}")
+        self._reported.append(number)
+
+    def hear(self, returned: Any) -> None:
+        """Take in what a closure has returned, if that is a loss; it counts where none is reported."""
+        self._returned = _number(returned)
+
+    def take(self, like: Tensor) -> Tensor:
+        """Their sum and their number, in a tensor like another one; then there are none."""
+        losses = self._reported or ([] if self._returned is None else [self._returned])
+        self._reported, self._returned = [], None
+        found = [loss.to(like) if isinstance(loss, Tensor) else like.new_full((), loss) for loss in losses]
+        return torch.stack([sum(found, start=like.new_zeros(())), like.new_full((), len(found))])
+
+    def state_dict(self) -> list[float]:
+        """What was reported for the step that comes."""
+        return list(map(float, self._reported))
+
+    def load_state_dict(self, reported: list[float]) -> None:
+        """Take over what :meth:`state_dict` returned.
+
+        Raises:
+            TypeError: It is damaged.
+        """
+        self._reported = []
+        for loss in reported:
+            self.report(loss)
+
+
+def _number(value: Any) -> Tensor | float | None:
+    if isinstance(value, Tensor):
+        return value.detach().reshape(()) if value.numel() == 1 and not value.is_complex() else None
+    if isinstance(value, (bool, str)) or not hasattr(value, "__float__"):
+        return None
+    return float(value)

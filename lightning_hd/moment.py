@@ -1,0 +1,28 @@
+"""What is known of one step of an optimizer while it is under way."""
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import Tensor
+
+from lightning_hd.rules import Observation
+
+
+@dataclass
+class Step:
+    """One call of ``optimizer.step``, from when the gradients are there until the parameters have moved."""
+
+    rules: list[dict[str, Any]]  # what the rules held before
+    restore: list[float]  # what param_groups[i]["lr"] held before
+    has_gradient: list[bool] = field(default_factory=list)  # of each scope, on any rank
+    seen: list[Observation | None] = field(default_factory=list)
+    rates: list[tuple[float, float]] = field(default_factory=list)  # α_t and γ_t of each scope
+    kept: list[float | None] = field(default_factory=list)  # φ_t of each scope, for rules with a long horizon
+    loss: float | None = None  # averaged over the ranks, where it is known
+    finite: bool = True
+    lrs: list[float] = field(default_factory=list)  # what param_groups[i]["lr"] holds during the update
+    weights: list[float] = field(default_factory=list)  # derivative of the group's rate with respect to the scope's
+    trial: dict[int, float] = field(default_factory=dict)  # of groups whose direction is not known: a short rate
+    starting: dict[int, float] = field(default_factory=dict)  # scopes that get their first rate from that, and ‖θ_0‖
+    begun: set[int] = field(default_factory=set)  # scopes that have their first rate since this step
+    before: dict[Tensor, Tensor] = field(default_factory=dict)  # θ_{t-1}, on trial
