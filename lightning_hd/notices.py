@@ -1,8 +1,11 @@
-"""Warnings, each kind once, on the first of the processes that train together."""
+"""Warnings, each kind once, and log messages, on the first of the processes that train together."""
 
+import logging
 import warnings
 
 from lightning_hd.reduction import Ranks
+
+_log = logging.getLogger("lightning_hd.hypergradient")
 
 
 class Notices:
@@ -23,3 +26,8 @@ class Notices:
         if kind not in self._given and self._ranks.is_first:
             warnings.warn(f"{self._name}: {message}", RuntimeWarning, stacklevel=3)
         self._given.add(kind)
+
+    def log(self, message: str) -> None:
+        """Write a message to the log."""
+        if self._ranks.is_first:
+            _log.info("%s: %s", self._name, message)

@@ -106,12 +106,6 @@ class Rates:
         self._grow(scope, factor)
         return factor
 
-    def scheduled_part(self, index: int) -> float:
-        """What a scope's schedule says now over its peak."""
-        if not self.under_schedule:
-            return 1.0
-        return max(abs(self.groups[i].unscaled) for i in self.members(index)) / abs(self.scopes[index].reference)
-
     def effective(self, used: Sequence[float], begun: Container[int] = ()) -> list[tuple[float, float]]:
         """For each group its rate, and the derivative of that with respect to the scope's, which is ``used[scope]``.
 

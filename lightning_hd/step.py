@@ -1,6 +1,5 @@
 """One step of an optimizer that is tuned, from top to bottom: gather, sum, reduce, decide, set, remember."""
 
-import logging
 import math
 
 import torch
@@ -22,8 +21,6 @@ from lightning_hd.view import View
 
 _LARGEST = torch.finfo(torch.float32).max
 """The largest rate that torch multiplies with."""
-
-_log = logging.getLogger("lightning_hd.hypergradient")
 
 
 class Tuning:
@@ -216,9 +213,12 @@ class Tuning:
         """``α_t`` and ``γ_t`` of a scope; the last ones where a number is not finite."""
         scope, seen, number = self.rates.scopes[index], step.seen[index], self.step_count + 1
         lr, brakes = scope.lr, scope.rule.brakes
-        finite = seen is None or all(map(math.isfinite, seen))
+        leapt, finite = False, seen is None or all(map(math.isfinite, seen))
         if seen is not None and finite:
             lr = returned(scope.rule.update(lr, seen, number), scope.rule, "update")
+            leapt = scope.rule.brakes > brakes
+            if scope.rule.long_horizon and self._factor() < 1:  # moves made at higher rates ask for them again
+                lr = min(lr, scope.lr)
             if step.loss is not None and math.isfinite(lr):
                 lr = returned(scope.rule.watch(lr, step.loss, number), scope.rule, "watch")
         lr *= self.rates.follow_schedule(index)
@@ -228,12 +228,10 @@ class Tuning:
             lr = self.rates.clamp(index, lr)
             used = returned(scope.rule.used(lr, number), scope.rule, "used") * self._factor()
             if abs(used) <= _LARGEST:
-                if seen is not None and scope.rule.brakes > brakes and self.ranks.is_first:
-                    _log.info(
-                        "HypergradientLR(%s): step %d: the gradient's norm, %.3g, has leapt, or the loss has risen, so "
-                        "the learning rate backs off from %.3g to %.3g",
-                        *(type(self.optimizer).__name__, number, seen.grad_norm, scope.used, used),
-                    )
+                if seen is not None and scope.rule.brakes > brakes:
+                    what = f"the gradient's norm leapt to {seen.grad_norm:.3g}" if leapt else "the loss has risen"
+                    what = f"{what}, so the learning rate backs off from {scope.used:.3g} to {used:.3g}"
+                    self.notices.log(f"step {number}: {what}")
                 return lr, used
         return self._stay(step, scope, f"the rate that {type(scope.rule).__name__} made of {seen}")
 
@@ -255,7 +253,7 @@ class Tuning:
         rule, seen = self.rates.scopes[index].rule, step.seen[index]
         if not self.rule.long_horizon or (seen is not None and not all(map(math.isfinite, seen))):
             return None
-        lr = step.rates[index][0] * self._factor() * self.rates.scheduled_part(index)
+        lr = step.rates[index][0] * self._factor()
         return returned(rule.discount(lr, self.step_count + 1), rule, "discount")
 
     def _effective(self, step: Step) -> list[tuple[float, float]]:

@@ -5,7 +5,7 @@ Adam-HD (arXiv 1703.04782, Section 3) on it, with the additive or the multiplica
 written from the docstring of ``lightning_hd.Auto``. ``Tuned`` takes gradients from anywhere, for any parameter groups.
 """
 
-from collections.abc import Generator, Iterable, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -119,24 +119,53 @@ class AutoRule:
     def __init__(self) -> None:
         self.first = 0.0
         self.brake = 0.0
+        self.leap = 0.0
         self.braked: list[int] = []
+        self.retreats: list[int] = []  # steps in which the loss was seen to have risen
+        self.forgets = False
+        self.ceiling = np.inf
+        self._block: list[tuple[float, float]] = []  # losses and logarithms of rates
+        self._best: tuple[float, float, float] | None = None
         self.slope = 0.0  # by how much the last change of log α would differ for another cosine, unclipped
         self._memories: list[float] = []
         self._squared_norms: list[float] = []
         self._cosines: list[float] = []
         self._bent: list[float] = []
+        self._parts: list[float] = []
         self._logs: list[float] = []
         self._variance = (np.log(2.5) / 3) ** 2
         self._remembered: list[tuple[float, float]] = []  # log α of each move in E, and how much is left of it
 
     def part_kept(self, lr: float, t: int) -> float:
         """How much of E is left where the next move comes in, which is made at ``lr``."""
-        part = 1 - 1 / max(450.0, t / 2)
+        part = 0.0 if self.forgets else 1 - 1 / max(450.0, t / 2)
+        self.forgets = False
         if self._remembered:
             logs, weights = np.array(self._remembered).T
-            part *= np.exp(-max(abs(np.log(lr) - np.dot(logs, weights) / np.sum(weights)) - 0.7, 0.0))
+            part *= np.exp(-max(abs(np.log(lr) - np.dot(logs, weights) / np.sum(weights)) - 0.5, 0.0))
         self._remembered = [(log, part * weight) for log, weight in self._remembered] + [(float(np.log(lr)), 1.0)]
         return float(part)
+
+    def held_back(self, lr: float, t: int, loss: float) -> float:
+        """The rate of step t, once its loss is known: half of what it was in the best tenth, where the loss rises."""
+        self.ceiling *= 1 + 1 / t
+        self._block.append((loss, float(np.log(lr))))
+        if len(self._block) >= max(10.0, t / 10):
+            losses, logs = np.array(self._block).T
+            found = (float(np.mean(losses)), float(np.var(losses, ddof=1) / len(losses)), float(np.mean(logs)))
+            self._block = []
+            if self._best is None or found[0] < self._best[0]:
+                self._best = found
+            elif found[0] - self._best[0] > 2 * np.sqrt(found[1] + self._best[1]):
+                lower = float(np.exp(self._best[2]) / 2)
+                self._best = found
+                if lower < lr:
+                    self.ceiling = lower
+                    self._best = (*found[:2], float(np.log(lower)))
+                    self._remembered = []
+                    self.forgets = True
+                    self.retreats.append(t)
+        return min(lr, self.ceiling)
 
     def next_lr(self, lr: float, t: int, product: float, g_norm: float, d_norm: float) -> float:
         """The rate of step t, before what is left of a brake, from ``-g · E``, ``‖g‖`` and ``‖E‖``."""
@@ -151,8 +180,10 @@ class AutoRule:
         self._cosines.append(product / (usual_norm * d_norm) if d_norm else 0.0)
         before = self._cosines[-2] if len(self._cosines) > 1 else 0.0
         self._bent.append(self._cosines[-1] + 0.3 * min(1.0, 100 / t) * abs((self._cosines[-1] + before) / 2))
-        squares = float(np.dot(np.square(self._bent[::-1]), 0.999 ** np.arange(len(self._bent))))
-        cap = 0.5 if lr < 30 * self.first else 0.07
+        self._parts.append(1 - 1 / max(60.0, 0.3 * t))
+        left = np.append(np.cumprod(self._parts[:0:-1])[::-1], 1.0)  # of each square
+        squares = float(np.dot(np.square(self._bent), left))
+        cap = 0.5 if lr < 30 * self.first else 0.1 * min(1.0, 100 / t)
         change = 0.0
         if squares:
             self.slope = float(g_norm / usual_norm / np.sqrt(squares))
@@ -165,10 +196,11 @@ class AutoRule:
             self._variance = 0.995 * self._variance + 0.005 * min(max(rise, 0.0), 3 * usual) ** 2
             if rise > usual:
                 excess = min(rise - usual, 1.0)
-                change = max(-excess * self.brake, min(0.0, np.log(self.first / lr)) if self.first else -np.inf)
+                change = max(-excess * self.leap, min(0.0, np.log(self.first / lr)) if self.first else -np.inf)
                 self.braked.append(t)
         self._logs.append(log_norm)
         self.brake = max(0.95 * self.brake, excess)
+        self.leap = max(0.5 * self.leap, excess)
         return float(lr * np.exp(change))
 
 
@@ -179,11 +211,14 @@ def train_auto(
     steps: int = STEPS,
     leaps: Mapping[int, float] | None = None,
     first_lr: float | None = None,
+    report: Callable[[int, float], float] | None = None,
+    decline: float = 0.0,
 ) -> tuple[list[float], list[Array], list[int]]:
-    """Learning rate of every step with the rule auto, the parameters after the last, and the steps that braked.
+    """Learning rate of every step with the rule auto, the parameters after the last, and the steps that backed off.
 
-    ``weight_decay`` is decoupled, as in AdamW. ``leaps`` are factors of the loss in some steps. ``first_lr`` is the
-    configured rate, for ``start="configured"``.
+    ``report`` gives the loss that is reported, from the step and its loss. ``decline`` is the part of the steps over
+    which the rates fall at the end. ``weight_decay`` is decoupled, as in AdamW. ``leaps`` are factors of the loss in
+    some steps. ``first_lr`` is the configured rate, for ``start="configured"``.
     """
     parameters = initial_parameters()
     direction = directions(method, settings or {})
@@ -193,20 +228,23 @@ def train_auto(
     moves = [np.zeros_like(p) for p in parameters]  # E
     lrs: list[float] = []
     for t in range(1, steps + 1):
-        _, g = network_loss(parameters, *data[(t - 1) % len(data)])
+        loss, g = network_loss(parameters, *data[(t - 1) % len(data)])
         g = [(leaps or {}).get(t, 1.0) * x for x in g]
+        fall = min(1.0, (steps - t + 1) / (decline * steps)) if decline else 1.0
         if t > 1:
-            lr = rule.next_lr(lr, t, -dot(g, moves), norm(g), norm(moves))
+            next_lr = rule.next_lr(lr, t, -dot(g, moves), norm(g), norm(moves))
+            lr = next_lr if fall == 1 else min(lr, next_lr)
+            lr = rule.held_back(lr, t, report(t, float(loss))) if report else lr
         d = direction.send(g)
         d = [x + weight_decay * p for x, p in zip(d, parameters, strict=True)]
         if t == 1 and first_lr is None:
             lr = rule.first = 1e-4 * np.sqrt(dot(parameters, parameters)) / np.sqrt(dot(d, d))
-        part = rule.part_kept(lr, t)
-        used = lr * np.exp(-rule.brake)
+        part = rule.part_kept(lr * fall, t)
+        used = lr * np.exp(-rule.brake) * fall
         moves = [part * e - used * x for e, x in zip(moves, d, strict=True)]
         parameters = [p - used * x for p, x in zip(parameters, d, strict=True)]
         lrs.append(float(used))
-    return lrs, parameters, rule.braked
+    return lrs, parameters, sorted({*rule.braked, *rule.retreats})
 
 
 class Tuned:

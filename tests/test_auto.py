@@ -70,16 +70,25 @@ def transcribed(method: str, **arguments: Any) -> tuple[list[float], list[refere
 
 
 def trained(
-    method: str, lr: float, rule: Auto, steps: int, leaps: dict[int, float]
+    method: str,
+    lr: float,
+    rule: Auto,
+    steps: int,
+    leaps: dict[int, float],
+    report: Callable[[int, float], float] | None = None,
+    **arguments: Any,
 ) -> tuple[list[float], nn.Module, HypergradientLR]:
     cls, settings, weight_decay = METHODS[method]
     network = reference.torch_network()
     optimizer = cls(network.parameters(), lr=lr, weight_decay=weight_decay, **settings)
-    hd = HypergradientLR(optimizer, rule)
+    hd = HypergradientLR(optimizer, rule, **arguments)
     data, lrs = reference.torch_batches(), []
     for t in range(1, steps + 1):
         optimizer.zero_grad()
-        (leaps.get(t, 1.0) * reference.torch_loss(network, *data[(t - 1) % len(data)])).backward()
+        loss = reference.torch_loss(network, *data[(t - 1) % len(data)])
+        (leaps.get(t, 1.0) * loss).backward()
+        if report is not None:
+            hd.observe(report(t, loss.item()))
         optimizer.step()
         lrs += hd.lrs
     return lrs, network, hd
@@ -107,6 +116,106 @@ def test_the_trajectory_from_a_configured_rate_is_that_of_the_formula(method: st
     np.testing.assert_allclose(mine, expected, rtol=1e-9)
 
 
+def rising(t: int, loss: float) -> float:
+    """A loss that rises twice, though nothing has happened to the parameters."""
+    return loss + (2.0 if 100 < t <= 250 else 5.0 if t > 400 else 0.0)
+
+
+@pytest.mark.parametrize("method", ["sgdn", "adamw"])
+def test_the_trajectory_with_a_rising_loss_is_that_of_the_formula(method: str) -> None:
+    expected, _, backed_off = transcribed(method, steps=600, report=rising, decline=0.2)
+    calm, _, braked = transcribed(method, steps=600)
+    assert len(set(backed_off) - set(braked)) >= 2, "the comparison needs losses that are seen to rise"
+    mine, _, hd = trained(method, 0.3, Auto(), 600, {}, rising, total_steps=600)
+    np.testing.assert_allclose(mine, expected, rtol=1e-9)
+    assert hd.brakes == [len(backed_off)]
+    assert mine[-1] < 0.01 * max(mine)
+    assert expected[200] < calm[200]
+
+
+def test_a_closure_reports_what_it_returns() -> None:
+    found = []
+    for closed in (False, True):
+        network = reference.torch_network()
+        optimizer = SGD(network.parameters(), lr=1.0)
+        hd = HypergradientLR(optimizer)
+        data, lrs = reference.torch_batches(), []
+        for t in range(1, 301):
+            batch = data[(t - 1) % len(data)]
+
+            def closure(network: Any = network, optimizer: Any = optimizer, batch: Any = batch, t: int = t) -> Tensor:
+                optimizer.zero_grad()
+                loss = reference.torch_loss(network, *batch)
+                loss.backward()
+                return loss + (2.0 if t > 100 else 0.0)
+
+            if closed:
+                optimizer.step(closure)
+            else:
+                hd.observe(closure())
+                optimizer.step()
+            lrs += hd.lrs
+        found.append(lrs)
+    assert found[0] == found[1]
+
+
+@pytest.mark.parametrize("loss", [math.nan, math.inf, torch.tensor(math.nan)])
+def test_a_loss_that_is_not_finite_counts_as_unknown(loss: Any) -> None:
+    plain, *_ = trained("adam", 1.0, Auto(), 150, {})
+    mine, _, hd = trained("adam", 1.0, Auto(), 150, {}, lambda t, _: loss)
+    assert mine == plain
+    assert hd.nonfinite_steps == 0
+
+
+@pytest.mark.parametrize("loss", [None, "1", torch.ones(2), torch.ones(1, dtype=torch.complex64), [1.0]])
+def test_what_is_no_loss_is_refused(loss: Any) -> None:
+    hd = HypergradientLR(SGD([nn.Parameter(torch.ones(1))], lr=0.1))
+    with pytest.raises(TypeError, match="loss must be a real number or a tensor of one"):
+        hd.observe(loss)
+
+
+def test_the_scale_and_the_offset_of_the_loss_make_no_difference() -> None:
+    plain, *_ = trained("adam", 1.0, Auto(), 300, {}, rising)
+    other, *_ = trained("adam", 1.0, Auto(), 300, {}, lambda t, loss: 1024 * rising(t, loss) - 4096)
+    np.testing.assert_allclose(other, plain, rtol=1e-9)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "words"),
+    [
+        ({"decline": 1.5}, ValueError, "decline must be a finite number of at least 0 and at most 1, got 1.5"),
+        ({"decline": "much"}, ValueError, "decline must be a number from 0 to 1, or 'default', got 'much'"),
+        ({"decline": None}, TypeError, "decline must be a number, got None"),
+        ({"total_steps": 0}, ValueError, "total_steps must be at least 1"),
+        ({"total_steps": 10.0}, TypeError, "total_steps must be a whole number, got 10.0"),
+    ],
+)
+def test_a_bad_decline_is_named(arguments: dict[str, Any], error: type[Exception], words: str) -> None:
+    with pytest.raises(error, match=words):
+        HypergradientLR(SGD([nn.Parameter(torch.ones(1))], lr=0.1), **arguments)
+
+
+@pytest.mark.parametrize(("rule", "falls"), [("auto", True), ("additive", False)])
+def test_rates_fall_over_the_last_fifth(rule: str, falls: bool) -> None:
+    lrs: dict[int | None, list[float]] = {}
+    for total in (None, 50):
+        p = nn.Parameter(torch.ones(3))
+        optimizer = SGD([p], lr=0.1)
+        hd = HypergradientLR(optimizer, rule, 0.0 if rule == "additive" else None, total_steps=total)
+        found = lrs[total] = []
+        for _ in range(60):
+            p.grad = torch.ones(3)
+            optimizer.step()
+            found += hd.lrs
+    assert lrs[50][:41] == lrs[None][:41]
+    if falls:
+        assert lrs[None][-1] > lrs[None][40], "the comparison needs rates that would rise"  # and do not rise meanwhile
+        falling = [lrs[50][40] * part / 10 for part in (*range(9, 0, -1), *[1] * 10)]
+        np.testing.assert_allclose(lrs[50][41:], falling, rtol=1e-12)
+    else:
+        assert lrs[50] == lrs[None]
+
+
 def test_the_first_steps_by_hand() -> None:
     p = nn.Parameter(torch.tensor([3.0, 4.0], dtype=torch.float64))
     optimizer = SGD([p], lr=7.0)
@@ -115,7 +224,7 @@ def test_the_first_steps_by_hand() -> None:
         p.grad = torch.tensor([2.0, 0.0], dtype=torch.float64)
         optimizer.step()
         assert hd.lrs == [pytest.approx(alpha, rel=1e-14)], t
-    squares = 0.999 * (0.999 * 1.15**2 + 1.3**2) + 0.15**2  # of 1 + 0.3 / 2, 1 + 0.3 and 0 + 0.3 / 2
+    squares = (1 - 1 / 60) * ((1 - 1 / 60) * 1.15**2 + 1.3**2) + 0.15**2  # of 1 + 0.3 / 2, 1 + 0.3 and 0 + 0.3 / 2
     alpha *= math.exp(0.15 / math.sqrt(squares))
     for _ in range(2):
         p.grad = torch.tensor([0.0, 0.5], dtype=torch.float64)
@@ -435,7 +544,8 @@ def test_each_scope_has_a_brake_of_its_own() -> None:
 def test_brakes_are_logged_once_there_are_any(tmp_path: Path) -> None:
     class Leaping(Reference):
         def training_step(self, batch: Any, batch_idx: int) -> Tensor:
-            return super().training_step(batch, batch_idx) * (20.0 if batch_idx in (95, 150) else 1.0)
+            loss = super().training_step(batch, batch_idx)
+            return loss + 9 * (loss - loss.detach()) if batch_idx in (95, 150) else loss
 
     hd = HypergradientDescent()
     make_trainer(tmp_path / "leaping", hd, logger=TensorBoardLogger(tmp_path / "leaping"), log_every_n_steps=10).fit(
@@ -695,11 +805,11 @@ def test_the_first_step_of_a_configured_start_is_that_of_the_optimizer_alone(
         ({"horizon": 1e17}, ValueError, "horizon must be"),
         ({"norm_horizon": 1e17}, ValueError, "norm_horizon must be"),
         ({"norm_growth": 1e17}, ValueError, "norm_growth must be"),
-        ({"memory": 1.1}, ValueError, "memory must be a finite number of at least 0 and at most 1, got 1.1"),
-        ({"memory": -0.1}, ValueError, "memory must be"),
+        ({"memory": 0.5}, ValueError, "memory must be a finite number of at least 1 and at most 1e[+]12, got 0.5"),
+        ({"memory_growth": -0.1}, ValueError, "memory_growth must be"),
         ({"optimism": 1.5}, ValueError, "optimism must be"),
         ({"optimism": -1}, ValueError, "optimism must be"),
-        ({"optimistic_steps": -1}, ValueError, "optimistic_steps must be"),
+        ({"early": -1}, ValueError, "early must be"),
         ({"first_step": 0.0}, ValueError, "first_step must be"),
         ({"cap": -1.0}, ValueError, "cap must be"),
         ({"careful_from": -1.0}, ValueError, "careful_from must be"),
@@ -715,8 +825,9 @@ def test_the_first_step_of_a_configured_start_is_that_of_the_optimizer_alone(
                 "horizon",
                 "growth",
                 "memory",
+                "memory_growth",
                 "optimism",
-                "optimistic_steps",
+                "early",
                 "first_step",
                 "cap",
                 "careful_from",

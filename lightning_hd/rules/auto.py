@@ -28,9 +28,9 @@ class Auto(Rule):
         \log α_t &= \log α_{t-1} + \mathrm{clip}(\frac{H}{\max(H, t / 2)} \, b_t / \sqrt{S_t}),
         \qquad S_t = κ_t S_{t-1} + b_t^2, \qquad κ_t = 1 - 1 / \max(s, 0.3 t)
 
-    ``γ`` is the effective rate, ``α`` times what a schedule or a decline makes of it. ``L`` is the mean of ``log γ``
-    over the moves in ``E``, each counted as far as it is remembered. Moves at rates far from the present one say
-    nothing about it, so they are forgotten.
+    ``γ`` is ``α`` times what the decline at the end makes of it, during which ``α`` does not rise. ``L`` is the mean of
+    ``log γ`` over the moves in ``E``, each counted as far as it is remembered. Moves at rates far from the present one
+    say nothing about it, so they are forgotten.
 
     With ``φ = 0`` only the last move is left, and ``h`` is the paper's hypergradient times ``α``: the paper's rule on
     ``log α``. Noise along directions of high curvature cancels within the memory. Slow progress along those of low
@@ -42,9 +42,9 @@ class Auto(Rule):
 
     The memory is blind to an instability: steps to and fro cancel in it. So the rule brakes where the norm of the
     gradient leaps. Where ``log ‖g_t‖`` exceeds its running mean by more than what is usual, by ``e`` (1 at most), the
-    step is taken with ``α_t exp(-e)``, and ``e`` wears off. A leap alone may be a batch like no other. Where another
-    follows before that, ``log α`` itself falls by ``e`` times what was left, but no further than to ``α_1`` (to 0 with
-    ``start="configured"``).
+    step is taken with ``α_t exp(-e)``, and ``e`` wears off. A leap alone may be a batch like no other, but an overshoot
+    grows from step to step. So where another leap came just before, ``log α`` itself falls by ``e`` times the other
+    ``e``, halved for each step since, but no further than to ``α_1`` (to 0 with ``start="configured"``).
 
     The gradient is blind to a rate at which nothing is learned any more. The loss is not, where it is known (from the
     closure of ``step``, or :meth:`HypergradientLR.observe`). Its mean is taken over blocks of steps, each a tenth of
@@ -144,6 +144,7 @@ class Auto(Rule):
         self._cosine = 0.0  # c_t
         self._squares = 0.0  # S_t
         self._brake = 0.0  # what is left of the last brakes
+        self._leap = 0.0  # the last leap, halved for each step since
         self._norms = 0  # how many gradient norms were seen
         self._norm = 0.0  # G, before the correction for its start at 0
         self._norm_weight = 0.0  # the square of that correction
@@ -178,11 +179,11 @@ class Auto(Rule):
             return lr * math.exp(self.cap)
         change = self._change(seen, step)
         excess = self._excess(math.log(seen.grad_norm))
-        before, self._brake = self._brake, self._brake * self.release
+        before, self._leap, self._brake = self._leap, self._leap / 2, self._brake * self.release
         if excess > 0:
             self.brakes += 1
             excess = min(excess, 1.0)
-            self._brake = max(self._brake, excess)
+            self._leap, self._brake = max(self._leap, excess), max(self._brake, excess)
             return max(lr * math.exp(-before * excess), min(lr, self._first_lr))
         cap = self.cap
         if lr >= self.careful_from * self._first_lr:
@@ -270,6 +271,7 @@ _LEARNED = {
     "_cosine": (-math.inf, math.inf),
     "_squares": (0.0, math.inf),
     "_brake": (0.0, 1.0),
+    "_leap": (0.0, 1.0),
     "_norm": (0.0, math.inf),
     "_norm_weight": (0.0, 1.0),
     "_log_mean": (-math.inf, math.inf),

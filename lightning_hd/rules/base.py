@@ -87,7 +87,7 @@ class Rule(ABC):
         """``φ_t``, the part of ``E`` that is left where the next move comes in, for a rule with :attr:`long_horizon`.
 
         Args:
-            lr: ``γ_t``, the effective rate of the step: ``α_t``, times what a schedule or a decline makes of it.
+            lr: ``γ_t``: ``α_t``, times what the decline at the end makes of it.
             step: ``t``; it is called once for each.
         """
         raise NotImplementedError(f"{type(self).__name__} has a long horizon and must say how it discounts")
