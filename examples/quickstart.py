@@ -7,6 +7,7 @@ import argparse
 import logging
 import warnings
 from pathlib import Path
+from statistics import median
 
 import matplotlib.pyplot as plt
 import torch
@@ -103,9 +104,9 @@ def main() -> None:
     tuned = fit("hypergradient", arguments.lr, arguments.epochs, arguments.folder, callback)
     (lrs,) = callback.lrs.values()
 
-    print(f"\n{'':22}{'val accuracy':>14}{'val loss':>12}{'configured':>12}{'last lr':>12}")
-    for name, metrics, last in (("without", plain, arguments.lr), ("HypergradientDescent", tuned, lrs[-1])):
-        print(f"{name:22}{metrics['val_accuracy']:14.3f}{metrics['val_loss']:12.3f}{arguments.lr:12.1e}{last:12.1e}")
+    print(f"\n{'':22}{'val accuracy':>14}{'val loss':>12}{'configured':>12}{'median lr':>12}")
+    for name, metrics, lr in (("without", plain, arguments.lr), ("HypergradientDescent", tuned, median(lrs))):
+        print(f"{name:22}{metrics['val_accuracy']:14.3f}{metrics['val_loss']:12.3f}{arguments.lr:12.1e}{lr:12.1e}")
     print(f"\nThe curves: tensorboard --logdir {arguments.folder / 'quickstart'}")
     if arguments.figure:
         draw(lrs, arguments.lr, arguments.figure)

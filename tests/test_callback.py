@@ -123,6 +123,13 @@ class Observer(Callback):
         self.cosines.append(math.nan if seen is None else seen.cosine)
 
 
+class AfterOneEpoch(Callback):
+    """Stops a run early; unlike a smaller `max_epochs`, this leaves its planned length as it is."""
+
+    def on_train_epoch_end(self, trainer: Trainer, *_: Any) -> None:
+        trainer.should_stop = True
+
+
 # ---------------------------------------------------------------------- the paper, through a Trainer
 
 
@@ -291,7 +298,7 @@ def test_without_a_logger_it_says_so_once_and_trains(tmp_path: Path, caplog: pyt
         make_trainer(tmp_path, hd).fit(Reference())
     assert len([r for r in caplog.records if "no logger" in r.getMessage()]) == 1
     assert len(hd.lrs["lr-SGD"]) == 200
-    assert hd.lrs["lr-SGD"][-1] > 0.011
+    assert max(hd.lrs["lr-SGD"]) > 0.011
 
 
 def test_numbers_that_are_not_finite_are_not_averaged(tmp_path: Path) -> None:
@@ -417,12 +424,12 @@ def test_resuming_is_exact(tmp_path: Path, method: str, rule: str, when: str) ->
     whole, hd = module(), callback()
     make_trainer(tmp_path, hd, max_epochs=2).fit(whole)
     if when == "after training":
-        trainer = make_trainer(tmp_path, callback(), max_epochs=1)
+        trainer = make_trainer(tmp_path, callback(), AfterOneEpoch(), max_epochs=2)
         trainer.fit(module())
         trainer.save_checkpoint(tmp_path / "last.ckpt")
     else:
         saver = ModelCheckpoint(tmp_path, filename="last", save_on_train_epoch_end=True)
-        make_trainer(tmp_path, callback(), saver, max_epochs=1).fit(module())
+        make_trainer(tmp_path, callback(), saver, AfterOneEpoch(), max_epochs=2).fit(module())
     resumed, again = module(), callback()
     make_trainer(tmp_path, again, max_epochs=2).fit(resumed, ckpt_path=tmp_path / "last.ckpt")
     name = f"lr-{cls.__name__}"

@@ -28,6 +28,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "min_lr": {"1e-4": 1e-4, "null": None},
     "max_lr": {"0.5": 0.5, "null": None},
     "probe": {"1000": 1000, "null": None, "default": "default"},
+    "decline": {"0.5": 0.5, "0": 0, "default": "default"},
     "log_every_n_steps": {"3": 3, "0": 0, "null": None},
     "prog_bar": {"true": True, "false": False},
 }
@@ -82,6 +83,7 @@ def test_all_arguments_together_train_as_from_python(tmp_path: Path) -> None:
         "min_lr": None,
         "max_lr": 0.02,
         "probe": 5000,
+        "decline": 0.3,
         "log_every_n_steps": 4,
         "prog_bar": True,
     }

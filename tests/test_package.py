@@ -52,11 +52,11 @@ def test_the_quickstart_repairs_a_bad_rate(tmp_path: Path) -> None:
     output = run(str(ROOT / "examples" / "quickstart.py"), "--figure", "lr.png", cwd=tmp_path, MPLBACKEND="Agg")
     rows = {line[:22].strip(): [float(x) for x in line[22:].split()] for line in output.splitlines() if "e-05" in line}
     assert rows["without"][0] < 0.5
-    accuracy, loss, first, last = rows["HypergradientDescent"]
+    accuracy, loss, first, usual = rows["HypergradientDescent"]
     assert accuracy > 0.95
     assert loss < 0.2
     assert first == 1e-5
-    assert last > 1e-3
+    assert usual > 1e-3
     assert "tensorboard --logdir runs/quickstart" in output
     assert {file.parent.name for file in tmp_path.rglob("events.out.tfevents.*")} == {"plain", "hypergradient"}
     assert (tmp_path / "lr.png").stat().st_size > 1000

@@ -43,7 +43,7 @@ def beta(name: str, rule: str) -> float | None:
 
 def fit(path: Path, name: str, rule: str, precision: str, *callbacks: Callback) -> tuple[HypergradientDescent, Digits]:
     cls, settings = OPTIMIZERS[name]
-    module, hd = Digits(cls, **settings), HypergradientDescent(rule, beta(name, rule))
+    module, hd = Digits(cls, **settings), HypergradientDescent(rule, beta(name, rule), decline=0)
     make_trainer(path, hd, *callbacks, precision=precision, limit_train_batches=STEPS).fit(module)
     return hd, module
 

@@ -40,4 +40,4 @@ def test_rates_are_bitwise_equal_on_both_ranks(tmp_path: Path) -> None:
     first, second = (json.loads((tmp_path / f"rank{rank}.json").read_text()) for rank in range(2))
     assert first == second
     assert len(first["lr-SGD"]) == 100
-    assert first["lr-SGD"][-1] > 0.011
+    assert max(first["lr-SGD"]) > 0.011
