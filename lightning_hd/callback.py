@@ -1,6 +1,5 @@
 """HypergradientDescent: the Lightning callback. Hooks stand in the order in which the Trainer calls them."""
 
-import math
 from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
@@ -13,15 +12,33 @@ from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
-from lightning_hd.arguments import check_arguments, make_decline
+from lightning_hd.arguments import check_arguments, check_callback_arguments, make_decline
 from lightning_hd.checkpoints import copies_of, leave_copies, load_copies
-from lightning_hd.checks import check_count
 from lightning_hd.hypergradient import HypergradientLR
-from lightning_hd.optimizers import check_optimizer, unwrap
+from lightning_hd.optimizers import unwrap
 from lightning_hd.rules import Rule
-from lightning_hd.support import check_modules, check_strategy, check_tensors, strategies, with_groups
+from lightning_hd.support import (
+    check_alone,
+    check_modules,
+    check_strategy,
+    check_tensors,
+    logging_step,
+    renew_states,
+    restore,
+    show_small_numbers,
+    strategies,
+    total_steps,
+    tunable,
+    with_groups,
+)
 from lightning_hd.tensorboard import optimizer_names
 from lightning_hd.tracker import Tracker
+
+
+class _Engine(HypergradientLR):
+    """One whose messages speak of the callback, which is what the user has written."""
+
+    _owner = "HypergradientDescent"
 
 
 class HypergradientDescent(Callback):
@@ -61,11 +78,17 @@ class HypergradientDescent(Callback):
         max_lr: Upper clamp; ``None``: unclamped.
         probe: How many coordinates of the parameters to look at; ``None``: all. ``"default"``: 2^18 with the default
             rule, all with the paper's.
+        log_every_n_steps: Logging interval in steps; ``None``: the Trainer's. 0: loggers get nothing.
+        prog_bar: Whether to show the learning rates in the progress bar.
         decline: Over which last part of the training the rates fall to 0, linearly; 0: none. ``"default"``: a fifth
             with the default rule, none with the paper's. They do not fall where a scheduler sets them, in manual
             optimization, or where the Trainer does not know how long it trains.
-        log_every_n_steps: Logging interval in steps; ``None``: the Trainer's. 0: loggers get nothing.
-        prog_bar: Whether to show the learning rates in the progress bar.
+        stop_after: After how many steps of each optimizer tuning stops: the learned scale stays as it is, and
+            schedules and the decline go on. ``None``: never.
+        scheduled: Whether the rates in ``param_groups`` belong to a schedule. ``True``: also where no scheduler is
+            known to the Trainer, as where ``optimizer_step`` writes them. ``None``: found out.
+        on_mismatch: What to do with a checkpoint of another rule, scope, optimizer or layout of parameter groups:
+            ``"error"``: raise, ``"restart"``: start tuning, and such an optimizer, anew, with a warning.
 
     Attributes:
         engines: The :class:`~lightning_hd.HypergradientLR` of each optimizer, while training and after it.
@@ -88,26 +111,33 @@ class HypergradientDescent(Callback):
         min_lr: float | None = 0.0,
         max_lr: float | None = None,
         probe: int | Literal["default"] | None = "default",
-        decline: float | Literal["default"] = "default",
         log_every_n_steps: int | None = None,
         prog_bar: bool = False,
+        decline: float | Literal["default"] = "default",
+        stop_after: int | None = None,
+        scheduled: bool | None = None,
+        on_mismatch: Literal["error", "restart"] = "error",
     ) -> None:
         checked, *_ = check_arguments(rule, hypergrad_lr, scope, min_lr, max_lr, probe)
         make_decline(decline, None, checked)
-        if log_every_n_steps is not None:
-            check_count("log_every_n_steps", log_every_n_steps)
+        check_callback_arguments(log_every_n_steps, prog_bar, stop_after, scheduled, on_mismatch)
         self.rule = rule
         self.hypergrad_lr = hypergrad_lr
         self.scope = scope
         self.min_lr = min_lr
         self.max_lr = max_lr
         self.probe = probe
-        self.decline = decline
         self.log_every_n_steps = log_every_n_steps
         self.prog_bar = prog_bar
+        self.decline = decline
+        self.stop_after = stop_after
+        self.scheduled = scheduled
+        self.on_mismatch = on_mismatch
         self.engines: list[HypergradientLR] = []
         self._trackers: list[Tracker] = []
         self._restored: list[dict[str, Any]] | None = None
+        self._checkpoint: dict[str, Any] | None = None  # until the optimizers have loaded their states
+        self._optimizers: list[Optimizer] = []  # all of the Trainer's, also those that cannot be tuned
         self._pausing: list[RemovableHandle] = []
         self._alone: dist.ProcessGroup | None = None
         self._began = False  # whether a batch of this training has begun
@@ -121,6 +151,9 @@ class HypergradientDescent(Callback):
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Forget an earlier training, and a checkpoint that was loaded to validate or test with."""
         if stage == "fit":
+            check_alone(HypergradientDescent, trainer)
+            if self.prog_bar:
+                show_small_numbers(trainer)
             self._detach()  # where another callback's error has kept it from being done
             self._began = False
             self.engines, self._trackers, self._restored = [], [], None
@@ -135,12 +168,17 @@ class HypergradientDescent(Callback):
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Before a checkpoint's optimizer states are loaded: see that what is ours in them is found."""
+        checkpoint, self._checkpoint = self._checkpoint, None
+        if checkpoint is not None:
+            classes = [state.get("optimizer", "") for state in self._restored or () if isinstance(state, dict)]
+            renew_states(checkpoint, trainer.optimizers, classes, restart=self.on_mismatch == "restart")
         for optimizer in trainer.optimizers:
             if isinstance(optimizer, Optimizer):
                 copies_of(optimizer)
 
     def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         """Load the engines' tensors, where Lightning does not."""
+        self._checkpoint = checkpoint
         if "ModelParallelStrategy" in strategies(trainer) and trainer.ckpt_path and Path(trainer.ckpt_path).is_dir():
             for i, optimizer in enumerate(trainer.optimizers):
                 load_copies(pl_module, optimizer, f"optimizer_{i}", Path(trainer.ckpt_path))
@@ -148,7 +186,6 @@ class HypergradientDescent(Callback):
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Attach to every optimizer."""
         check_strategy(trainer)
-        check_modules(pl_module)
         self._attach(trainer)
         if trainer.ckpt_path and trainer.global_step and self._restored is None and self.engines:
             rank_zero_warn(
@@ -167,7 +204,7 @@ class HypergradientDescent(Callback):
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         """Attach to other optimizers, where they were replaced."""
         self._began = True
-        now, before = with_groups(trainer), [engine.optimizer for engine in self.engines]
+        now, before = with_groups(trainer), self._optimizers
         if len(now) != len(before) or any(unwrap(a) is not b for a, b in zip(now, before, strict=True)):
             rank_zero_warn(
                 "HypergradientDescent: the Trainer's optimizers were replaced in mid-training, so tuning the learning "
@@ -191,25 +228,18 @@ class HypergradientDescent(Callback):
             for engine in self.engines if loss is not None else ():
                 engine.observe(loss)  # a GradScaler gives the optimizer no closure that would return it
         if not trainer.barebones:
-            lrs = {key: lr for tracker in self._trackers for key, lr in tracker.lr_metrics().items()}
-            names = {tracker.first_tag: tracker.lr for tracker in self._trackers}  # though groups were added since
-            trainer.callback_metrics.update({key: torch.tensor(lr) for key, lr in (names | lrs).items()})
+            known = {key: value for tracker in self._trackers for key, value in tracker.current().items()}
+            trainer.callback_metrics.update({key: torch.tensor(value) for key, value in known.items()})
             if self.prog_bar:
+                lrs = {key: lr for tracker in self._trackers for key, lr in tracker.lr_metrics().items()}
                 pl_module.log_dict(lrs, on_step=True, on_epoch=False, prog_bar=True, logger=False)
-        every = self.log_every_n_steps
-        if every is None:
-            every = trainer.log_every_n_steps  # type: ignore[attr-defined]  # public, but set without an annotation
-        # The step axis of `self.log`. Lightning offers nothing public for it: `global_step` counts the steps of all
-        # optimizers, so that it differs in manual optimization. `LearningRateMonitor` reads the same attribute.
-        step = trainer.fit_loop.epoch_loop._batches_that_stepped
-        # It stands still while gradients are accumulated.
-        moves = (batch_idx + 1) % trainer.accumulate_grad_batches == 0 or trainer.is_last_batch
-        if moves and every and (step + 1) % every == 0 and any(tracker.has_news for tracker in self._trackers):
+        step = logging_step(trainer, self.log_every_n_steps, batch_idx)
+        if step is not None and any(tracker.has_news for tracker in self._trackers):
             for engine in self.engines:
                 engine.check_agreement()
             metrics = {key: value for tracker in self._trackers for key, value in tracker.collect().items()}
             for logger in trainer.loggers:
-                logger.log_metrics(metrics, step=step)
+                logger.log_metrics(metrics=metrics, step=step)
 
     def on_exception(
         self,
@@ -248,6 +278,8 @@ class HypergradientDescent(Callback):
         own = {name: value for name, value in vars(self).items() if name not in ("log", "log_dict")}  # the module's
         fresh: dict[str, Any] = {
             "engines": [],
+            "_optimizers": [],
+            "_checkpoint": None,
             "_trackers": [],
             "_pausing": [],
             "_paused": None,
@@ -257,17 +289,20 @@ class HypergradientDescent(Callback):
 
     def _attach(self, trainer: Trainer) -> None:
         scheduled = [config.scheduler.optimizer for config in trainer.lr_scheduler_configs]
-        optimizers = with_groups(trainer)
-        for optimizer in optimizers:
-            check_optimizer(optimizer)
+        everyone = with_groups(trainer)
+        self._optimizers = [unwrap(optimizer) for optimizer in everyone]
+        optimizers = tunable(everyone)
+        check_modules(trainer.lightning_module, optimizers)
         check_tensors(optimizers)
         if dist.is_initialized() and dist.get_world_size() > 1 and trainer.world_size == 1:
             # The other processes train something else.
             self._alone = dist.new_group([dist.get_rank()], use_local_synchronization=True)
-        for optimizer, name in zip(optimizers, optimizer_names(optimizers), strict=True):
+        for optimizer, name in zip(everyone, optimizer_names(everyone), strict=True):
+            if not any(optimizer is other for other in optimizers):
+                continue
             # Lightning's tuner takes all callbacks out while it searches, with steps that are no part of the training.
             self._pausing.append(optimizer.register_step_pre_hook(partial(self._pause, trainer)))
-            engine = HypergradientLR(
+            engine = _Engine(
                 optimizer,
                 self.rule,
                 self.hypergrad_lr,
@@ -275,33 +310,21 @@ class HypergradientDescent(Callback):
                 self.min_lr,
                 self.max_lr,
                 self.probe,
-                self._total_steps(trainer),
-                self.decline,
                 self._alone,
+                total_steps(trainer),
+                self.decline,
+                self.stop_after,
             )
             self.engines.append(engine)
-            if any(optimizer is other for other in scheduled):
-                engine.scheduled = True
+            if self.scheduled is not None or any(optimizer is other for other in scheduled):
+                engine.scheduled = self.scheduled is not False
             self._trackers.append(Tracker(engine, name))
-
-    def _total_steps(self, trainer: Trainer) -> int | None:
-        """How many steps the training takes; ``None`` where that is not known."""
-        if not trainer.lightning_module.automatic_optimization:
-            return None
-        steps = trainer.estimated_stepping_batches
-        return int(steps) if 0 < steps < math.inf else None
 
     def _restore(self) -> None:
         if self._restored is None:
             return
-        if len(self._restored) != len(self.engines):
-            raise ValueError(
-                f"the checkpoint holds HypergradientDescent's state of {len(self._restored)} optimizers, but "
-                f"configure_optimizers returned {len(self.engines)}"
-            )
-        for engine, state_dict in zip(self.engines, self._restored, strict=True):
-            engine.load_state_dict(state_dict)
-        self._restored = None
+        saved, self._restored = self._restored, None
+        restore(self.engines, saved, restart=self.on_mismatch == "restart")
 
     def _pause(self, trainer: Trainer, *_: Any) -> None:
         searching = not any(callback is self for callback in trainer.callbacks)  # type: ignore[attr-defined]

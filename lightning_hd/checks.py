@@ -41,6 +41,14 @@ def check_count(name: str, value: int) -> int:
     return value
 
 
+def check_divisor(name: str, value: float) -> float:
+    """``value`` as a finite number that is not 0: else :class:`TypeError` or :class:`ValueError`."""
+    number = check_number(name, value)
+    if not number:
+        raise ValueError(f"{name} must not be 0")
+    return number
+
+
 def check_flag(name: str, value: bool) -> bool:
     """``value``, which must be ``True`` or ``False``: else :class:`TypeError`."""
     if not isinstance(value, bool):

@@ -24,6 +24,7 @@ class StepHooks:
         prepare: Called where the gradients are there, before the parameters move. It returns whether it is done, so
             that an optimizer which evaluates its closure twice is prepared once.
         hear: Called with what a closure returns, before ``prepare``.
+        pass_by: Called where a step cannot be tuned, for it moves the parameters before it evaluates its closure.
         finish: Called when the step is over. A GradScaler that skips a step does not get there, nor does an exception.
 
     Raises:
@@ -36,17 +37,20 @@ class StepHooks:
         begin: Callable[[], bool],
         prepare: Callable[[], bool],
         hear: Callable[[Any], None],
+        pass_by: Callable[[], None],
         finish: Callable[[], None],
     ) -> None:
         if optimizer in _attached:
             raise RuntimeError(
-                f"this {type(optimizer).__name__} has a HypergradientLR (or a HypergradientDescent callback) already: "
-                "use one, or detach() the first"
+                f"this {type(optimizer).__name__} is tuned by a HypergradientLR (or a HypergradientDescent callback) "
+                "already: use one, or detach() the first"
             )
         self._optimizer = optimizer
         self._begin = begin
         self._prepare = prepare
         self._hear = hear
+        self._pass_by = pass_by
+        self._done = False  # whether a step has come to its end
         self._finish = finish
         self._caller: FrameType | None = None  # of the step that is under way
         self._handles: list[RemovableHandle] = [
@@ -88,6 +92,8 @@ class StepHooks:
 
     def _wrap(self, closure: Callable[[], Any]) -> Callable[[], Any]:
         before, caller = self._versions(), self._caller
+        parameters = [p for settings in self._optimizer.param_groups for p in settings["params"]]
+        copies = [] if self._done else [p.detach().clone() for p in parameters]  # to put them back with the error
         done = False
 
         def prepare_after_backward() -> Any:
@@ -95,9 +101,16 @@ class StepHooks:
             if done or self._caller is not caller:  # it has failed, or the hooks were removed
                 return closure()
             if self._versions() != before:
+                self._caller = None
+                if not copies:
+                    self._pass_by()
+                    return closure()
+                with torch.no_grad():
+                    for p, copy in zip(parameters, copies, strict=True):
+                        p.copy_(copy)
                 raise TypeError(
                     f"{type(self._optimizer).__name__} moves the parameters before it evaluates its closure, so that "
-                    "its step cannot be measured: it is not supported"
+                    "its step cannot be measured: it is not supported. Tune the optimizer inside of it, if it has one"
                 )
             try:
                 loss = closure()
@@ -130,6 +143,7 @@ class StepHooks:
     def _after_step(self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if self._caller is not None and _calling_frame() is self._caller:
             self._caller = None
+            self._done = True
             self._call_finish()
 
 

@@ -19,6 +19,7 @@ from lightning_hd.probe import PROBE
 from lightning_hd.rates import Rates
 from lightning_hd.reduction import Ranks, is_flat_shard
 from lightning_hd.rules import Observation, Rule
+from lightning_hd.saved import load, save
 from lightning_hd.step import Tuning
 
 
@@ -67,13 +68,15 @@ class HypergradientLR:
         max_lr: Upper clamp; ``None``: unclamped.
         probe: How many coordinates to look at, chosen once by a fixed seed; ``None``: all. ``"default"``: 2^18 with the
             default rule, all with the paper's. In a smaller model it is all of them anyway.
-        total_steps: How many steps the training takes; ``None``: it is not known.
-        decline: Over which last part of them the rates fall to 0, linearly; 0: none. ``"default"``: a fifth with the
-            default rule, none with the paper's. Under a scheduler they do not.
         process_group: The processes that train this model together, each with a copy (DDP) or with shards (DTensor
             parameters, as of ``fully_shard`` and tensor parallelism): hypergradients are summed over them, in one
             ``all_reduce`` per step, and the rates are equal bit for bit. ``None``: the default group, where
             ``torch.distributed`` is initialized; for models that train apart, give each a group of its own.
+        total_steps: How many steps the training takes; ``None``: it is not known.
+        decline: Over which last part of them the rates fall to 0, linearly; 0: none. ``"default"``: a fifth with the
+            default rule, none with the paper's. Under a scheduler they do not.
+        stop_after: After how many steps tuning stops: the learned scale stays as it is, and schedules and the decline
+            go on. ``None``: never.
 
     Attributes:
         optimizer: The optimizer.
@@ -115,6 +118,9 @@ class HypergradientLR:
         [0.164]
     """
 
+    _owner = "HypergradientLR"
+    """Whom messages are from."""
+
     def __init__(
         self,
         optimizer: Optimizer,
@@ -124,12 +130,15 @@ class HypergradientLR:
         min_lr: float | None = 0.0,
         max_lr: float | None = None,
         probe: int | Literal["default"] | None = "default",
+        process_group: ProcessGroup | None = None,
         total_steps: int | None = None,
         decline: float | Literal["default"] = "default",
-        process_group: ProcessGroup | None = None,
+        stop_after: int | None = None,
     ) -> None:
         self._rule, low, high = check_arguments(rule, hypergrad_lr, scope, min_lr, max_lr, probe)
         falling = make_decline(decline, total_steps, self._rule)
+        if stop_after is not None:
+            check_count("stop_after", stop_after)
         check_optimizer(optimizer)
         ranks = Ranks(process_group)
         ranks.check_meshes(p for settings in optimizer.param_groups for p in settings["params"])
@@ -137,15 +146,16 @@ class HypergradientLR:
         self.scope = scope
         self._check_flat_shards()
         rates = Rates(self.optimizer, self._rule, scope, low, high)
-        notices = Notices(f"HypergradientLR({type(self.optimizer).__name__})", ranks)
+        notices = Notices(f"{self._owner}({type(self.optimizer).__name__})", ranks)
         budget = (PROBE if self._rule.long_horizon else None) if probe == "default" else probe
         self._copies = copies_of(self.optimizer)
+        self._loads = 0  # how many of the optimizer's loaded states are taken account of
         view = (
             Moves(self.optimizer, budget, ranks, notices)
             if self._rule.long_horizon
             else LastStep(self.optimizer, budget, ranks, notices, self._copies)
         )
-        self._tuning = Tuning(self.optimizer, self._rule, rates, view, ranks, notices, falling)
+        self._tuning = Tuning(self.optimizer, self._rule, rates, view, ranks, notices, falling, stop_after)
         self._hooks: StepHooks | None = None
         self._attach()
 
@@ -241,6 +251,7 @@ class HypergradientLR:
         if self._hooks is not None:
             self._hooks.remove()
             self._hooks = None
+        self._tuning.watch.end()
         drop_copies(self.optimizer, self._copies, keep_state)
 
     def state_dict(self) -> dict[str, Any]:
@@ -249,64 +260,36 @@ class HypergradientLR:
         Tensors of the parameters' size are in ``optimizer.state_dict()``, under keys ``hd_*``. It is the same on any
         number of processes. Where parameters are sharded, call it on all of them.
         """
-        return {
-            "optimizer": type(self.optimizer).__name__,
-            "rule": type(self._rule).__name__,
-            "scope": self.scope,
-            "step_count": self.step_count,
-            "nonfinite_steps": self.nonfinite_steps,
-            "rates": self._tuning.rates.state_dict(),
-            "view": self._tuning.view.state_dict(),
-            "losses": self._tuning.losses.state_dict(),
-        }
+        return save(self._tuning)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Take over what :meth:`state_dict` returned; load the optimizer's own state dict as well, before or after.
+
+        A rate that was written into ``param_groups[i]["lr"]`` before either of them was saved, or before this is
+        called, becomes the new one in the next step, as ever.
 
         Raises:
             ValueError: The state is of another optimizer class, rule, scope or layout of parameter groups, of a former
                 version, or damaged.
         """
-        tuning, own = self._tuning, self.state_dict()
-        tuning.rates.sync()
-        if isinstance(state_dict, dict) and "last" in state_dict and "view" not in state_dict:
-            raise ValueError("the saved state is of a former version of lightning-hd: load the parameters only")
-        if not isinstance(state_dict, dict) or not own.keys() <= state_dict.keys():
-            raise ValueError("this is not what HypergradientLR.state_dict() returned")
-        for key in ("optimizer", "rule", "scope"):
-            if state_dict[key] != own[key]:
-                raise ValueError(
-                    f"the saved state has {key}={state_dict[key]!r}, this HypergradientLR {own[key]!r}: go on with the "
-                    "same, or load the parameters only"
-                )
-        try:
-            groups = state_dict["rates"]["groups"]
-            if isinstance(groups, list) and len(groups) != len(own["rates"]["groups"]):
-                raise ValueError(
-                    f"the saved state has {len(groups)} parameter groups, the optimizer {len(own['rates']['groups'])}"
-                )
-            counts = {name: check_count(name, state_dict[name]) for name in ("step_count", "nonfinite_steps")}
-            scheduled = tuning.rates.under_schedule
-            tuning.view.load_state_dict(state_dict["view"])
-            tuning.rates.load_state_dict(state_dict["rates"])
-            tuning.losses.load_state_dict(state_dict["losses"])
-        except (KeyError, IndexError, TypeError, ValueError, AttributeError) as error:
-            tuning.view.load_state_dict(own["view"])
-            raise ValueError(f"the saved state is damaged, or of other parameter groups: {error!r}") from error
-        tuning.lost_schedule = scheduled and not tuning.rates.under_schedule
-        vars(tuning).update(counts)
+        loaded, self._loads = self._copies.loads > self._loads, self._copies.loads
+        keep = [loaded or written for written in self._tuning.rates.written()]
+        self._tuning.rates.sync()
+        load(self._tuning, state_dict, keep + [loaded] * (len(self.optimizer.param_groups) - len(keep)))
 
     def check_agreement(self) -> None:
         """Compare the learning rates of all processes of the group; to be called on each of them.
 
         Raises:
-            RuntimeError: They are not equal bit for bit, which must not happen: on every process.
+            RuntimeError: They are not equal bit for bit: on every process.
         """
         everyone = self._tuning.ranks.gather((self.step_count, self.lrs))
         if any(other != everyone[0] for other in everyone):
+            held = "; ".join(f"rank {rank}: step {step}, {lrs}" for rank, (step, lrs) in enumerate(everyone))
             raise RuntimeError(
-                f"HypergradientLR({type(self.optimizer).__name__}): internal error: the (step, learning rates) of the "
-                f"processes differ: {everyone}"
+                f"{self._owner}({type(self.optimizer).__name__}): the learning rates of the processes differ ({held}). "
+                "Something has set them on some processes only: a rate that was written there, a scheduler that is "
+                "stepped by a metric of its own process (log it with sync_dist=True), or a step that was left out"
             )
 
     def __getstate__(self) -> dict[str, Any]:
@@ -321,7 +304,9 @@ class HypergradientLR:
 
     def _attach(self) -> None:
         tuning = self._tuning
-        self._hooks = StepHooks(self.optimizer, tuning.begin, tuning.prepare, tuning.losses.hear, tuning.finish)
+        self._hooks = StepHooks(
+            self.optimizer, tuning.begin, tuning.prepare, tuning.losses.hear, tuning.pass_by, tuning.finish
+        )
 
     def _check_flat_shards(self) -> None:
         """Raise :class:`TypeError` where the rule needs the directions of flat shards."""

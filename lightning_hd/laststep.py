@@ -230,7 +230,7 @@ class LastStep(View):
         if any(bool(local(copy).any()) for copy in self._copies.tensors.values()):
             self._notices.warn(
                 "fresh start",
-                "the optimizer's state has directions of a former run, but load_state_dict() was not called: tuning "
+                "the optimizer has been tuned before, and no state of that tuning was loaded with its own: tuning "
                 "starts from the beginning",
             )
         self._copies.tensors.clear()

@@ -8,6 +8,9 @@ from torch import Tensor
 
 from lightning_hd.reduction import exact_dtype
 
+LARGEST = torch.finfo(torch.float32).max
+"""The largest rate that torch multiplies with."""
+
 
 def check_lr(name: str, lr: Any) -> None:
     """Raise :class:`TypeError` where it cannot be read as a rate or, being a tensor, cannot hold one."""
@@ -17,6 +20,11 @@ def check_lr(name: str, lr: Any) -> None:
                 f"{name} must be a floating-point tensor of one element on a real device, got one of shape "
                 f"{tuple(lr.shape)} and {lr.dtype} on '{lr.device}'"
             )
+    elif lr is None:
+        raise TypeError(
+            f"{name} is None: the optimizer makes its own rate, relative to the size of the parameters, so there is "
+            "none to tune. Give it a number (and relative_step=False, where it has that argument)"
+        )
     elif isinstance(lr, str) or not hasattr(lr, "__float__"):
         raise TypeError(f"{name} must be a number or a tensor of one, got {lr!r}")
 
@@ -42,7 +50,12 @@ def set_lr(settings: dict[str, Any], lr: float) -> float:
     held = settings["lr"]
     if isinstance(held, Tensor):
         held.fill_(lr)
-        return float(torch.tensor(lr, dtype=held.dtype))  # what it holds, without waiting for its device
-    if get_lr(settings) != lr:
+    elif get_lr(settings) != lr:
         settings["lr"] = lr
-    return get_lr(settings)
+    return as_held(settings, lr)
+
+
+def as_held(settings: dict[str, Any], lr: float) -> float:
+    """What the group holds where this rate is written, without waiting for a device."""
+    held = settings["lr"]
+    return float(torch.tensor(lr, dtype=held.dtype)) if isinstance(held, Tensor) else lr

@@ -26,3 +26,8 @@ class Step:
     starting: dict[int, float] = field(default_factory=dict)  # scopes that get their first rate from that, and ‖θ_0‖
     begun: set[int] = field(default_factory=set)  # scopes that have their first rate since this step
     before: dict[Tensor, Tensor] = field(default_factory=dict)  # θ_{t-1}, on trial
+
+    @property
+    def used(self) -> list[float]:
+        """``γ_t`` of each scope."""
+        return [used for _, used in self.rates]

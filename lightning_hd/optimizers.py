@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.distributed.fsdp import FlatParameter
 from torch.optim import (
     ASGD,
@@ -125,7 +125,11 @@ def check_optimizer(optimizer: Optimizer) -> None:
         ValueError: It has no parameter group, a group without ``lr``, or one with a parameter twice.
     """
     if not isinstance(optimizer, Optimizer):
-        raise TypeError(f"optimizer must be a torch.optim.Optimizer, got {type(optimizer).__name__}")
+        hint = ". A LightningModule is tuned by the callback HypergradientDescent, in a Trainer"
+        raise TypeError(
+            f"optimizer must be a torch.optim.Optimizer, got {type(optimizer).__name__}"
+            + hint * isinstance(optimizer, nn.Module)
+        )
     name = type(optimizer).__name__
     for refused, reason in _REFUSED.items():
         if isinstance(optimizer, refused):
@@ -139,6 +143,11 @@ def check_optimizer(optimizer: Optimizer) -> None:
             "torch.distributed.fsdp.fully_shard instead"
         )
     _check_initialized(optimizer)
+    if callable(getattr(optimizer, "first_step", None)) and callable(getattr(optimizer, "second_step", None)):
+        raise TypeError(
+            f"optimizer {name} is stepped by its first_step and second_step, which cannot be seen from outside. "
+            + inner_optimizers(optimizer)
+        )
     if not optimizer.param_groups:
         raise ValueError(f"optimizer {name} has no parameter groups")
     for i, group in enumerate(optimizer.param_groups):
@@ -161,11 +170,16 @@ def _check_initialized(optimizer: Optimizer) -> None:
     except AttributeError:
         initialized = False
     if not initialized:
-        inner = {name: value for name, value in vars(optimizer).items() if isinstance(value, Optimizer)}
         raise TypeError(
             f"optimizer {type(optimizer).__name__} was not initialized: its class must call "
-            "super().__init__(params, defaults). "
-            + " ".join(
-                f"Tune the optimizer inside of it, {type(o).__name__}: its attribute {n!r}" for n, o in inner.items()
-            )
+            "super().__init__(params, defaults). " + inner_optimizers(optimizer)
         )
+
+
+def inner_optimizers(optimizer: Optimizer) -> str:
+    """Advice to tune the optimizers that are attributes of this one; empty where there is none."""
+    inner = {name: value for name, value in vars(optimizer).items() if isinstance(value, Optimizer)}
+    return " ".join(
+        f"Tune the optimizer inside of it, {type(value).__name__}: its attribute {name!r}"
+        for name, value in inner.items()
+    )

@@ -7,8 +7,8 @@ from typing import Any
 from torch import Tensor
 from torch.optim import Optimizer
 
-from lightning_hd.checks import check_count, check_flag, check_number
-from lightning_hd.lr import check_lr, get_lrs, set_lr
+from lightning_hd.checks import check_count, check_divisor, check_flag, check_number
+from lightning_hd.lr import as_held, check_lr, get_lrs, set_lr
 from lightning_hd.optimizers import is_normalized
 from lightning_hd.rules import Rule
 from lightning_hd.scopes import Group, Scope
@@ -190,7 +190,8 @@ class Rates:
             group.join = 1.0
             group.zero = configured[-1] == 0
         reference = max(configured, key=abs)
-        scope.from_zero = reference == 0
+        # a group at 0 is frozen, unless all are: then the rule starts from there, as in the paper
+        scope.from_zero = reference == 0 and not any(map(self._configured, range(len(self.groups))))
         scope.reference = reference or 1.0
         scope.lr = scope.used = scope.reference
         if scope.from_zero and not self.under_schedule:
@@ -281,12 +282,22 @@ class Rates:
                 for scope in self.scopes
             ],
             "groups": [
-                {"lr": group.lr, "base": group.base, "join": group.join, "zero": group.zero} for group in self.groups
+                {"lr": group.lr, "held": lr, "base": group.base, "join": group.join, "zero": group.zero}
+                for group, lr in zip(self.groups, get_lrs(self.optimizer.param_groups), strict=False)
             ],
         }
 
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+    def written(self) -> list[bool]:
+        """For each group whether it holds another rate than that of the last step."""
+        held = get_lrs(self.optimizer.param_groups)
+        return [lr != group.lr for group, lr in zip(self.groups, held, strict=False)]
+
+    def load_state_dict(self, state_dict: dict[str, Any], keep: Sequence[bool]) -> None:
         """Take over what :meth:`state_dict` returned, for the same groups.
+
+        Args:
+            state_dict: The state.
+            keep: For each group whether what it holds now was written, and shall stay.
 
         Raises:
             KeyError, TypeError, ValueError: The state is damaged, or of other groups.
@@ -297,7 +308,7 @@ class Rates:
                 scope.rule,
                 check_number("lr", saved["lr"]),
                 check_number("used", saved["used"]),
-                _check_divisor("reference", saved["reference"]),
+                check_divisor("reference", saved["reference"]),
                 from_zero=check_flag("from_zero", saved["from_zero"]),
                 started=check_flag("started", saved["started"]),
                 moved=check_flag("moved", saved["moved"]),
@@ -310,11 +321,12 @@ class Rates:
                 group.scope,
                 check_number("lr", saved["lr"]),
                 check_number("base", saved["base"]),
-                _check_divisor("join", saved["join"]),
+                check_divisor("join", saved["join"]),
                 check_flag("zero", saved["zero"]),
             )
             for group, saved in zip(self.groups, saved_groups, strict=True)
         ]
+        holding = [check_number("held", saved["held"]) for saved in saved_groups]
         under_schedule = check_flag("scheduled", state_dict["scheduled"])
         before = [scope.rule.state_dict() for scope in scopes]
         try:
@@ -328,12 +340,7 @@ class Rates:
         if self.under_schedule and not self._is_scheduled():
             self.scheduled = True  # said by the user then, for a scheduler that leaves no mark
         if not self.under_schedule:
-            for group, settings in zip(groups, self.optimizer.param_groups, strict=True):
-                group.lr = set_lr(settings, group.lr)
-
-
-def _check_divisor(name: str, value: float) -> float:
-    number = check_number(name, value)
-    if not number:
-        raise ValueError(f"{name} must not be 0")
-    return number
+            for group, settings, lr, stays in zip(groups, self.optimizer.param_groups, holding, keep, strict=True):
+                group.lr = as_held(settings, group.lr)
+                if not stays:
+                    set_lr(settings, lr)

@@ -13,6 +13,7 @@ from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
 from lightning_hd.directions import direction_of
+from lightning_hd.joins import check_joins
 from lightning_hd.lr import get_lr
 from lightning_hd.optimizers import check_gradients, device_of, objective_gradient
 from lightning_hd.rates import Rates
@@ -119,6 +120,7 @@ class Start:
         except (TypeError, ValueError) as wrong:
             error = wrong
         if self._ranks.count > 1:
+            check_joins(self._parameters())
             groups = self._optimizer.param_groups
             own = {
                 "error": error and repr(error),

@@ -6,9 +6,9 @@ import torch
 from torch.optim import Optimizer
 
 from lightning_hd.decline import Decline
-from lightning_hd.directions import Measured, direction_of
+from lightning_hd.linearity import Linearity
 from lightning_hd.loss import Losses
-from lightning_hd.lr import set_lr
+from lightning_hd.lr import LARGEST, set_lr
 from lightning_hd.moment import Step
 from lightning_hd.notices import Notices
 from lightning_hd.optimizers import follow_rate
@@ -16,11 +16,11 @@ from lightning_hd.rates import Rates
 from lightning_hd.reduction import Ranks
 from lightning_hd.rules import Observation, Rule, returned
 from lightning_hd.scopes import Scope
-from lightning_hd.start import Start, shorten
+from lightning_hd.start import Start
+from lightning_hd.takeoff import TakeOff
 from lightning_hd.view import View
-
-_LARGEST = torch.finfo(torch.float32).max
-"""The largest rate that torch multiplies with."""
+from lightning_hd.watch import Watch
+from lightning_hd.writes import Writes
 
 
 class Tuning:
@@ -34,6 +34,7 @@ class Tuning:
         ranks: The processes that train together.
         notices: For what the user should know.
         decline: How rates fall at the end.
+        stop_after: After how many steps what is learned stays as it is; ``None``: never.
     """
 
     def __init__(
@@ -45,6 +46,7 @@ class Tuning:
         ranks: Ranks,
         notices: Notices,
         decline: Decline,
+        stop_after: int | None,
     ) -> None:
         self.optimizer = optimizer
         self.rule = rule
@@ -53,8 +55,13 @@ class Tuning:
         self.ranks = ranks
         self.notices = notices
         self.decline = decline
+        self.stop_after = math.inf if stop_after is None else stop_after
         self.losses = Losses()
         self.start = Start(optimizer, ranks)
+        self.takeoff = TakeOff(optimizer, rates, self.start, rule.long_horizon, self._stay)
+        self.linearity = Linearity(optimizer, rates, ranks, notices, rule.long_horizon)
+        self.watch = Watch(optimizer, notices)
+        self.writes = Writes(notices)
         self.paused = False
         self.step_count = 0
         self.nonfinite_steps = 0
@@ -67,6 +74,7 @@ class Tuning:
 
     def begin(self) -> bool:
         """A step begins: whether it is to be tuned."""
+        self.watch.end()
         self.abandon()
         self._dry = False
         if self.paused:
@@ -95,6 +103,15 @@ class Tuning:
             self._step = None
         elif self._dry:
             self.view.make_room()
+
+    def pass_by(self) -> None:
+        """A step that cannot be tuned: it is taken at the rate that the groups hold."""
+        self.view.pause()
+        self.notices.warn(
+            "early move",
+            f"step {self.step_count + 1} moves the parameters before it evaluates its closure, as those of "
+            "sharpness-aware optimizers do: such steps are taken at the rate as it is, without tuning",
+        )
 
     def abandon(self) -> None:
         """Forget a step that began and raised: the rate stays as it was."""
@@ -130,6 +147,9 @@ class Tuning:
         sums, loss = self._sum()
         if not any(has_gradient for *_, has_gradient, _ in sums):
             return False
+        if self.linearity.fails(self.step_count):
+            for scope in self.rates.scopes:
+                scope.rule.nonlinear = True
         rules = [scope.rule.state_dict() for scope in self.rates.scopes]
         step = self._step = Step(rules, restore=list(self.rates.held), loss=loss)
         for i, found in enumerate(sums):
@@ -141,18 +161,22 @@ class Tuning:
                 "zero schedule",
                 "the scheduled learning rate is 0, and no scale changes that: unless it rises, nothing is learned",
             )
-        self._take_off(step)
+        self.takeoff.prepare(step)
         step.kept = [self._discount(step, i) for i in range(len(sums))]
-        for i, (lr, weight) in enumerate(self._effective(step)):
+        for i, (lr, weight) in enumerate(self.rates.effective(step.used, step.begun)):
             step.lrs.append(set_lr(groups[i], step.trial.get(i, lr)))
             step.weights.append(weight)
-            follow_rate(self.optimizer, groups[i], step.lrs[i])
+            if step.lrs[i] != step.restore[i]:
+                follow_rate(self.optimizer, groups[i], step.lrs[i])
             self.view.keep(i, step.lrs[i], weight)
         return True
 
     def _sync(self) -> None:
         """Take over what others did since the last step."""
+        before = [group.lr for group in self.rates.groups]
         self.rates.sync()
+        if self.step_count and not self.rates.under_schedule:
+            self.writes.see(before, self.rates.held)
         if self.lost_schedule and self.rates.under_schedule:
             self.notices.warn(
                 "new schedule",
@@ -202,8 +226,9 @@ class Tuning:
             else:
                 self.notices.warn(
                     "vanished step",
-                    "the last step vanished in the rounding of the parameters, so its direction is unknown and the "
-                    "learning rate stays as it is: start from a larger one, or from 0",
+                    "the last step left no trace in the parameters, so its direction is unknown and the learning rate "
+                    "stays as it is. Either the optimizer does not move in its first steps, and tuning begins once it "
+                    "does, or the rate is too small for the precision of the parameters",
                 )
         if d_squared == 0 and not scope.moved:
             return None
@@ -214,7 +239,8 @@ class Tuning:
         scope, seen, number = self.rates.scopes[index], step.seen[index], self.step_count + 1
         lr, brakes = scope.lr, scope.rule.brakes
         leapt, finite = False, seen is None or all(map(math.isfinite, seen))
-        if seen is not None and finite:
+        stopped = self.step_count >= self.stop_after and scope.started
+        if seen is not None and finite and not stopped:
             lr = returned(scope.rule.update(lr, seen, number), scope.rule, "update")
             leapt = scope.rule.brakes > brakes
             if scope.rule.long_horizon and self._factor() < 1:  # moves made at higher rates ask for them again
@@ -224,10 +250,11 @@ class Tuning:
         lr *= self.rates.follow_schedule(index)
         if not finite:
             return self._stay(step, scope, f"(hypergradient, ‖g‖, ‖d‖) = {tuple(seen or ())}")
-        if abs(lr) <= _LARGEST:
+        if abs(lr) <= LARGEST:
             lr = self.rates.clamp(index, lr)
-            used = returned(scope.rule.used(lr, number), scope.rule, "used") * self._factor()
-            if abs(used) <= _LARGEST:
+            used = lr if stopped else returned(scope.rule.used(lr, number), scope.rule, "used")
+            used *= self._factor()
+            if abs(used) <= LARGEST:
                 if seen is not None and scope.rule.brakes > brakes:
                     what = f"the gradient's norm leapt to {seen.grad_norm:.3g}" if leapt else "the loss has risen"
                     what = f"{what}, so the learning rate backs off from {scope.used:.3g} to {used:.3g}"
@@ -256,54 +283,12 @@ class Tuning:
         lr = step.rates[index][0] * self._factor()
         return returned(rule.discount(lr, self.step_count + 1), rule, "discount")
 
-    def _effective(self, step: Step) -> list[tuple[float, float]]:
-        return self.rates.effective([used for _, used in step.rates], step.begun)
-
-    # ------------------------------------------------------------------ first steps
-
-    def _take_off(self, step: Step) -> None:
-        """The first rates of scopes that pick their own; a short step on trial where a direction must be measured."""
-        groups = self.optimizer.param_groups
-        weights: dict[int, dict[int, float]] = {}
-        for i, (lr, weight) in enumerate(self._effective(step)):
-            index = self.rates.groups[i].scope
-            unknown = lr == 0 and not self.rule.long_horizon and self._must_measure(i)
-            if weight and step.has_gradient[index] and (unknown or self.rates.scopes[index].waits):
-                weights.setdefault(index, {})[i] = weight
-        if not weights:
-            return
-        for index, outlook in self.start.outlooks(weights, getattr(self.optimizer, "grad_scale", None)).items():
-            scope = self.rates.scopes[index]
-            if scope.waits and not outlook.is_finite:
-                self._stay(step, scope, "the first direction, so this step is not taken")
-            elif scope.waits and outlook.direction_norm and not outlook.is_zero:
-                self._begin(step, index, outlook.param_norm, outlook.direction_norm)
-                continue
-            elif scope.waits and not outlook.is_zero:
-                step.starting[index] = outlook.param_norm
-            step.trial |= dict.fromkeys(weights[index], outlook.trial_lr(self.start.rounding(), scope.vanished))
-        for i in step.trial:
-            step.before |= {p: p.clone(memory_format=torch.preserve_format) for p in groups[i]["params"]}
-
-    def _must_measure(self, group: int) -> bool:
-        return isinstance(direction_of(self.optimizer, self.optimizer.param_groups[group], 0.0), Measured)
-
-    def _begin(self, step: Step, index: int, param_norm: float, direction_norm: float) -> None:
-        """Let the rule pick ``α_1`` of a scope."""
-        rule = self.rates.scopes[index].rule
-        lr = returned(rule.first_lr(param_norm, direction_norm), rule, "first_lr")
-        if not math.isfinite(lr):
-            raise ValueError(f"{type(rule).__name__}.first_lr must return a finite number, got {lr}")
-        lr = self.rates.clamp(index, min(max(lr, -_LARGEST), _LARGEST))
-        step.rates[index] = (lr, lr)
-        step.begun.add(index)
-
     # ------------------------------------------------------------------ after the update
 
     def _remember(self, step: Step) -> None:
         """The parameters have moved: take over the rates and what the view has kept."""
         try:
-            self._measure(step)
+            self.takeoff.measure(step)
         except BaseException:
             for p, before in step.before.items():
                 p.copy_(before)
@@ -311,7 +296,7 @@ class Tuning:
             raise
         self.view.remember(step.kept)
         if step.trial:
-            self._put_right(step)
+            self.takeoff.put_right(step)
         for group, lr in zip(self.rates.groups, step.lrs, strict=True):
             group.lr = lr
         for i, scope in enumerate(self.rates.scopes):
@@ -323,26 +308,3 @@ class Tuning:
             self.rates.give_back(step.restore, step.lrs)
         self.nonfinite_steps += not step.finite
         self.step_count += 1
-
-    def _measure(self, step: Step) -> None:
-        """The first rates that steps on trial have shown; where there is none, the parameters are put back."""
-        groups = [{i: step.weights[i] for i in self.rates.members(index) if i in step.trial} for index in step.starting]
-        norms = self.start.measure(step.before, groups) if groups else []
-        for (index, param_norm), own, norm in zip(step.starting.items(), groups, norms, strict=True):
-            scope, d_norm = self.rates.scopes[index], norm / step.trial[next(iter(own))]
-            if math.isfinite(d_norm) and d_norm:
-                self._begin(step, index, param_norm, d_norm)
-            elif d_norm:
-                self._stay(step, scope, "the first direction, so this step is not taken")
-            else:
-                scope.vanished += 1
-
-    def _put_right(self, step: Step) -> None:
-        """Shorten what was moved on trial to what the group's own rate would have moved; without one, to nothing."""
-        for i, (lr, weight) in enumerate(self._effective(step)):
-            settings = self.optimizer.param_groups[i]
-            if i in step.trial:
-                part = lr / step.trial[i] if self.rates.groups[i].scope in step.begun else 0.0
-                for p in settings["params"]:
-                    shorten(p, step.before[p], part)
-                step.lrs[i], step.weights[i] = set_lr(settings, lr), weight

@@ -20,8 +20,8 @@ class Tracker:
 
     def __init__(self, engine: HypergradientLR, name: str) -> None:
         self.engine = engine
-        self.first_tag = tag("lr", group_names(name, engine.optimizer)[0])
         self.name = name
+        self._names: list[str] = []
         self._history: list[array[float]] = []
         self._sums: dict[tuple[str, int], tuple[float, int]] = {}  # with how many numbers were added
         self._step_count = engine.step_count
@@ -55,28 +55,38 @@ class Tracker:
                 total, count = self._sums.get((quantity, i), (0.0, 0))
                 self._sums[quantity, i] = total + value, count + 1
 
+    def names(self) -> list[str]:
+        """The name of each group: it stays, though groups are added since."""
+        now = group_names(self.name, self.engine.optimizer)
+        self._names += now[len(self._names) :]
+        return self._names
+
     def history(self) -> list[tuple[str, list[float]]]:
         """The name of each group, and the effective rate of every step."""
-        names = group_names(self.name, self.engine.optimizer)
-        return [(name, lrs.tolist()) for name, lrs in zip(names, self._history, strict=False)]
-
-    @property
-    def lr(self) -> float:
-        """That of the first group."""
-        return self.engine.lrs[0]
+        return [(name, lrs.tolist()) for name, lrs in zip(self.names(), self._history, strict=False)]
 
     def lr_metrics(self) -> dict[str, float]:
         """The tags and the effective rates of all groups."""
-        names = group_names(self.name, self.engine.optimizer)
-        return {tag("lr", name): lr for name, lr in zip(names, self.engine.lrs, strict=True)}
+        return {tag("lr", name): lr for name, lr in zip(self.names(), self.engine.lrs, strict=True)}
+
+    def current(self) -> dict[str, float]:
+        """All that is logged, as the last step has left it."""
+        metrics = self.lr_metrics()
+        for name, scale, n, seen in zip(
+            self._scopes(), self.engine.scales, self.engine.brakes, self.engine.last, strict=False
+        ):
+            metrics |= {tag("scale", name): scale, tag("brakes", name): float(n)}
+            if seen is not None:
+                metrics |= {tag("value", name): seen.hypergradient, tag("cosine", name): seen.cosine}
+        return metrics
+
+    def _scopes(self) -> list[str]:
+        return self.names() if self.engine.scope == "group" else [self.name]
 
     def collect(self) -> dict[str, float]:
         """All that is logged now; the means start anew."""
-        scales = self.engine.scales
-        by_group = self.engine.scope == "group"
-        names = group_names(self.name, self.engine.optimizer) if by_group else [self.name]
-        metrics = self.lr_metrics()
-        metrics |= {tag("scale", name): scale for name, scale in zip(names, scales, strict=False)}
+        metrics, names = self.lr_metrics(), self._scopes()
+        metrics |= {tag("scale", name): scale for name, scale in zip(names, self.engine.scales, strict=False)}
         metrics |= {tag("brakes", name): float(n) for name, n in zip(names, self.engine.brakes, strict=False) if n}
         for (quantity, i), (total, count) in self._sums.items():
             metrics[tag(quantity, names[i])] = total / count

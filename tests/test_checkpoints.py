@@ -263,7 +263,7 @@ def lose_all(state: dict[str, Any]) -> None:
 def test_tensors_of_another_run_are_not_mixed_in() -> None:
     _, second = halves(lose_numbers)
     _, fresh = halves(lose_all)
-    with pytest.warns(RuntimeWarning, match="directions of a former run"):
+    with pytest.warns(RuntimeWarning, match="has been tuned before"):
         second.run(range(12, 20))
     fresh.run(range(12, 20))
     assert second.rates == fresh.rates

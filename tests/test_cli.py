@@ -28,9 +28,12 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "min_lr": {"1e-4": 1e-4, "null": None},
     "max_lr": {"0.5": 0.5, "null": None},
     "probe": {"1000": 1000, "null": None, "default": "default"},
-    "decline": {"0.5": 0.5, "0": 0, "default": "default"},
     "log_every_n_steps": {"3": 3, "0": 0, "null": None},
     "prog_bar": {"true": True, "false": False},
+    "decline": {"0.5": 0.5, "0": 0, "default": "default"},
+    "stop_after": {"10": 10, "null": None},
+    "scheduled": {"true": True, "false": False, "null": None},
+    "on_mismatch": {"restart": "restart", "error": "error"},
 }
 """What can be written for each argument of the constructor, and what it means."""
 
@@ -83,9 +86,12 @@ def test_all_arguments_together_train_as_from_python(tmp_path: Path) -> None:
         "min_lr": None,
         "max_lr": 0.02,
         "probe": 5000,
-        "decline": 0.3,
         "log_every_n_steps": 4,
         "prog_bar": True,
+        "decline": 0.3,
+        "stop_after": 15,
+        "scheduled": None,
+        "on_mismatch": "restart",
     }
     assert arguments.keys() == inspect.signature(HypergradientDescent).parameters.keys()
     written = {name: {None: "null", True: "true"}.get(value, str(value)) for name, value in arguments.items()}  # type: ignore[call-overload]
@@ -162,7 +168,7 @@ def test_help_tells_every_argument_as_the_docstring_does(tmp_path: Path, capsys:
     [
         ("rule", "unknown", r"rule must be one of .* got 'unknown'"),
         ("hypergrad_lr", "0.1", "hypergrad_lr=0.1 has no effect on rule='auto'"),
-        ("max_lr", "-1", r"min_lr must not be above max_lr, got .* max_lr=-1"),
+        ("max_lr", "-1", r"max_lr must be at least 0, got -1"),
         ("min_lr", "small", "min_lr(.|\n)*small"),
         ("scope", "all", "scope(.|\n)*all"),
         ("log_every_n_steps", "2.5", "log_every_n_steps(.|\n)*2.5"),

@@ -256,7 +256,6 @@ def test_parameters_that_change_their_dtype_between_two_fits(same_optimizer: boo
     [
         (-0.1, ValueError),
         (math.nan, ValueError),
-        (None, TypeError),
         ("fast", TypeError),
         (torch.tensor([0.1, 0.2]), TypeError),
         (torch.tensor(0.1, device="meta"), TypeError),

@@ -576,7 +576,7 @@ def test_the_engine_dies_with_its_optimizer() -> None:
 def test_a_second_engine_on_the_same_optimizer_is_an_error() -> None:
     optimizer = SGD([nn.Parameter(torch.ones(1))], lr=0.1)
     first = HypergradientLR(optimizer)
-    with pytest.raises(RuntimeError, match=r"this SGD has a HypergradientLR .* already"):
+    with pytest.raises(RuntimeError, match="this SGD is tuned by a HypergradientLR"):
         HypergradientLR(optimizer)
     other = SGD([nn.Parameter(torch.ones(1))], lr=0.1)
     HypergradientLR(other)  # another optimizer may have its own
@@ -636,17 +636,17 @@ def test_a_state_of_another_layout_is_refused() -> None:
         )
 
     saved = engine().state_dict()
-    with pytest.raises(ValueError, match="rule='Additive', this HypergradientLR 'Multiplicative'"):
+    with pytest.raises(ValueError, match="rule='additive', now it is 'multiplicative'"):
         engine(rule="multiplicative").load_state_dict(saved)
-    with pytest.raises(ValueError, match="rule='Additive', this HypergradientLR 'Auto'"):
+    with pytest.raises(ValueError, match="rule='additive', now it is 'auto'"):
         engine(rule="auto").load_state_dict(saved)
-    with pytest.raises(ValueError, match="scope='global', this HypergradientLR 'group'"):
+    with pytest.raises(ValueError, match="scope='global', now it is 'group'"):
         engine(scope="group").load_state_dict(saved)
     with pytest.raises(ValueError, match="1 parameter groups, the optimizer 2"):
         engine(groups=2).load_state_dict(saved)
     with pytest.raises(ValueError, match="damaged"):
         engine().load_state_dict({**saved, "rates": {"scopes": [], "groups": [{"lr": 0.1}]}})
-    with pytest.raises(ValueError, match="optimizer='SGD', this HypergradientLR 'Adam'"):
+    with pytest.raises(ValueError, match="optimizer='SGD', now it is 'Adam'"):
         HypergradientLR(Adam([nn.Parameter(torch.ones(1))])).load_state_dict(saved)
     for other in ({}, None, SGD([nn.Parameter(torch.ones(1))]).state_dict()):
         with pytest.raises(ValueError, match=r"not what HypergradientLR\.state_dict"):
@@ -715,7 +715,7 @@ def test_a_step_that_vanishes_in_rounding_is_told() -> None:
     HypergradientLR(optimizer, rule="additive")
     p.grad = torch.ones(3)
     optimizer.step()
-    with pytest.warns(RuntimeWarning, match="vanished in the rounding"):
+    with pytest.warns(RuntimeWarning, match="left no trace in the parameters.* too small for the precision"):
         optimizer.step()
 
 
@@ -894,7 +894,7 @@ def test_an_optimizer_that_cannot_be_tuned_is_refused(optimizer: Any, error: typ
         ({"min_lr": 0.1, "max_lr": 0.01}, ValueError, "min_lr must not be above max_lr"),
         ({"min_lr": math.inf}, ValueError, "min_lr must be a finite number"),
         ({"max_lr": "big"}, TypeError, "max_lr must be a number"),
-        ({"max_lr": -1.0}, ValueError, "min_lr must not be above max_lr"),
+        ({"max_lr": -1.0}, ValueError, "max_lr must be at least 0"),
     ],
 )
 def test_a_bad_argument_is_named(arguments: dict[str, Any], error: type[Exception], words: str) -> None:

@@ -286,7 +286,7 @@ def test_a_backbone_follows_what_finetuning_writes(tmp_path: Path, rule: str, sc
     hd, module = HypergradientDescent(rule, scope=scope), Example()
     finetuning = callbacks.BackboneFinetuning(2, lambda _: 2.0)
     trainer = fit(tmp_path, module, hd, finetuning, reverse=reverse, max_epochs=5)
-    head, backbone = hd.lrs["lr-SGD/pg1"], hd.lrs["lr-SGD/pg2"]
+    head, backbone = hd.lrs["lr-SGD"], hd.lrs["lr-SGD/pg2"]
     assert (len(head), len(backbone)) == (5 * EPOCH, 3 * EPOCH)
     assert all(0 < lr < math.inf for lr in head + backbone)
     picked = (rule, scope) == ("auto", "group")  # it starts anew for the group, with steps of up to exp(0.5)
@@ -302,18 +302,25 @@ def test_a_backbone_follows_what_finetuning_writes(tmp_path: Path, rule: str, sc
     assert float(trainer.callback_metrics["hypergradient/lr-SGD/pg2"]) == pytest.approx(backbone[-1])
 
 
-@pytest.mark.parametrize("tag", ["hypergradient/lr-SGD", "hypergradient/lr-SGD/pg1"])
-def test_a_rate_is_monitored_on_though_a_group_was_added(tmp_path: Path, tag: str) -> None:
+@pytest.mark.parametrize("scope", ["global", "group"])
+def test_a_curve_goes_on_under_its_name_though_a_group_was_added(tmp_path: Path, scope: Any) -> None:
     class Monitor(Callback):
         def on_train_batch_end(self, trainer: Trainer, *_: Any) -> None:
-            seen.append(trainer.callback_metrics.get(tag))
+            seen.append({key: float(value) for key, value in trainer.callback_metrics.items() if "hyper" in key})
 
-    seen: list[Any] = []
-    hd = HypergradientDescent()
-    fit(tmp_path, Example(), hd, callbacks.BackboneFinetuning(2), Monitor(), max_epochs=4)
-    known = [float(lr) for lr in seen if lr is not None]
-    assert len(known) == (2 if tag.endswith("pg1") else 4) * EPOCH
-    assert known == pytest.approx(hd.lrs["lr-SGD/pg1"][-len(known) :])
+    seen: list[dict[str, float]] = []
+    hd, logger = HypergradientDescent(scope=scope), TensorBoardLogger(tmp_path)
+    finetuning = callbacks.BackboneFinetuning(2)
+    fit(tmp_path, Example(), hd, finetuning, Monitor(), max_epochs=4, logger=logger, log_every_n_steps=1)
+    first = [metrics["hypergradient/lr-SGD"] for metrics in seen]
+    assert len(first) == 4 * EPOCH
+    assert first == pytest.approx(hd.lrs["lr-SGD"])
+    assert list(scalars(tmp_path, "hypergradient/lr-SGD").values()) == pytest.approx(first)
+    assert [metrics["hypergradient/lr-SGD/pg2"] for metrics in seen[2 * EPOCH :]] == pytest.approx(hd.lrs["lr-SGD/pg2"])
+    assert set(hd.lrs) == {"lr-SGD", "lr-SGD/pg2"}
+    assert len(scalars(tmp_path, "hypergradient/scale-SGD")) == 4 * EPOCH
+    for quantity in ("scale", "value", "cosine", "brakes"):  # for EarlyStopping and the like
+        assert f"hypergradient/{quantity}-SGD" in seen[-1]
 
 
 @in_both_orders

@@ -513,3 +513,93 @@ def test_a_schedule_that_starts_at_zero_and_rises() -> None:
             assert hd.lrs == [scheduled]
             scheduler.step()
     assert hd.scales == [1.0]
+
+
+# ---------------------------------------------------------------------- groups that are frozen by a rate of 0
+
+
+@pytest.mark.parametrize("scheduled", [False, True])
+@pytest.mark.parametrize("scope", ["global", "group"])
+@pytest.mark.parametrize("rule", ["auto", "additive", "multiplicative"])
+def test_a_group_at_0_stays_frozen_beside_others_until_a_rate_is_written(
+    rule: str, scope: Any, scheduled: bool
+) -> None:
+    frozen, free = (nn.Parameter(torch.ones(3)) for _ in range(2))
+    groups: list[dict[str, Any]] = [{"params": [frozen], "lr": 0.0}, {"params": [free]}]
+    optimizer = Adam(groups, lr=0.01)
+    scheduler = lr_scheduler.ConstantLR(optimizer, factor=1.0) if scheduled else None
+    hd = HypergradientLR(optimizer, rule, scope=scope)
+
+    def train(steps: int) -> None:
+        for _ in range(steps):
+            optimizer.zero_grad()
+            (frozen.square() + free.square()).sum().backward()
+            optimizer.step()
+            if scheduler is not None:
+                scheduler.step()
+
+    train(20)
+    assert torch.equal(frozen, torch.ones(3))
+    assert hd.lrs[0] == 0 < hd.lrs[1]
+    assert not torch.equal(free, torch.ones(3))
+    if scheduler is None:
+        optimizer.param_groups[0]["lr"] = hd.lrs[1]
+        train(5)
+        assert not torch.equal(frozen, torch.ones(3))
+        assert hd.lrs[0] > 0
+
+
+@pytest.mark.parametrize("scope", ["global", "group"])
+@pytest.mark.parametrize("rule", ["auto", "additive"])
+def test_groups_that_are_all_at_0_start_from_there(rule: str, scope: Any) -> None:
+    parameters = [nn.Parameter(torch.ones(3)) for _ in range(2)]
+    optimizer = SGD([{"params": [p]} for p in parameters], lr=0.0)
+    hd = HypergradientLR(optimizer, rule, scope=scope)
+    for _ in range(5):
+        optimizer.zero_grad()
+        sum(p.square().sum() for p in parameters).backward()  # type: ignore[union-attr]
+        optimizer.step()
+    assert all(lr > 0 for lr in hd.lrs)
+
+
+# ---------------------------------------------------------------------- rates that were written before a checkpoint
+
+
+@pytest.mark.parametrize("written", ["before saving", "into the saved state", "after loading", "never"])
+@pytest.mark.parametrize("optimizer_first", [True, False])
+@pytest.mark.parametrize("tensor", [False, True])
+def test_a_written_rate_survives_loading_in_either_order(written: str, optimizer_first: bool, tensor: bool) -> None:
+    def fresh() -> tuple[nn.Parameter, Optimizer, HypergradientLR]:
+        w = nn.Parameter(torch.ones(3))
+        lr: Any = torch.tensor(0.1, dtype=torch.float64) if tensor else 0.1
+        optimizer = Adam([w], lr=lr)
+        return w, optimizer, HypergradientLR(optimizer, "multiplicative")
+
+    def train(w: nn.Parameter, optimizer: Optimizer) -> None:
+        optimizer.zero_grad()
+        w.square().sum().backward()
+        optimizer.step()
+
+    def write(settings: dict[str, Any]) -> None:
+        settings["lr"] = torch.tensor(0.01, dtype=torch.float64) if tensor else 0.01
+
+    w, optimizer, hd = fresh()
+    for _ in range(3):
+        train(w, optimizer)
+    learned = hd.lrs[0]
+    if written == "before saving":
+        write(optimizer.param_groups[0])
+    saved, own = copy.deepcopy((optimizer.state_dict(), hd.state_dict()))
+    if written == "into the saved state":
+        write(saved["param_groups"][0])
+    w, optimizer, hd = fresh()
+    for mine in (False, True) if optimizer_first else (True, False):
+        if mine:
+            hd.load_state_dict(own)
+        else:
+            optimizer.load_state_dict(saved)
+    if written == "after loading":
+        write(optimizer.param_groups[0])
+    assert float(optimizer.param_groups[0]["lr"]) == (learned if written == "never" else 0.01)
+    train(w, optimizer)
+    assert hd.lrs[0] == pytest.approx(learned if written == "never" else 0.01, rel=0.11)

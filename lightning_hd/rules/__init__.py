@@ -4,7 +4,23 @@ from lightning_hd.rules.auto import Auto
 from lightning_hd.rules.base import Observation, Rule, returned
 from lightning_hd.rules.paper import PAPER_RULES, Additive, Multiplicative, inverse_square
 
-__all__ = ["Additive", "Auto", "Multiplicative", "Observation", "Rule", "inverse_square", "make_rule", "returned"]
+__all__ = [
+    "Additive",
+    "Auto",
+    "Multiplicative",
+    "Observation",
+    "Rule",
+    "inverse_square",
+    "make_rule",
+    "returned",
+    "rule_name",
+]
+
+
+def rule_name(class_name: str) -> str:
+    """What the rule of a class is called where it is chosen: its name, or the class of a rule object."""
+    names = {"Auto": "auto"} | {rule.__name__: name for name, rule in PAPER_RULES.items()}
+    return names.get(class_name, class_name)
 
 
 def make_rule(rule: Rule | str, hypergrad_lr: float | None) -> Rule:

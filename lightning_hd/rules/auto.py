@@ -46,6 +46,9 @@ class Auto(Rule):
     grows from step to step. So where another leap came just before, ``log α`` itself falls by ``e`` times the other
     ``e``, halved for each step since, but no further than to ``α_1`` (to 0 with ``start="configured"``).
 
+    Where the step is not linear in the rate, as in dual averaging, a change of the rate moves all that was learned. So
+    nothing is forgotten there, and ``log α`` changes by 0.02 per step at most.
+
     The gradient is blind to a rate at which nothing is learned any more. The loss is not, where it is known (from the
     closure of ``step``, or :meth:`HypergradientLR.observe`). Its mean is taken over blocks of steps, each a tenth of
     the run so far. Where that rises above the lowest one by two standard errors, ``α`` goes back to half of what it was
@@ -167,6 +170,8 @@ class Auto(Rule):
         self._lr = lr if lr > 0 else self._lr  # at a rate of 0 nothing moves
         kept = 1 - 1 / max(self.horizon, self.growth * step)
         kept *= math.exp(-max(abs(self._gap) - self.reach, 0.0))
+        if self.nonlinear:
+            kept = 1.0
         before, self._moves = kept * self._moves, kept * self._moves + 1
         self._gap *= before / self._moves
         return kept
@@ -188,6 +193,8 @@ class Auto(Rule):
         cap = self.cap
         if lr >= self.careful_from * self._first_lr:
             cap = self.careful_cap * min(1.0, self.early / step)
+        if self.nonlinear:
+            cap = min(cap, _NONLINEAR_CAP)
         return lr * math.exp(min(max(change, -cap), cap))
 
     def watch(self, lr: float, loss: float, step: int) -> float:
@@ -243,7 +250,7 @@ class Auto(Rule):
 
     def state_dict(self) -> dict[str, Any]:
         """What it has learned; not its constants, which may be others after a restart."""
-        own = {name: getattr(self, name) for name in (*_COUNTS, *_LEARNED, "_fresh", "_ceiling")}
+        own = {name: getattr(self, name) for name in (*_COUNTS, *_LEARNED, "_fresh", "_ceiling", "nonlinear")}
         return {**own, **self._guard.state_dict()}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -254,11 +261,12 @@ class Auto(Rule):
         """
         counts = {name: check_count(name, state_dict[name]) for name in _COUNTS}
         learned = {name: check_number(name, state_dict[name], *bounds) for name, bounds in _LEARNED.items()}
-        fresh, ceiling = check_flag("_fresh", state_dict["_fresh"]), state_dict["_ceiling"]
+        flags = {name: check_flag(name, state_dict[name]) for name in ("_fresh", "nonlinear")}
+        ceiling = state_dict["_ceiling"]
         if ceiling != math.inf:
             ceiling = check_number("_ceiling", ceiling)
         self._guard.load_state_dict(state_dict)
-        vars(self).update(counts | learned | {"_fresh": fresh, "_ceiling": ceiling})
+        vars(self).update(counts | learned | flags | {"_ceiling": ceiling})
 
 
 _COUNTS = ("brakes", "_norms")
@@ -278,6 +286,9 @@ _LEARNED = {
     "_variance": (0.0, math.inf),
 }
 """What the rule learns, with its bounds."""
+
+_NONLINEAR_CAP = 0.02
+"""Largest change of ``log α`` in a step where all that was learned moves along, by this part of it."""
 
 _RETREAT = math.log(2)
 """By how much ``log α`` goes below that of the lowest loss: where the loss was lowest it may have been too high."""

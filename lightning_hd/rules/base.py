@@ -46,6 +46,8 @@ class Rule(ABC):
         picks_start: ``True``: the first learning rate comes from :meth:`first_lr`, and the configured one sets the
             ratios between groups only. Default: ``False``.
         brakes: How often the rule has backed off from an overshoot; whoever calls :meth:`update` reports each rise.
+        nonlinear: Set to ``True`` where the optimizer's step is found not to be linear in its rate, so that a change of
+            the rate moves what former steps have done.
 
     Example::
 
@@ -58,6 +60,7 @@ class Rule(ABC):
     long_horizon = False
     picks_start = False
     brakes = 0
+    nonlinear = False
 
     @abstractmethod
     def update(self, lr: float, seen: Observation, step: int) -> float:

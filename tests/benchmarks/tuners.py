@@ -142,7 +142,7 @@ def dog(network: nn.Module, base: str, rate: float, decay: float, steps: int) ->
     optimizer: Optimizer = DoG(trainable(network), lr=rate, weight_decay=decay)
     averager = PolynomialDecayAverager(network)
     (group,) = optimizer.param_groups
-    return Tuning(optimizer, lambda: float(group["eta"][0]), averager.step, averager.averaged_model)
+    return Tuning(optimizer, lambda: float(group["eta"][0]), averager.step, evaluated=averager.averaged_model)
 
 
 def schedule_free(network: nn.Module, base: str, rate: float, decay: float, steps: int) -> Tuning:

@@ -1,6 +1,7 @@
 """Many processes against one that sees the same global batches."""
 
 import contextlib
+import copy
 import functools
 import itertools
 import math
@@ -27,7 +28,7 @@ from lightning_hd import Additive, HypergradientDescent, HypergradientLR
 from lightning_hd.rules import inverse_square
 from tests.distributed.processes import run
 from tests.distributed.training import CASES, OPTIMIZERS, Case, Kind, Trained, network, train
-from tests.test_callback import Reference, make_trainer
+from tests.test_callback import Reference, make_trainer, same
 
 STEPS = 100
 
@@ -271,7 +272,38 @@ def drift() -> None:
 def test_rates_that_differ_are_found() -> None:
     for error in outcomes(drift):
         assert isinstance(error, RuntimeError)
-        assert "internal error" in str(error)
+        assert "rank 0: step 4, [0.1" in str(error)
+        assert "rank 1: step 4, [0.1" in str(error)
+        assert "a rate that was written there, a scheduler that is stepped by a metric of its own" in str(error)
+
+
+def join(early_end: bool = False) -> tuple[int, str, bool]:
+    """Uneven numbers of batches: how many steps were taken, what was raised, and whether a parameter has moved."""
+    model = DistributedDataParallel(nn.Linear(2, 1))
+    before = copy.deepcopy(model.module)
+    optimizer = SGD(model.parameters(), lr=0.1)
+    hd = HypergradientLR(optimizer)
+    try:
+        with model.join(throw_on_early_termination=early_end):
+            for _ in range(3 + dist.get_rank()):
+                model(torch.ones(1, 2)).sum().backward()
+                optimizer.step()
+    except RuntimeError as error:
+        return hd.step_count, str(error), not same(before, model.module)
+    return hd.step_count, "", True
+
+
+def join_that_ends_all() -> tuple[int, str, bool]:
+    return join(early_end=True)
+
+
+def test_uneven_inputs_are_refused_before_the_first_step() -> None:
+    for steps, error, moved in outcomes(join):
+        assert (steps, moved) == (0, False)
+        assert "DistributedDataParallel.join() is not supported" in error
+    for steps, error, _ in outcomes(join_that_ends_all):
+        assert steps == 3
+        assert "exhausted" in error
 
 
 def apart() -> tuple[list[float], list[str]]:
@@ -461,6 +493,8 @@ WORKERS: list[Callable[[], Any]] = [
     count_collectives_of_groups_without_gradients,
     disagree_in_turn,
     drift,
+    join,
+    join_that_ends_all,
     apart,
     start_at_zero,
 ]

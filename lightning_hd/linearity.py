@@ -1,0 +1,169 @@
+"""Whether the step of an optimizer is in proportion to its learning rate, found out by replaying one on a copy."""
+
+import copy
+import math
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Adafactor, Optimizer
+
+from lightning_hd.notices import Notices
+from lightning_hd.optimizers import device_of, inner_optimizers, torch_class
+from lightning_hd.rates import Rates
+from lightning_hd.reduction import Ranks, as_real, local
+from lightning_hd.sums import squared_norm
+
+_LARGEST = 2**20
+"""How many coordinates the copy has, about: it is made of the smallest parameters."""
+
+_PART = 0.05
+"""Moves are in proportion where no more than this part of them is left over; rounding has its own allowance."""
+
+_GROWTH = 4.0
+"""By how many moves two moves differ where the rate is in sums of former steps: by one where it is not, by three where
+the move goes with its square, by two where it is in an average."""
+
+_ADVICE = {
+    True: "the rate changes by 2 % per step at most, for each change moves what former steps have done",
+    False: "the hypergradient with respect to its last rate is wrong. Use rule='auto'",
+}
+"""What follows, and what the user can do, for rules with a long horizon and for others."""
+
+_DUE = (2, 9)
+"""After so many steps, one is replayed: the first ones show no difference where the rate is in sums of old steps."""
+
+_PATIENCE = 20
+"""After so many steps an optimizer that has not moved yet is not asked again."""
+
+
+class Linearity:
+    """Looks at early steps of optimizers that are not torch's own.
+
+    Args:
+        optimizer: The optimizer.
+        rates: The rates of its groups.
+        ranks: The processes that train together.
+        notices: For what the user should know.
+        long_horizon: Whether the rule looks at the moves of many steps.
+    """
+
+    def __init__(self, optimizer: Optimizer, rates: Rates, ranks: Ranks, notices: Notices, long_horizon: bool) -> None:
+        self._optimizer = optimizer
+        self._rates = rates
+        self._ranks = ranks
+        self._notices = notices
+        self._long_horizon = long_horizon
+        known = torch_class(type(optimizer))
+        self._due = list(_DUE) if known is None or known is Adafactor else []
+
+    def fails(self, step_count: int) -> bool:
+        """Whether the step that comes, the gradients being there, is found not to be linear in the rate.
+
+        For a rule that looks at the moves of many steps that matters only where another rate would have moved the
+        parameters by more than the step itself: there a change of the rate moves what former steps have done.
+        """
+        if not self._due or step_count < self._due[0]:
+            return False
+        if step_count > _PATIENCE:
+            self._due = []
+            return False
+        rates = {i: group.lr for i, group in enumerate(self._rates.groups) if group.lr}
+        found = _replay(self._optimizer, rates) if rates else None
+        votes = [found is not None, found is not None and found.ignores]
+        votes.append(found is not None and (found.growth > _GROWTH if self._long_horizon else found.left > _PART))
+        sums = self._ranks.sum(torch.tensor(votes, dtype=torch.float32, device=device_of(self._optimizer)))
+        known, ignoring, wrong = sums.tolist()
+        if not known:
+            self._due[0] = step_count + 1
+            return False
+        del self._due[0]
+        if ignoring == known:
+            self._due = []
+            self._notices.warn(
+                "rate not used",
+                "its steps do not depend on the lr of its parameter groups, so the rate that is reported is not used. "
+                + inner_optimizers(self._optimizer),
+            )
+            return False
+        if wrong:
+            self._due = []
+            advice = _ADVICE[self._long_horizon]
+            self._notices.warn("not linear", f"its step is not linear in its learning rate, so {advice}")
+        return bool(wrong)
+
+
+class _Found(NamedTuple):
+    """What two moves, at a rate and at twice the rate, have shown."""
+
+    left: float  # what part of the second is not twice the first
+    growth: float  # by how much they differ, over the first
+    ignores: bool  # whether they do not differ
+
+
+def _replay(optimizer: Optimizer, rates: dict[int, float]) -> _Found | None:
+    """``None`` where nothing is found: the optimizer cannot be copied, or its moves are lost in rounding."""
+    parameters = [p for i in rates for p in optimizer.param_groups[i]["params"] if p.grad is not None]
+    chosen = _smallest(parameters)
+    try:
+        once = _moves(optimizer, rates, chosen)
+        twice = _moves(optimizer, {i: 2 * lr for i, lr in rates.items()}, chosen)
+    except Exception:  # an optimizer of others may need what the copy does not have
+        return None
+    rounding = math.sqrt(
+        sum(torch.finfo(p.dtype).eps ** 2 * float(squared_norm(as_real(local(p.detach())))) for p in chosen)
+    )
+    first, size = _norm(once), _norm(twice)
+    left = _norm([b - 2 * a for a, b in zip(once, twice, strict=True)])
+    growth = _norm([b - a for a, b in zip(once, twice, strict=True)])
+    if not math.isfinite(left) or size <= 2 * rounding / _PART:
+        return None
+    return _Found(max(left - 4 * rounding, 0.0) / size, growth / max(first, rounding), growth <= 2 * rounding)
+
+
+def _smallest(parameters: list[Tensor]) -> list[Tensor]:
+    chosen, count = list[Tensor](), 0
+    for p in sorted(parameters, key=Tensor.numel):
+        if chosen and count + p.numel() > _LARGEST:
+            break
+        chosen.append(p)
+        count += p.numel()
+    return chosen
+
+
+def _moves(optimizer: Optimizer, rates: dict[int, float], chosen: list[Tensor]) -> list[Tensor]:
+    """By how much a step at these rates moves some parameters, in float64."""
+    memo: dict[int, Any] = {}  # what stands in the copy for what is there
+    for settings in optimizer.param_groups:
+        for p in settings["params"]:
+            memo[id(p)] = nn.Parameter(torch.empty_like(p, device="meta"), requires_grad=False)
+    for p in chosen:
+        twin = memo[id(p)] = nn.Parameter(p.detach().clone(), requires_grad=p.requires_grad)
+        twin.grad = None if p.grad is None else p.grad.detach().clone()
+    groups = []
+    for i, settings in enumerate(optimizer.param_groups):
+        own = {key: copy.deepcopy(value, memo) for key, value in settings.items() if key != "params"}
+        own["params"] = [memo[id(p)] for p in settings["params"] if any(p is q for q in chosen)]
+        if i in rates:
+            held = settings["lr"]
+            own["lr"] = torch.full_like(held, rates[i]) if isinstance(held, Tensor) else rates[i]
+        memo[id(settings)] = own  # an optimizer inside of it may share the group
+        groups.append(own)
+    memo[id(optimizer.param_groups)] = groups
+    state = {memo[id(p)]: copy.deepcopy(dict(optimizer.state[p]), memo) for p in chosen if p in optimizer.state}
+    kept = {
+        name: value
+        for name, value in vars(optimizer).items()
+        if name not in ("param_groups", "state", "step") and "_hooks" not in name
+    }
+    twin_optimizer: Optimizer = type(optimizer).__new__(type(optimizer))
+    vars(twin_optimizer).update(copy.deepcopy(kept, memo))
+    twin_optimizer.__setstate__({"param_groups": groups, "state": type(optimizer.state)(dict, state)})
+    devices = sorted({p.device.index for p in chosen if p.device.type == "cuda"})
+    with torch.random.fork_rng(devices):
+        twin_optimizer.step()
+    return [as_real(local(memo[id(p)].detach())).double() - as_real(local(p.detach())).double() for p in chosen]
+
+
+def _norm(tensors: list[Tensor]) -> float:
+    return math.sqrt(sum(float(squared_norm(tensor)) for tensor in tensors))

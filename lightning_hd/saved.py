@@ -1,0 +1,66 @@
+"""What is saved of the tuning of one optimizer, and what is wrong with what shall be loaded."""
+
+from collections.abc import Sequence
+from typing import Any
+
+from lightning_hd.checks import check_count
+from lightning_hd.rules import rule_name
+from lightning_hd.step import Tuning
+
+_COUNTS = ("step_count", "nonfinite_steps")
+
+_WAY_OUT = (
+    "go on with the same, or start tuning anew: with on_mismatch='restart' in the callback, else by not loading it"
+)
+
+
+def save(tuning: Tuning) -> dict[str, Any]:
+    """Plain numbers, and a vector of the coordinates that are looked at."""
+    return {
+        "optimizer": type(tuning.optimizer).__name__,
+        "rule": type(tuning.rule).__name__,
+        "scope": tuning.rates.kind,
+        **{name: getattr(tuning, name) for name in _COUNTS},
+        "rates": tuning.rates.state_dict(),
+        "view": tuning.view.state_dict(),
+        "losses": tuning.losses.state_dict(),
+    }
+
+
+def load(tuning: Tuning, state_dict: dict[str, Any], keep: Sequence[bool]) -> None:
+    """Take over what :func:`save` returned; where that fails, all is as it was.
+
+    Args:
+        tuning: The tuning.
+        state_dict: The state.
+        keep: For each parameter group whether the rate that it holds was written, and shall stay.
+
+    Raises:
+        ValueError: The state is of another optimizer class, rule, scope or layout of parameter groups, of a former
+            version, or damaged.
+    """
+    own = save(tuning)
+    if isinstance(state_dict, dict) and "last" in state_dict and "view" not in state_dict:
+        raise ValueError(f"the saved state is of a former version of lightning-hd: {_WAY_OUT}")
+    if not isinstance(state_dict, dict) or not own.keys() <= state_dict.keys():
+        raise ValueError("this is not what HypergradientLR.state_dict() returned")
+    for key in ("optimizer", "rule", "scope"):
+        if state_dict[key] != own[key]:
+            saved, now = (rule_name(d[key]) if key == "rule" else d[key] for d in (state_dict, own))
+            raise ValueError(f"the saved state has {key}={saved!r}, now it is {now!r}: {_WAY_OUT}")
+    try:
+        groups = state_dict["rates"]["groups"]
+        if isinstance(groups, list) and len(groups) != len(own["rates"]["groups"]):
+            raise ValueError(
+                f"the saved state has {len(groups)} parameter groups, the optimizer {len(own['rates']['groups'])}"
+            )
+        counts = {name: check_count(name, state_dict[name]) for name in _COUNTS}
+        scheduled = tuning.rates.under_schedule
+        tuning.view.load_state_dict(state_dict["view"])
+        tuning.rates.load_state_dict(state_dict["rates"], keep)
+        tuning.losses.load_state_dict(state_dict["losses"])
+    except (KeyError, IndexError, TypeError, ValueError, AttributeError) as error:
+        tuning.view.load_state_dict(own["view"])
+        raise ValueError(f"the saved state is damaged, or of other parameter groups: {error!r}. {_WAY_OUT}") from error
+    tuning.lost_schedule = scheduled and not tuning.rates.under_schedule
+    vars(tuning).update(counts)
