@@ -1,7 +1,7 @@
 """HypergradientDescent: the Lightning callback. Hooks stand in the order in which the Trainer calls them."""
 
+import inspect
 from collections.abc import Mapping
-from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -10,28 +10,24 @@ import torch.distributed as dist
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch.optim import Optimizer
-from torch.utils.hooks import RemovableHandle
 
 from lightning_hd.arguments import check_arguments, check_callback_arguments, make_decline
+from lightning_hd.attachment import Attachment
 from lightning_hd.checkpoints import copies_of, leave_copies, load_copies
 from lightning_hd.hypergradient import HypergradientLR
-from lightning_hd.optimizers import unwrap
+from lightning_hd.logs import describe, log, log_curves
 from lightning_hd.rules import Rule
 from lightning_hd.support import (
+    axis,
     check_alone,
-    check_modules,
     check_strategy,
-    check_tensors,
-    logging_step,
+    is_due,
     renew_states,
     restore,
     show_small_numbers,
     strategies,
-    total_steps,
-    tunable,
-    with_groups,
 )
-from lightning_hd.tensorboard import optimizer_names
+from lightning_hd.tensorboard import former
 from lightning_hd.tracker import Tracker
 
 
@@ -52,12 +48,12 @@ class HypergradientDescent(Callback):
     training starts, in automatic and in manual optimization, and detached when training ends or an exception stops it.
     Logged to every logger of the Trainer, against the step axis of Lightning's own metrics:
 
-    - ``hypergradient/lr-Adam``: the effective learning rate, the one that the last step used, of each group;
-    - ``hypergradient/scale-Adam``: the learned scale, that rate over the configured or scheduled one, of each scope, as
+    - ``hd/lr-Adam``: the effective learning rate, the one that the last step used, of each group;
+    - ``hd/scale-Adam``: the learned scale, that rate over the configured or scheduled one, of each scope, as
       are the following;
-    - ``hypergradient/value-Adam``: the hypergradient, averaged over the steps since it was last logged;
-    - ``hypergradient/cosine-Adam``: the cosine between new gradient and last direction, averaged likewise;
-    - ``hypergradient/brakes-Adam``: how often the rule has backed off from an overshoot, with a rule that does.
+    - ``hd/value-Adam``: the hypergradient, averaged over the steps since it was last logged;
+    - ``hd/cosine-Adam``: the cosine between new gradient and last direction, averaged likewise;
+    - ``hd/brakes-Adam``: how often the rule has backed off from an overshoot, with a rule that does.
 
     The part behind the dash follows ``LearningRateMonitor``: ``Adam-1`` for a second Adam, ``Adam/pg1`` or ``Adam/``
     and the group's ``name`` where there are several groups. The learning rates are in ``trainer.callback_metrics``
@@ -133,15 +129,27 @@ class HypergradientDescent(Callback):
         self.stop_after = stop_after
         self.scheduled = scheduled
         self.on_mismatch = on_mismatch
-        self.engines: list[HypergradientLR] = []
-        self._trackers: list[Tracker] = []
+        self._attachment = Attachment(self, self._make, scheduled)
         self._restored: list[dict[str, Any]] | None = None
         self._checkpoint: dict[str, Any] | None = None  # until the optimizers have loaded their states
-        self._optimizers: list[Optimizer] = []  # all of the Trainer's, also those that cannot be tuned
-        self._pausing: list[RemovableHandle] = []
-        self._alone: dist.ProcessGroup | None = None
         self._began = False  # whether a batch of this training has begun
-        self._paused: list[bool] | None = None  # while a tuner searches: whether the engines were paused before
+
+    def _settings(self) -> dict[str, Any]:
+        return {name: getattr(self, name) for name in inspect.signature(HypergradientDescent).parameters}
+
+    def __repr__(self) -> str:
+        defaults = inspect.signature(HypergradientDescent).parameters
+        shown = {name: value for name, value in self._settings().items() if value != defaults[name].default}
+        return f"{type(self).__name__}({', '.join(f'{k}={v!r}' for k, v in ({'rule': self.rule} | shown).items())})"
+
+    @property
+    def engines(self) -> list[HypergradientLR]:
+        """The :class:`~lightning_hd.HypergradientLR` of each optimizer that is tuned, while training and after it."""
+        return self._attachment.engines
+
+    @property
+    def _trackers(self) -> list[Tracker]:
+        return self._attachment.trackers
 
     @property
     def lrs(self) -> dict[str, list[float]]:
@@ -154,9 +162,9 @@ class HypergradientDescent(Callback):
             check_alone(HypergradientDescent, trainer)
             if self.prog_bar:
                 show_small_numbers(trainer)
-            self._detach()  # where another callback's error has kept it from being done
-            self._began = False
-            self.engines, self._trackers, self._restored = [], [], None
+            self._attachment.forget()  # where another callback's error has kept it from being done
+            self._began, self._restored = False, None
+            describe(trainer, pl_module, self._settings())
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Keep the state of a checkpoint until training starts, or go on from it where that has started already."""
@@ -186,7 +194,7 @@ class HypergradientDescent(Callback):
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Attach to every optimizer."""
         check_strategy(trainer)
-        self._attach(trainer)
+        self._attachment.attach(trainer)
         if trainer.ckpt_path and trainer.global_step and self._restored is None and self.engines:
             rank_zero_warn(
                 "HypergradientDescent: the checkpoint was written without it, so tuning the learning rate starts from "
@@ -204,15 +212,13 @@ class HypergradientDescent(Callback):
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         """Attach to other optimizers, where they were replaced."""
         self._began = True
-        now, before = with_groups(trainer), self._optimizers
-        if len(now) != len(before) or any(unwrap(a) is not b for a, b in zip(now, before, strict=True)):
+        if self._attachment.is_stale(trainer):
             rank_zero_warn(
                 "HypergradientDescent: the Trainer's optimizers were replaced in mid-training, so tuning the learning "
                 "rate starts from the beginning."
             )
-            self._detach()
-            self.engines, self._trackers = [], []
-            self._attach(trainer)
+            self._attachment.forget()
+            self._attachment.attach(trainer)
 
     def on_train_batch_end(
         self,
@@ -229,17 +235,17 @@ class HypergradientDescent(Callback):
                 engine.observe(loss)  # a GradScaler gives the optimizer no closure that would return it
         if not trainer.barebones:
             known = {key: value for tracker in self._trackers for key, value in tracker.current().items()}
+            known |= former(known)
             trainer.callback_metrics.update({key: torch.tensor(value) for key, value in known.items()})
             if self.prog_bar:
                 lrs = {key: lr for tracker in self._trackers for key, lr in tracker.lr_metrics().items()}
                 pl_module.log_dict(lrs, on_step=True, on_epoch=False, prog_bar=True, logger=False)
-        step = logging_step(trainer, self.log_every_n_steps, batch_idx)
-        if step is not None and any(tracker.has_news for tracker in self._trackers):
+        for tracker in self._trackers:
+            tracker.mark(axis(trainer))
+        if any(tracker.has_news for tracker in self._trackers) and is_due(trainer, self.log_every_n_steps, batch_idx):
             for engine in self.engines:
                 engine.check_agreement()
-            metrics = {key: value for tracker in self._trackers for key, value in tracker.collect().items()}
-            for logger in trainer.loggers:
-                logger.log_metrics(metrics=metrics, step=step)
+            log(trainer, self._trackers, axis(trainer))
 
     def on_exception(
         self,
@@ -248,7 +254,7 @@ class HypergradientDescent(Callback):
         exception: BaseException,
     ) -> None:
         """Detach."""
-        self._detach()
+        self._attachment.detach()
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Detach."""
@@ -259,7 +265,9 @@ class HypergradientDescent(Callback):
                     "replaced, or there was no gradient. The parameters have moved, if at all, at the configured "
                     "learning rate."
                 )
-        self._detach()
+        if self.log_every_n_steps != 0:
+            log_curves(trainer, self._trackers)
+        self._attachment.detach()
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Leave the optimizers alone, where training did not start."""
@@ -275,76 +283,30 @@ class HypergradientDescent(Callback):
 
     def __getstate__(self) -> dict[str, Any]:
         """A copy has the arguments, and no part in the training of the original."""
-        own = {name: value for name, value in vars(self).items() if name not in ("log", "log_dict")}  # the module's
-        fresh: dict[str, Any] = {
-            "engines": [],
-            "_optimizers": [],
-            "_checkpoint": None,
-            "_trackers": [],
-            "_pausing": [],
-            "_paused": None,
-            "_alone": None,
-        }
-        return {**own, **fresh}
+        without = ("log", "log_dict", "_attachment", "_checkpoint")  # the first two are the module's
+        return {name: value for name, value in vars(self).items() if name not in without}
 
-    def _attach(self, trainer: Trainer) -> None:
-        scheduled = [config.scheduler.optimizer for config in trainer.lr_scheduler_configs]
-        everyone = with_groups(trainer)
-        self._optimizers = [unwrap(optimizer) for optimizer in everyone]
-        optimizers = tunable(everyone)
-        check_modules(trainer.lightning_module, optimizers)
-        check_tensors(optimizers)
-        if dist.is_initialized() and dist.get_world_size() > 1 and trainer.world_size == 1:
-            # The other processes train something else.
-            self._alone = dist.new_group([dist.get_rank()], use_local_synchronization=True)
-        for optimizer, name in zip(everyone, optimizer_names(everyone), strict=True):
-            if not any(optimizer is other for other in optimizers):
-                continue
-            # Lightning's tuner takes all callbacks out while it searches, with steps that are no part of the training.
-            self._pausing.append(optimizer.register_step_pre_hook(partial(self._pause, trainer)))
-            engine = _Engine(
-                optimizer,
-                self.rule,
-                self.hypergrad_lr,
-                self.scope,
-                self.min_lr,
-                self.max_lr,
-                self.probe,
-                self._alone,
-                total_steps(trainer),
-                self.decline,
-                self.stop_after,
-            )
-            self.engines.append(engine)
-            if self.scheduled is not None or any(optimizer is other for other in scheduled):
-                engine.scheduled = self.scheduled is not False
-            self._trackers.append(Tracker(engine, name))
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update(state, _checkpoint=None)
+        self._attachment = Attachment(self, self._make, self.scheduled)
+
+    def _make(self, optimizer: Optimizer, steps: int | None, group: dist.ProcessGroup | None) -> HypergradientLR:
+        return _Engine(
+            optimizer,
+            self.rule,
+            self.hypergrad_lr,
+            self.scope,
+            self.min_lr,
+            self.max_lr,
+            self.probe,
+            group,
+            steps,
+            self.decline,
+            self.stop_after,
+        )
 
     def _restore(self) -> None:
         if self._restored is None:
             return
         saved, self._restored = self._restored, None
         restore(self.engines, saved, restart=self.on_mismatch == "restart")
-
-    def _pause(self, trainer: Trainer, *_: Any) -> None:
-        searching = not any(callback is self for callback in trainer.callbacks)  # type: ignore[attr-defined]
-        if searching and self._paused is None:
-            self._paused = [engine.paused for engine in self.engines]
-            for engine in self.engines:
-                engine.paused = True
-        elif not searching and self._paused is not None:
-            for engine, paused in zip(self.engines, self._paused, strict=True):
-                engine.paused = paused
-            self._paused = None
-
-    def _detach(self) -> None:
-        """Checkpoints may be written after training as well, so the engines' state stays."""
-        for handle in self._pausing:
-            handle.remove()
-        self._pausing, self._paused = [], None
-        for engine, tracker in zip(self.engines, self._trackers, strict=True):
-            engine.detach(keep_state=True)
-            tracker.detach()
-        if self._alone is not None and dist.is_initialized():
-            dist.destroy_process_group(self._alone)
-        self._alone = None

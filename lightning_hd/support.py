@@ -130,8 +130,17 @@ def show_small_numbers(trainer: Trainer) -> None:
         bar.theme = replace(theme, metrics_format=".3g")  # type: ignore[union-attr]
 
 
-def logging_step(trainer: Trainer, every: int | None, batch_idx: int) -> int | None:
-    """The step to log at the end of a batch, on the axis of ``self.log``; ``None`` where nothing is due.
+def axis(trainer: Trainer) -> int:
+    """The step on the axis of ``self.log``.
+
+    Lightning offers nothing public for it: ``global_step`` counts the steps of all optimizers, so that it differs in
+    manual optimization. ``LearningRateMonitor`` reads the same attribute.
+    """
+    return int(trainer.fit_loop.epoch_loop._batches_that_stepped)
+
+
+def is_due(trainer: Trainer, every: int | None, batch_idx: int) -> bool:
+    """Whether to log at the end of a batch.
 
     Args:
         trainer: The Trainer.
@@ -139,13 +148,10 @@ def logging_step(trainer: Trainer, every: int | None, batch_idx: int) -> int | N
         batch_idx: The batch.
     """
     if every is None:
-        every = trainer.log_every_n_steps  # type: ignore[attr-defined]  # public, but set without an annotation
-    # Lightning offers nothing public for the axis: `global_step` counts the steps of all optimizers, so that it differs
-    # in manual optimization. `LearningRateMonitor` reads the same attribute.
-    step: int = trainer.fit_loop.epoch_loop._batches_that_stepped
-    # It stands still while gradients are accumulated.
+        every = int(trainer.log_every_n_steps)  # type: ignore[attr-defined]  # public, but set without an annotation
+    # The axis stands still while gradients are accumulated.
     moves = (batch_idx + 1) % trainer.accumulate_grad_batches == 0 or trainer.is_last_batch
-    return step if moves and every and (step + 1) % every == 0 else None
+    return bool(moves and every and (axis(trainer) + 1) % every == 0)
 
 
 def with_groups(trainer: Trainer) -> list[Optimizer]:

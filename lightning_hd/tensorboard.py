@@ -1,14 +1,36 @@
 """Tags of the logged numbers, spelled as ``LearningRateMonitor`` spells its own."""
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from torch.optim import Optimizer
 
+_PREFIX, _FORMER = "hd/", "hypergradient/"
 
-def tag(quantity: str, name: str) -> str:
-    """The tag of a quantity (``lr``, ``scale``, ``value``, ``cosine``, ``brakes``): ``hypergradient/lr-Adam``."""
-    return f"hypergradient/{quantity}-{name}"
+LAYOUT = {
+    "learning rate": {
+        "loss": ["Multiline", ["loss"]],
+        "learning rate, log10": ["Multiline", ["hd/log10_lr"]],
+        "learning rate": ["Multiline", ["hd/lr", "^lr-"]],
+        "effective rate, schedule, scale": ["Multiline", ["hd/lr", "hd/schedule", "hd/scale"]],
+        "cosine and its running mean": ["Multiline", ["hd/cosine", "hd/mean_cosine"]],
+        "brakes": ["Multiline", ["hd/brakes"]],
+    }
+}
+"""The charts of TensorBoard's tab of custom scalars; each shows the tags in which one of the expressions is found."""
+
+
+def tag(quantity: str, name: str = "") -> str:
+    """The tag of a quantity (``lr``, ``scale``, ``value``, ``cosine``, ``brakes``): ``hd/lr-Adam``.
+
+    It is short, for TensorBoard cuts the titles of its cards.
+    """
+    return f"{_PREFIX}{quantity}-{name}" if name else f"{_PREFIX}{quantity}"
+
+
+def former(metrics: Mapping[str, float]) -> dict[str, float]:
+    """The same numbers under the tags of the version before, for what monitors them."""
+    return {_FORMER + key.removeprefix(_PREFIX): value for key, value in metrics.items()}
 
 
 def optimizer_names(optimizers: Sequence[Optimizer]) -> list[str]:

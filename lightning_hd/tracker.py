@@ -2,12 +2,18 @@
 
 import math
 from array import array
+from collections.abc import Sequence
 from typing import Any
 
+import torch
 from torch.utils.hooks import RemovableHandle
+from torchmetrics import MeanMetric
 
 from lightning_hd.hypergradient import HypergradientLR
 from lightning_hd.tensorboard import group_names, tag
+
+_WINDOW = 100
+"""Over how many steps the running mean of the cosine is taken."""
 
 
 class Tracker:
@@ -23,8 +29,11 @@ class Tracker:
         self.name = name
         self._names: list[str] = []
         self._history: list[array[float]] = []
-        self._sums: dict[tuple[str, int], tuple[float, int]] = {}  # with how many numbers were added
+        self._seen: dict[tuple[str, int], list[float]] = {}  # of each scope, since it was last logged
+        self._cosines: dict[int, array[float]] = {}  # the last ones of each scope
+        self._curve: list[tuple[int, int]] = []  # steps on the axis of loggers, and how many there were until then
         self._step_count = engine.step_count
+        self._logged = 0  # how many steps are in the curves already
         self.has_news = False
         self._handles: list[RemovableHandle] = [
             engine.optimizer.register_step_pre_hook(self._begin),
@@ -52,14 +61,31 @@ class Tracker:
             if seen is None or not all(map(math.isfinite, seen)):
                 continue
             for quantity, value in (("value", seen.hypergradient), ("cosine", seen.cosine)):
-                total, count = self._sums.get((quantity, i), (0.0, 0))
-                self._sums[quantity, i] = total + value, count + 1
+                self._seen.setdefault((quantity, i), []).append(value)
 
     def names(self) -> list[str]:
         """The name of each group: it stays, though groups are added since."""
         now = group_names(self.name, self.engine.optimizer)
         self._names += now[len(self._names) :]
         return self._names
+
+    def mark(self, step: int) -> None:
+        """A batch is over: steps that are new belong there on the axis of loggers."""
+        count = len(self._history[0]) if self._history else 0
+        if count > (self._curve[-1][1] if self._curve else self._logged):
+            self._curve.append((step, count))
+
+    def take_curve(self) -> list[tuple[str, float, int]]:
+        """The name of each group, its rate, and the step on the axis of loggers, for all steps since the last call."""
+        points = []
+        for step, count in self._curve:
+            for name, lrs in zip(self.names(), self._history, strict=False):
+                back = len(self._history[0]) - count  # groups that were added later have shorter histories
+                if len(lrs) > back:
+                    points.append((name, lrs[-1 - back], step))
+            self._logged = count
+        self._curve = []
+        return points
 
     def history(self) -> list[tuple[str, list[float]]]:
         """The name of each group, and the effective rate of every step."""
@@ -84,12 +110,23 @@ class Tracker:
         return self.names() if self.engine.scope == "group" else [self.name]
 
     def collect(self) -> dict[str, float]:
-        """All that is logged now; the means start anew."""
-        metrics, names = self.lr_metrics(), self._scopes()
-        metrics |= {tag("scale", name): scale for name, scale in zip(names, self.engine.scales, strict=False)}
+        """All that is logged now beside the rates; the means start anew."""
+        names = self._scopes()
+        metrics = {tag("scale", name): scale for name, scale in zip(names, self.engine.scales, strict=False)}
+        if self.engine.scheduled or any("initial_lr" in group for group in self.engine.optimizer.param_groups):
+            for i, (name, lr) in enumerate(zip(self.names(), self.engine.lrs, strict=True)):
+                scale = self.engine.scales[i if self.engine.scope == "group" else 0]
+                metrics |= {tag("schedule", name): lr / scale} if scale else {}
         metrics |= {tag("brakes", name): float(n) for name, n in zip(names, self.engine.brakes, strict=False) if n}
-        for (quantity, i), (total, count) in self._sums.items():
-            metrics[tag(quantity, names[i])] = total / count
-        self._sums.clear()
+        for (quantity, i), values in self._seen.items():
+            metrics[tag(quantity, names[i])] = _mean(values)
+            if quantity == "cosine":
+                last = self._cosines[i] = (self._cosines.get(i, array("d")) + array("d", values))[-_WINDOW:]
+                metrics[tag("mean_cosine", names[i])] = _mean(last)
+        self._seen.clear()
         self.has_news = False
         return metrics
+
+
+def _mean(values: Sequence[float]) -> float:
+    return float(MeanMetric().set_dtype(torch.float64)(torch.tensor(values, dtype=torch.float64)))

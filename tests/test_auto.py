@@ -551,13 +551,13 @@ def test_brakes_are_logged_once_there_are_any(tmp_path: Path) -> None:
     make_trainer(tmp_path / "leaping", hd, logger=TensorBoardLogger(tmp_path / "leaping"), log_every_n_steps=10).fit(
         Leaping()
     )
-    assert scalars(tmp_path / "leaping", "hypergradient/brakes-SGD") == {
+    assert scalars(tmp_path / "leaping", "hd/brakes-SGD") == {
         step: 1 if step < 150 else 2 for step in range(99, 200, 10)
     }
     make_trainer(
         tmp_path / "calm", HypergradientDescent(), logger=TensorBoardLogger(tmp_path / "calm"), log_every_n_steps=10
     ).fit(Reference())
-    assert "hypergradient/brakes-SGD" not in tags(tmp_path / "calm")
+    assert "hd/brakes-SGD" not in tags(tmp_path / "calm")
 
 
 # ---------------------------------------------------------------------- training

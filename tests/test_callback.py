@@ -104,9 +104,13 @@ def scalars(path: Path, tag: str) -> dict[int, float]:
     return {event.step: event.value for event in events.Scalars(tag)}
 
 
+LOGGED = ("lr", "log10_lr", "scale", "value", "cosine", "mean_cosine")
+"""What is in event files, brakes and schedules aside."""
+
+
 def tags(path: Path) -> set[str]:
     (folder,) = {file.parent for file in path.rglob("events.out.tfevents.*")}
-    return {tag for tag in EventAccumulator(str(folder)).Reload().Tags()["scalars"] if tag.startswith("hyper")}
+    return {tag for tag in EventAccumulator(str(folder)).Reload().Tags()["scalars"] if tag.startswith("hd/")}
 
 
 class Observer(Callback):
@@ -189,21 +193,23 @@ def test_tags_steps_and_values_in_the_event_file(tmp_path: Path) -> None:
     make_trainer(
         tmp_path, hd, observer, logger=TensorBoardLogger(tmp_path), log_every_n_steps=7, precision="64-true"
     ).fit(Reference())
-    assert tags(tmp_path) == {f"hypergradient/{what}-SGD" for what in ("lr", "scale", "value", "cosine")}
-    own = scalars(tmp_path, "loss")
-    rates = scalars(tmp_path, "hypergradient/lr-SGD")
-    assert list(rates) == list(own) == list(range(6, 200, 7))
+    assert tags(tmp_path) == {f"hd/{what}-SGD" for what in LOGGED}
+    scales = scalars(tmp_path, "hd/scale-SGD")
+    assert list(scales) == list(scalars(tmp_path, "loss")) == list(range(6, 200, 7))
     history = hd.lrs["lr-SGD"]
     assert len(history) == 200
-    for step, rate in rates.items():
-        assert rate == pytest.approx(history[step], rel=1e-6)
-        assert scalars(tmp_path, "hypergradient/scale-SGD")[step] == pytest.approx(history[step] / 0.01, rel=1e-6)
-    values = scalars(tmp_path, "hypergradient/value-SGD")
-    cosines = scalars(tmp_path, "hypergradient/cosine-SGD")
-    for step in rates:
-        window = slice(step - 6, step + 1)
+    assert scalars(tmp_path, "hd/lr-SGD") == pytest.approx(dict(enumerate(history)), rel=1e-6)  # of every step
+    logarithms = dict(enumerate(map(math.log10, history)))
+    assert scalars(tmp_path, "hd/log10_lr-SGD") == pytest.approx(logarithms, rel=1e-6)
+    values = scalars(tmp_path, "hd/value-SGD")
+    cosines = scalars(tmp_path, "hd/cosine-SGD")
+    running = scalars(tmp_path, "hd/mean_cosine-SGD")
+    for step, scale in scales.items():
+        assert scale == pytest.approx(history[step] / 0.01, rel=1e-6)
+        window, last = slice(step - 6, step + 1), slice(max(step - 99, 0), step + 1)
         assert values[step] == pytest.approx(np.nanmean(observer.values[window]), rel=1e-5)
         assert cosines[step] == pytest.approx(np.nanmean(observer.cosines[window]), rel=1e-5)
+        assert running[step] == pytest.approx(np.nanmean(observer.cosines[last]), rel=1e-5)
 
 
 def test_means_are_as_exact_in_any_precision(tmp_path: Path) -> None:
@@ -222,7 +228,7 @@ def test_means_are_as_exact_in_any_precision(tmp_path: Path) -> None:
     trainer = make_trainer(tmp_path, hd, Observe(), logger=logger, log_every_n_steps=200, precision="bf16-true")
     trainer.fit(Half())
     assert len(seen) == 199
-    assert scalars(tmp_path, "hypergradient/value-Adam") == {199: pytest.approx(np.mean(seen), rel=1e-6)}
+    assert scalars(tmp_path, "hd/value-Adam") == {199: pytest.approx(np.mean(seen), rel=1e-6)}
 
 
 @pytest.mark.parametrize(("every", "steps"), [(50, range(49, 200, 50)), (0, []), (None, range(9, 200, 10))])
@@ -230,7 +236,8 @@ def test_the_logging_interval(tmp_path: Path, every: int | None, steps: Sequence
     hd = HypergradientDescent(log_every_n_steps=every)
     make_trainer(tmp_path, hd, logger=TensorBoardLogger(tmp_path), log_every_n_steps=10).fit(Reference())
     if len(steps):
-        assert list(scalars(tmp_path, "hypergradient/lr-SGD")) == list(steps)
+        assert list(scalars(tmp_path, "hd/scale-SGD")) == list(steps)
+        assert list(scalars(tmp_path, "hd/lr-SGD")) == list(range(200))
     else:
         assert tags(tmp_path) == set()
 
@@ -238,10 +245,10 @@ def test_the_logging_interval(tmp_path: Path, every: int | None, steps: Sequence
 def test_every_logger_of_the_trainer_is_served(tmp_path: Path) -> None:
     loggers = [TensorBoardLogger(tmp_path / "tb"), CSVLogger(tmp_path / "csv")]
     make_trainer(tmp_path, HypergradientDescent(), logger=loggers, log_every_n_steps=10).fit(Reference())
-    assert len(scalars(tmp_path / "tb", "hypergradient/lr-SGD")) == 20
+    assert len(scalars(tmp_path / "tb", "hd/scale-SGD")) == 20
     (file,) = (tmp_path / "csv").rglob("metrics.csv")
     with file.open() as lines:
-        rows = [row for row in csv.DictReader(lines) if row["hypergradient/lr-SGD"]]
+        rows = [row for row in csv.DictReader(lines) if row["hd/lr-SGD"]]
     assert [int(row["step"]) for row in rows] == list(range(9, 200, 10))
 
 
@@ -251,7 +258,8 @@ def test_accumulated_batches_are_one_step(tmp_path: Path) -> None:
         Reference()
     )
     assert len(hd.lrs["lr-SGD"]) == 40
-    assert list(scalars(tmp_path, "hypergradient/lr-SGD")) == list(scalars(tmp_path, "loss")) == list(range(1, 40, 2))
+    assert list(scalars(tmp_path, "hd/scale-SGD")) == list(scalars(tmp_path, "loss")) == list(range(1, 40, 2))
+    assert list(scalars(tmp_path, "hd/lr-SGD")) == list(range(40))
 
 
 def test_manual_optimization_that_steps_now_and_then_is_logged_at_every_interval(tmp_path: Path) -> None:
@@ -263,7 +271,8 @@ def test_manual_optimization_that_steps_now_and_then_is_logged_at_every_interval
     make_trainer(tmp_path, HypergradientDescent(), logger=TensorBoardLogger(tmp_path), log_every_n_steps=10).fit(
         NowAndThen()
     )
-    assert list(scalars(tmp_path, "hypergradient/lr-Adam")) == list(range(9, 200, 10))
+    assert list(scalars(tmp_path, "hd/scale-Adam")) == list(range(9, 200, 10))
+    assert list(scalars(tmp_path, "hd/lr-Adam")) == list(range(0, 200, 4))
 
 
 def test_names_of_groups_follow_the_learning_rate_monitor(tmp_path: Path) -> None:
@@ -275,9 +284,7 @@ def test_names_of_groups_follow_the_learning_rate_monitor(tmp_path: Path) -> Non
     make_trainer(tmp_path, hd, monitor, logger=TensorBoardLogger(tmp_path), log_every_n_steps=20).fit(
         Reference(configure)
     )
-    assert tags(tmp_path) == {
-        f"hypergradient/{what}-Adam/{group}" for what in ("lr", "scale", "value", "cosine") for group in ("pg1", "head")
-    }
+    assert tags(tmp_path) == {f"hd/{what}-Adam/{group}" for what in LOGGED for group in ("pg1", "head")}
     assert set(hd.lrs) == set(monitor.lrs) == {"lr-Adam/pg1", "lr-Adam/head"}
     # The monitor reads before a batch what the step before it used; first of all, at the start of the epoch.
     assert monitor.lrs["lr-Adam/head"][1:] == [hd.lrs["lr-Adam/head"][step - 1] for step in range(19, 200, 20)]
@@ -288,8 +295,8 @@ def test_rates_are_in_callback_metrics_and_in_the_progress_bar_if_asked(tmp_path
         hd = HypergradientDescent(prog_bar=asked)
         trainer = make_trainer(tmp_path, hd)
         trainer.fit(Reference())
-        assert float(trainer.callback_metrics["hypergradient/lr-SGD"]) == pytest.approx(hd.lrs["lr-SGD"][-1])
-        assert ("hypergradient/lr-SGD" in trainer.progress_bar_metrics) == asked
+        assert float(trainer.callback_metrics["hd/lr-SGD"]) == pytest.approx(hd.lrs["lr-SGD"][-1])
+        assert ("hd/lr-SGD" in trainer.progress_bar_metrics) == asked
 
 
 def test_without_a_logger_it_says_so_once_and_trains(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
@@ -316,8 +323,8 @@ def test_numbers_that_are_not_finite_are_not_averaged(tmp_path: Path) -> None:
         make_trainer(tmp_path, hd, logger=TensorBoardLogger(tmp_path), log_every_n_steps=5).fit(Spoiled())
     assert hd.engines[0].nonfinite_steps == 2  # the gradient, and the direction that it became
     for what in ("lr", "value", "cosine"):
-        values = scalars(tmp_path, f"hypergradient/{what}-SGD")
-        assert len(values) == 40
+        values = scalars(tmp_path, f"hd/{what}-SGD")
+        assert len(values) == (200 if what == "lr" else 40)
         assert all(map(math.isfinite, values.values()))
 
 
@@ -354,7 +361,7 @@ def test_several_optimizers_in_manual_optimization(tmp_path: Path) -> None:
     trainer.fit(module)
     assert {name: len(lrs) for name, lrs in hd.lrs.items()} == {"lr-Adam": 200, "lr-SGD": 400, "lr-Adam-1": 200}
     assert hd.lrs["lr-Adam"] == hd.lrs["lr-Adam-1"]  # the same network and data
-    assert list(scalars(tmp_path, "hypergradient/lr-Adam-1")) == list(scalars(tmp_path, "loss"))
+    assert list(scalars(tmp_path, "hd/scale-Adam-1")) == list(scalars(tmp_path, "loss"))
     lrs, _ = reference.train("adam", "multiplicative", 0.01, 0.02)
     np.testing.assert_allclose(hd.lrs["lr-Adam"], lrs, rtol=1e-10)
 

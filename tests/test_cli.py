@@ -101,8 +101,8 @@ def test_all_arguments_together_train_as_from_python(tmp_path: Path) -> None:
     assert callback_of(cli).lrs == hd.lrs
     assert same(cli.model, module)
     assert max(hd.lrs["lr-SGD"]) == 0.02
-    assert list(scalars(tmp_path, "hypergradient/lr-SGD")) == [3, 7, 11, 15, 19]
-    assert "hypergradient/lr-SGD" in cli.trainer.progress_bar_metrics
+    assert list(scalars(tmp_path, "hd/scale-SGD")) == [3, 7, 11, 15, 19]
+    assert "hd/lr-SGD" in cli.trainer.progress_bar_metrics
 
 
 @pytest.mark.parametrize(

@@ -228,8 +228,10 @@ def test_batches_without_a_step_leave_no_trace(module: type[Reference], tmp_path
 def test_a_step_in_every_second_batch_is_logged_at_every_interval(tmp_path: Path) -> None:
     hd = HypergradientDescent()
     make_trainer(tmp_path, hd, logger=TensorBoardLogger(tmp_path), log_every_n_steps=10).fit(EverySecond())
-    rates = scalars(tmp_path, "hypergradient/lr-SGD")
-    assert list(rates) == list(scalars(tmp_path, "loss")) == list(range(9, 200, 10))
+    rates = scalars(tmp_path, "hd/lr-SGD")
+    scales = scalars(tmp_path, "hd/scale-SGD")
+    assert list(scales) == list(scalars(tmp_path, "loss")) == list(range(9, 200, 10))
+    assert list(rates) == list(range(0, 200, 2))
     assert list(rates.values()) == pytest.approx([hd.lrs["lr-SGD"][step // 2] for step in rates], rel=1e-6)
 
 
@@ -237,7 +239,8 @@ def test_a_rest_of_accumulated_batches_is_logged_where_the_loss_is(tmp_path: Pat
     logger = TensorBoardLogger(tmp_path)
     arguments = {"accumulate_grad_batches": 3, "limit_train_batches": 20, "max_epochs": 4, "log_every_n_steps": 2}
     make_trainer(tmp_path, HypergradientDescent(), logger=logger, **arguments).fit(Reference())
-    assert list(scalars(tmp_path, "hypergradient/lr-SGD")) == list(scalars(tmp_path, "loss")) == list(range(1, 28, 2))
+    assert list(scalars(tmp_path, "hd/scale-SGD")) == list(scalars(tmp_path, "loss")) == list(range(1, 28, 2))
+    assert list(scalars(tmp_path, "hd/lr-SGD")) == list(range(28))
 
 
 @pytest.mark.parametrize("rule", ["multiplicative", "auto"])
@@ -318,7 +321,7 @@ def test_a_fit_that_has_nothing_left_to_do_leaves_the_optimizer_alone(tmp_path: 
 def test_a_stop_at_a_rate_is_obeyed_at_once(tmp_path: Path) -> None:
     class Stop(Callback):
         def on_train_batch_end(self, trainer: Trainer, *_: Any) -> None:
-            trainer.should_stop = bool(trainer.callback_metrics["hypergradient/lr-SGD"] > 1e-3)
+            trainer.should_stop = bool(trainer.callback_metrics["hd/lr-SGD"] > 1e-3)
 
     hd = HypergradientDescent()
     make_trainer(tmp_path, hd, Stop()).fit(Reference())
@@ -346,7 +349,7 @@ def test_a_gan_learns_with_the_rule_auto(gan: dict[str, Any], tmp_path: Path) ->
     for name in ("lr-Adam", "lr-Adam-1"):
         assert len(hd.lrs[name]) == 30 * 28
         assert hd.lrs[name][-1] > 1e-3
-        assert len(scalars(tmp_path, f"hypergradient/{name}")) == 30 * 28 // 10
+        assert len(scalars(tmp_path, f"hd/{name}")) == 30 * 28
 
 
 def test_the_gan_of_the_examples_compares_the_rules(

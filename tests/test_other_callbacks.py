@@ -91,14 +91,14 @@ def test_the_monitor_logs_what_the_optimizer_holds(tmp_path: Path, exponential: 
         assert monitor.lrs == alone.lrs
     else:
         assert monitor.lrs["lr-SGD"] == [0.01, *hd.lrs["lr-SGD"][:-1]]
-        logged = [scalars(tmp_path / "with", tag) for tag in ("lr-SGD", "hypergradient/lr-SGD")]
+        logged = [scalars(tmp_path / "with", tag) for tag in ("lr-SGD", "hd/lr-SGD")]
         assert [logged[0][step] for step in range(1, 2 * EPOCH)] == list(logged[1].values())[:-1]
 
 
 @in_both_orders
 def test_a_checkpoint_can_be_chosen_by_the_rate(tmp_path: Path, reverse: bool) -> None:
     hd = HypergradientDescent("multiplicative")
-    best = callbacks.ModelCheckpoint(tmp_path, "{step}", "hypergradient/lr-SGD", mode="max", every_n_train_steps=7)
+    best = callbacks.ModelCheckpoint(tmp_path, "{step}", "hd/lr-SGD", mode="max", every_n_train_steps=7)
     fit(tmp_path, Reference(), hd, best, reverse=reverse, limit_train_batches=100)
     saved = {step: hd.lrs["lr-SGD"][step - 1] for step in range(7, 100, 7)}
     expected = max(saved, key=lambda step: saved[step])
@@ -111,7 +111,7 @@ def test_a_checkpoint_can_be_chosen_by_the_rate(tmp_path: Path, reverse: bool) -
 @pytest.mark.parametrize("accumulate", [1, 8])
 def test_any_validation_can_stop_training_by_the_rate(tmp_path: Path, accumulate: int, reverse: bool) -> None:
     hd = HypergradientDescent("multiplicative")
-    stop = callbacks.EarlyStopping("hypergradient/lr-SGD", stopping_threshold=0.012, mode="max")
+    stop = callbacks.EarlyStopping("hd/lr-SGD", stopping_threshold=0.012, mode="max")
     arguments = {"val_check_interval": 4, "limit_val_batches": 1, "accumulate_grad_batches": accumulate}
     trainer = fit(tmp_path, Example(), hd, stop, reverse=reverse, max_epochs=9, **arguments)
     assert hd.lrs["lr-SGD"][-1] > 0.012
@@ -123,7 +123,7 @@ def test_any_validation_can_stop_training_by_the_rate(tmp_path: Path, accumulate
 def test_progress_bars_show_the_rate(tmp_path: Path, bar: Any, reverse: bool) -> None:
     hd, shown, module = HypergradientDescent(prog_bar=True), bar(), Reference()
     trainer = fit(tmp_path, module, hd, shown, reverse=reverse, enable_progress_bar=True)
-    assert shown.get_metrics(trainer, module)["hypergradient/lr-SGD"] == pytest.approx(hd.lrs["lr-SGD"][-1])
+    assert shown.get_metrics(trainer, module)["hd/lr-SGD"] == pytest.approx(hd.lrs["lr-SGD"][-1])
 
 
 # ---------------------------------------------------------------------- searches before and in training
@@ -299,28 +299,28 @@ def test_a_backbone_follows_what_finetuning_writes(tmp_path: Path, rule: str, sc
         )
         assert len({first, *others}) == EPOCH
     assert hd.engines[0].nonfinite_steps == 0
-    assert float(trainer.callback_metrics["hypergradient/lr-SGD/pg2"]) == pytest.approx(backbone[-1])
+    assert float(trainer.callback_metrics["hd/lr-SGD/pg2"]) == pytest.approx(backbone[-1])
 
 
 @pytest.mark.parametrize("scope", ["global", "group"])
 def test_a_curve_goes_on_under_its_name_though_a_group_was_added(tmp_path: Path, scope: Any) -> None:
     class Monitor(Callback):
         def on_train_batch_end(self, trainer: Trainer, *_: Any) -> None:
-            seen.append({key: float(value) for key, value in trainer.callback_metrics.items() if "hyper" in key})
+            seen.append({key: float(value) for key, value in trainer.callback_metrics.items() if key.startswith("hd/")})
 
     seen: list[dict[str, float]] = []
     hd, logger = HypergradientDescent(scope=scope), TensorBoardLogger(tmp_path)
     finetuning = callbacks.BackboneFinetuning(2)
     fit(tmp_path, Example(), hd, finetuning, Monitor(), max_epochs=4, logger=logger, log_every_n_steps=1)
-    first = [metrics["hypergradient/lr-SGD"] for metrics in seen]
+    first = [metrics["hd/lr-SGD"] for metrics in seen]
     assert len(first) == 4 * EPOCH
     assert first == pytest.approx(hd.lrs["lr-SGD"])
-    assert list(scalars(tmp_path, "hypergradient/lr-SGD").values()) == pytest.approx(first)
-    assert [metrics["hypergradient/lr-SGD/pg2"] for metrics in seen[2 * EPOCH :]] == pytest.approx(hd.lrs["lr-SGD/pg2"])
+    assert list(scalars(tmp_path, "hd/lr-SGD").values()) == pytest.approx(first)
+    assert [metrics["hd/lr-SGD/pg2"] for metrics in seen[2 * EPOCH :]] == pytest.approx(hd.lrs["lr-SGD/pg2"])
     assert set(hd.lrs) == {"lr-SGD", "lr-SGD/pg2"}
-    assert len(scalars(tmp_path, "hypergradient/scale-SGD")) == 4 * EPOCH
+    assert len(scalars(tmp_path, "hd/scale-SGD")) == 4 * EPOCH
     for quantity in ("scale", "value", "cosine", "brakes"):  # for EarlyStopping and the like
-        assert f"hypergradient/{quantity}-SGD" in seen[-1]
+        assert f"hd/{quantity}-SGD" in seen[-1]
 
 
 @in_both_orders
@@ -329,7 +329,7 @@ def test_accumulation_that_changes_is_logged_at_every_step(tmp_path: Path, rever
     logger = TensorBoardLogger(tmp_path)
     fit(tmp_path, Reference(), hd, accumulation, reverse=reverse, max_epochs=3, logger=logger, log_every_n_steps=1)
     assert len(hd.lrs["lr-SGD"]) == EPOCH + EPOCH // 4 + EPOCH // 2
-    logged = scalars(tmp_path, "hypergradient/lr-SGD")
+    logged = scalars(tmp_path, "hd/lr-SGD")
     assert list(logged) == list(scalars(tmp_path, "loss")) == list(range(35))
     assert list(logged.values()) == pytest.approx(hd.lrs["lr-SGD"])
 

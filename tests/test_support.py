@@ -229,15 +229,15 @@ def test_loggers_are_called_by_name_as_lightning_calls_them(tmp_path: Path) -> N
 
     seen: list[dict[str, Any]] = []
     make_trainer(tmp_path, HypergradientDescent(), logger=ByName(tmp_path), log_every_n_steps=10).fit(Reference())
-    ours = [call for call in seen if "hypergradient/lr-SGD" in call["metrics"]]
+    ours = [call for call in seen if "hd/lr-SGD" in call["metrics"]]
     assert [call["step"] for call in ours] == list(range(9, 200, 10))
 
 
 def test_every_metric_can_be_monitored(tmp_path: Path) -> None:
     class Seen(Callback):
         def on_train_batch_end(self, trainer: Trainer, *_: Any) -> None:
-            seen.append({key for key in trainer.callback_metrics if key.startswith("hyper")})
+            seen.append({key for key in trainer.callback_metrics if key.startswith("hd/")})
 
     seen: list[set[str]] = []
     make_trainer(tmp_path, HypergradientDescent(), Seen(), limit_train_batches=5).fit(Reference())
-    assert seen[-1] == {f"hypergradient/{what}-SGD" for what in ("lr", "scale", "value", "cosine", "brakes")}
+    assert seen[-1] == {f"hd/{what}-SGD" for what in ("lr", "scale", "value", "cosine", "brakes")}

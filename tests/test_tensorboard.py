@@ -27,4 +27,4 @@ def test_groups() -> None:
 
 
 def test_tag() -> None:
-    assert tag("lr", "Adam/pg1") == "hypergradient/lr-Adam/pg1"
+    assert tag("lr", "Adam/pg1") == "hd/lr-Adam/pg1"

@@ -1,0 +1,64 @@
+"""The command line: ``python -m lightning_hd plot RUN_DIR...``."""
+
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, NoReturn
+
+from lightning_hd import plot
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Run a command.
+
+    Args:
+        arguments: What stands behind ``python -m lightning_hd``; ``None``: as the process was started.
+    """
+    try:
+        import matplotlib  # noqa: F401
+        import typer
+    except ModuleNotFoundError as error:
+        _fail(f"{error.name} is missing: {plot.INSTALL}")
+    app = typer.Typer(add_completion=False, no_args_is_help=True, rich_markup_mode=None, pretty_exceptions_enable=False)
+
+    @app.callback()
+    def lightning_hd() -> None:
+        """Learning rates that tune themselves while the model trains."""
+
+    @app.command("plot")
+    def draw(
+        runs: Annotated[
+            list[Path], typer.Argument(metavar="RUN_DIR...", help="Folders of runs. Those below are searched as well.")
+        ],
+        output: Annotated[
+            Path, typer.Option("--output", "-o", metavar="FILE", help="What to write: a .png, .svg or .pdf file.")
+        ] = Path("lightning_hd.png"),
+        loss: Annotated[
+            str | None,
+            typer.Option(metavar="TAG", help="Tag of the loss.  [default: the training loss, as far as it is found]"),
+        ] = None,
+    ) -> None:
+        """Draw learning rates, loss and cosines of runs, from event files of TensorBoard and logs of CSVLogger.
+
+        The thick lines of the cosines, and of losses with 100 points or more, are running means.
+        """
+        try:
+            plot.check_file(output)
+            curves = plot.load(runs, loss)
+            figure = plot.figure(curves)
+            plot.save(figure, output)
+        except (plot.PlotError, OSError) as error:
+            _fail(str(error))
+        lines = sum(not str(line.get_label()).startswith("_") for axes in figure.axes for line in axes.lines)
+        typer.echo(f"{output}: {len(curves)} {'run' if len(curves) == 1 else 'runs'}, {lines} curves")
+
+    app(args=arguments, prog_name="python -m lightning_hd")
+
+
+def _fail(message: str) -> NoReturn:
+    print(f"Error: {message}", file=sys.stderr)
+    raise SystemExit(2)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,98 @@
+"""The engines of a Trainer's optimizers, from when training starts until it ends."""
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import torch.distributed as dist
+from lightning.pytorch import Callback, Trainer
+from torch.optim import Optimizer
+from torch.utils.hooks import RemovableHandle
+
+from lightning_hd.hypergradient import HypergradientLR
+from lightning_hd.optimizers import unwrap
+from lightning_hd.support import check_modules, check_tensors, total_steps, tunable, with_groups
+from lightning_hd.tensorboard import optimizer_names
+from lightning_hd.tracker import Tracker
+
+Make = Callable[[Optimizer, int | None, dist.ProcessGroup | None], HypergradientLR]
+
+
+class Attachment:
+    """Attaches an engine and a tracker to each optimizer that can be tuned.
+
+    Args:
+        callback: The callback that does so.
+        make: Makes the engine of an optimizer, given how many steps it takes and the processes that train together.
+        scheduled: Whether the rates in the groups belong to a schedule; ``None``: found out.
+    """
+
+    def __init__(self, callback: Callback, make: Make, scheduled: bool | None) -> None:
+        self._callback = callback
+        self._make = make
+        self._scheduled = scheduled
+        self.engines: list[HypergradientLR] = []
+        self.trackers: list[Tracker] = []
+        self._optimizers: list[Optimizer] = []  # all of the Trainer's, also those that cannot be tuned
+        self._handles: list[RemovableHandle] = []
+        self._alone: dist.ProcessGroup | None = None
+        self._paused: list[bool] | None = None  # while a tuner searches: whether the engines were paused before
+
+    def attach(self, trainer: Trainer) -> None:
+        """Attach to every optimizer.
+
+        Raises:
+            TypeError, ValueError, RuntimeError: Something cannot be tuned.
+        """
+        schedulers = [config.scheduler.optimizer for config in trainer.lr_scheduler_configs]
+        everyone = with_groups(trainer)
+        self._optimizers = [unwrap(optimizer) for optimizer in everyone]
+        optimizers = tunable(everyone)
+        check_modules(trainer.lightning_module, optimizers)
+        check_tensors(optimizers)
+        if dist.is_initialized() and dist.get_world_size() > 1 and trainer.world_size == 1:
+            # The other processes train something else.
+            self._alone = dist.new_group([dist.get_rank()], use_local_synchronization=True)
+        for optimizer, name in zip(everyone, optimizer_names(everyone), strict=True):
+            if not any(optimizer is other for other in optimizers):
+                continue
+            # Lightning's tuner takes all callbacks out while it searches, with steps that are no part of the training.
+            self._handles.append(optimizer.register_step_pre_hook(partial(self._pause, trainer)))
+            engine = self._make(optimizer, total_steps(trainer), self._alone)
+            self.engines.append(engine)
+            if self._scheduled is not None or any(optimizer is other for other in schedulers):
+                engine.scheduled = self._scheduled is not False
+            self.trackers.append(Tracker(engine, name))
+
+    def is_stale(self, trainer: Trainer) -> bool:
+        """Whether the Trainer has other optimizers now."""
+        now = [unwrap(optimizer) for optimizer in with_groups(trainer)]
+        return list(map(id, now)) != list(map(id, self._optimizers))
+
+    def detach(self) -> None:
+        """Leave the optimizers alone. The engines' state stays, for checkpoints that are written later."""
+        for handle in self._handles:
+            handle.remove()
+        self._handles, self._paused = [], None
+        for engine, tracker in zip(self.engines, self.trackers, strict=False):
+            engine.detach(keep_state=True)
+            tracker.detach()
+        if self._alone is not None and dist.is_initialized():
+            dist.destroy_process_group(self._alone)
+        self._alone = None
+
+    def forget(self) -> None:
+        """Detach, and be as if nothing had been attached."""
+        self.detach()
+        self.engines, self.trackers, self._optimizers = [], [], []
+
+    def _pause(self, trainer: Trainer, *_: Any) -> None:
+        searching = not any(callback is self._callback for callback in trainer.callbacks)  # type: ignore[attr-defined]
+        if searching and self._paused is None:
+            self._paused = [engine.paused for engine in self.engines]
+            for engine in self.engines:
+                engine.paused = True
+        elif not searching and self._paused is not None:
+            for engine, paused in zip(self.engines, self._paused, strict=True):
+                engine.paused = paused
+            self._paused = None

@@ -1,0 +1,62 @@
+"""What loggers get: numbers at every interval, the rate of every step in event files, a layout, and the settings."""
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.loggers import Logger
+
+from lightning_hd.tensorboard import LAYOUT, tag
+from lightning_hd.tracker import Tracker
+
+
+def log(trainer: Trainer, trackers: Sequence[Tracker], step: int) -> None:
+    """Log what has come since the last time.
+
+    Args:
+        trainer: The Trainer.
+        trackers: Those of its optimizers.
+        step: The step, on the axis of ``self.log``.
+    """
+    means = {key: value for tracker in trackers for key, value in tracker.collect().items()}
+    rates = {key: lr for tracker in trackers for key, lr in tracker.lr_metrics().items()}
+    for logger in trainer.loggers:
+        logger.log_metrics(metrics=means if _writes_events(logger) else rates | means, step=step)
+    log_curves(trainer, trackers)
+
+
+def log_curves(trainer: Trainer, trackers: Sequence[Tracker]) -> None:
+    """Write the rates of all steps that have come since the last time into event files."""
+    points = [point for tracker in trackers for point in tracker.take_curve()]
+    for logger in filter(_writes_events, trainer.loggers):
+        writer = getattr(logger, "experiment")  # noqa: B009  # of the subclass; on other processes it does nothing
+        for name, lr, step in points:
+            writer.add_scalar(tag("lr", name), lr, step)
+            if lr > 0:
+                writer.add_scalar(tag("log10_lr", name), math.log10(lr), step)
+
+
+def describe(trainer: Trainer, pl_module: LightningModule, settings: dict[str, Any]) -> None:
+    """Give loggers the settings of the callback among the hyperparameters, and event files a layout of charts.
+
+    Loggers keep the first hyperparameters that they get, so those of the module and its data come along.
+    """
+    known: dict[str, Any] = {}
+    for owner in (pl_module, getattr(trainer, "datamodule", None)):
+        # Whether `save_hyperparameters` was called with `logger=True`: Lightning has no public name for it.
+        if getattr(owner, "_log_hyperparams", False):
+            known |= dict(getattr(owner, "hparams_initial", {}))
+    own = {
+        tag(name): value if isinstance(value, (bool, int, float, str)) else str(value)
+        for name, value in settings.items()
+    }
+    for logger in trainer.loggers:
+        logger.log_hyperparams(known | own)
+        if _writes_events(logger):
+            getattr(logger, "experiment").add_custom_scalars(LAYOUT)  # noqa: B009
+
+
+def _writes_events(logger: Logger) -> bool:
+    """By its name, for the package ``pytorch_lightning`` has a class of its own of the same name."""
+    return any(base.__name__ == "TensorBoardLogger" for base in type(logger).__mro__)

@@ -1,0 +1,110 @@
+"""What loggers get beside the curves: the settings, a layout of charts; and how a curve goes on."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml  # type: ignore[import-untyped]
+from lightning.pytorch import LightningModule
+from lightning.pytorch.callbacks import LearningRateMonitor
+from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from tensorboard.plugins.custom_scalar import layout_pb2
+from tensorboard.plugins.hparams import plugin_data_pb2
+from torch.optim import SGD
+from torch.optim.lr_scheduler import StepLR
+
+from lightning_hd import Auto, HypergradientDescent
+from tests import reference
+from tests.test_callback import AfterOneEpoch, Reference, make_trainer, scalars
+
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:.*does not have many workers.*"),
+    pytest.mark.filterwarnings("ignore:.*isinstance.treespec, LeafSpec.*"),
+]
+
+
+class Saved(Reference):
+    """A module with hyperparameters of its own."""
+
+    def __init__(self, width: int = 3) -> None:
+        super().__init__()
+        self.save_hyperparameters()
+
+
+def events(path: Path) -> Any:
+    (folder,) = {file.parent for file in path.rglob("events.out.tfevents.*")}
+    return EventAccumulator(str(folder)).Reload()
+
+
+@pytest.mark.parametrize("module", [Reference, Saved])
+def test_the_settings_are_among_the_hyperparameters_of_every_logger(
+    module: type[LightningModule], tmp_path: Path
+) -> None:
+    loggers = [TensorBoardLogger(tmp_path / "tb"), CSVLogger(tmp_path / "csv")]
+    hd = HypergradientDescent("multiplicative", 0.05, max_lr=0.5)
+    make_trainer(tmp_path, hd, logger=loggers, limit_train_batches=10).fit(module())
+    (content,) = events(tmp_path / "tb").PluginTagToContent("hparams").keys() & {"_hparams_/session_start_info"}
+    data = plugin_data_pb2.HParamsPluginData.FromString(events(tmp_path / "tb").PluginTagToContent("hparams")[content])
+    shown = {key: value.string_value or value.number_value for key, value in data.session_start_info.hparams.items()}
+    (file,) = (tmp_path / "csv").rglob("hparams.yaml")
+    for found in (shown, yaml.safe_load(file.read_text())):
+        assert found["hd/rule"] == "multiplicative"
+        assert found["hd/hypergrad_lr"] == 0.05
+        assert found["hd/max_lr"] == 0.5
+        assert found["hd/scope"] == "global"
+        assert ("width" in found) == (module is Saved)
+
+
+def test_event_files_have_a_layout_of_charts_whose_tags_are_there(tmp_path: Path) -> None:
+    def configure(network: Any) -> Any:
+        optimizer = SGD(network.parameters(), lr=0.01)
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": StepLR(optimizer, 50), "interval": "step"}}
+
+    hd, monitor = HypergradientDescent(), LearningRateMonitor()
+    logger = TensorBoardLogger(tmp_path)
+    make_trainer(tmp_path, hd, monitor, logger=logger, log_every_n_steps=10).fit(Reference(configure))
+    found = events(tmp_path)
+    (tensor,) = found.Tensors("custom_scalars__config__")
+    layout = layout_pb2.Layout.FromString(tensor.tensor_proto.string_val[0])
+    charts = {chart.title: list(chart.multiline.tag) for category in layout.category for chart in category.chart}
+    tags = found.Tags()["scalars"]
+    for title, expressions in charts.items():
+        for expression in expressions:
+            matching = [tag for tag in tags if expression.removeprefix("^") in tag]
+            assert matching or title == "brakes", (title, expression)
+    schedule, scale, lr = (scalars(tmp_path, f"hd/{what}-SGD") for what in ("schedule", "scale", "lr"))
+    assert [round(schedule[step], 6) for step in (9, 59, 109)] == [0.01, 0.001, 0.0001]
+    assert {step: schedule[step] * scale[step] for step in scale} == pytest.approx({s: lr[s] for s in scale}, rel=1e-5)
+
+
+def test_a_curve_of_a_resumed_run_goes_on_without_a_gap_or_a_step_twice(tmp_path: Path) -> None:
+    whole = HypergradientDescent()
+    make_trainer(tmp_path, whole, max_epochs=2, limit_train_batches=33).fit(Reference())
+    trainer: Any = None
+    for resume in (None, tmp_path / "last.ckpt"):
+        logger = TensorBoardLogger(tmp_path, name="run", version=0)
+        stop = [AfterOneEpoch()] if resume is None else []
+        settings: dict[str, Any] = {"max_epochs": 2, "limit_train_batches": 33, "log_every_n_steps": 10}
+        trainer = make_trainer(tmp_path, HypergradientDescent(), *stop, logger=logger, **settings)
+        trainer.fit(Reference(), ckpt_path=resume)
+        trainer.save_checkpoint(tmp_path / "last.ckpt")
+    for tag in ("hd/lr-SGD", "hd/log10_lr-SGD"):
+        steps = [event.step for event in events(tmp_path / "run").Scalars(tag)]
+        assert steps == list(range(66))
+    assert list(scalars(tmp_path / "run", "hd/lr-SGD").values()) == pytest.approx(whole.lrs["lr-SGD"], rel=1e-6)
+
+
+def test_a_representation_shows_what_differs_from_the_defaults() -> None:
+    assert repr(HypergradientDescent()) == "HypergradientDescent(rule='auto')"
+    shown = repr(HypergradientDescent(Auto(first_step=1e-3), max_lr=0.1, prog_bar=True))
+    assert shown.startswith("HypergradientDescent(rule=Auto(start='automatic',")
+    assert shown.endswith("max_lr=0.1, prog_bar=True)")
+
+
+def test_the_former_tags_can_be_monitored_for_one_more_version(tmp_path: Path) -> None:
+    trainer = make_trainer(tmp_path, HypergradientDescent(), limit_train_batches=reference.BATCH)
+    trainer.fit(Reference())
+    metrics = trainer.callback_metrics
+    for what in ("lr", "scale", "value", "cosine", "brakes"):
+        assert metrics[f"hypergradient/{what}-SGD"] == metrics[f"hd/{what}-SGD"]
