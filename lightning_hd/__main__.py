@@ -28,7 +28,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     @app.command("plot")
     def draw(
         runs: Annotated[
-            list[Path], typer.Argument(metavar="RUN_DIR...", help="Folders of runs. Those below are searched as well.")
+            list[Path], typer.Argument(metavar="RUN_DIR", help="Folders of runs. Those below are searched as well.")
         ],
         output: Annotated[
             Path, typer.Option("--output", "-o", metavar="FILE", help="What to write: a .png, .svg or .pdf file.")

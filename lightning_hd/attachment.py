@@ -11,7 +11,7 @@ from torch.utils.hooks import RemovableHandle
 
 from lightning_hd.hypergradient import HypergradientLR
 from lightning_hd.optimizers import unwrap
-from lightning_hd.support import check_modules, check_tensors, total_steps, tunable, with_groups
+from lightning_hd.support import check_modules, check_tensors, remaining_steps, tunable, with_groups
 from lightning_hd.tensorboard import optimizer_names
 from lightning_hd.tracker import Tracker
 
@@ -58,11 +58,22 @@ class Attachment:
                 continue
             # Lightning's tuner takes all callbacks out while it searches, with steps that are no part of the training.
             self._handles.append(optimizer.register_step_pre_hook(partial(self._pause, trainer)))
-            engine = self._make(optimizer, total_steps(trainer), self._alone)
+            engine = self._make(optimizer, remaining_steps(trainer, whole_epochs=False), self._alone)
             self.engines.append(engine)
             if self._scheduled is not None or any(optimizer is other for other in schedulers):
                 engine.scheduled = self._scheduled is not False
             self.trackers.append(Tracker(engine, name))
+
+    def expect(self, trainer: Trainer, whole_epochs: bool) -> None:
+        """See how long the training takes now; it may have become longer or shorter."""
+        remaining = remaining_steps(trainer, whole_epochs)
+        for engine in self.engines:
+            engine.total_steps = None if remaining is None else engine.step_count + remaining
+
+    @property
+    def classes(self) -> list[str]:
+        """The names of the classes of all optimizers."""
+        return [type(optimizer).__name__ for optimizer in self._optimizers]
 
     def is_stale(self, trainer: Trainer) -> bool:
         """Whether the Trainer has other optimizers now."""

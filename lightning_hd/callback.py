@@ -10,6 +10,7 @@ import torch.distributed as dist
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch.optim import Optimizer
+from torch.utils.hooks import RemovableHandle
 
 from lightning_hd.arguments import check_arguments, check_callback_arguments, make_decline
 from lightning_hd.attachment import Attachment
@@ -21,11 +22,13 @@ from lightning_hd.support import (
     axis,
     check_alone,
     check_strategy,
+    configured_rates,
+    guard_states,
     is_due,
-    renew_states,
     restore,
     show_small_numbers,
     strategies,
+    with_groups,
 )
 from lightning_hd.tensorboard import former
 from lightning_hd.tracker import Tracker
@@ -131,7 +134,10 @@ class HypergradientDescent(Callback):
         self.on_mismatch = on_mismatch
         self._attachment = Attachment(self, self._make, scheduled)
         self._restored: list[dict[str, Any]] | None = None
-        self._checkpoint: dict[str, Any] | None = None  # until the optimizers have loaded their states
+        self._guards: list[RemovableHandle] = []  # until the optimizers have loaded their states
+        self._classes: list[str] = []  # of the optimizers of a checkpoint
+        self._names: list[list[str]] = []  # of their groups
+        self._configured: dict[int, list[float]] = {}  # the rates of each optimizer before a checkpoint was loaded
         self._began = False  # whether a batch of this training has begun
 
     def _settings(self) -> dict[str, Any]:
@@ -164,6 +170,7 @@ class HypergradientDescent(Callback):
                 show_small_numbers(trainer)
             self._attachment.forget()  # where another callback's error has kept it from being done
             self._began, self._restored = False, None
+            self._classes, self._names = [], []
             describe(trainer, pl_module, self._settings())
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -171,28 +178,29 @@ class HypergradientDescent(Callback):
         if not isinstance(state_dict, dict) or not isinstance(state_dict.get("optimizers"), list):
             raise ValueError("the checkpoint's state of HypergradientDescent is damaged: it has no list of optimizers")
         self._restored = state_dict["optimizers"]
+        self._classes, self._names = state_dict.get("classes", []), state_dict.get("names", [])
         if any(engine.attached for engine in self.engines):
             self._restore()
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Before a checkpoint's optimizer states are loaded: see that what is ours in them is found."""
-        checkpoint, self._checkpoint = self._checkpoint, None
-        if checkpoint is not None:
-            classes = [state.get("optimizer", "") for state in self._restored or () if isinstance(state, dict)]
-            renew_states(checkpoint, trainer.optimizers, classes, restart=self.on_mismatch == "restart")
+        self._configured = configured_rates(with_groups(trainer))
+        if self._restored is not None:
+            restart = self.on_mismatch == "restart"
+            self._guards = guard_states(with_groups(trainer), self._classes, restart)
         for optimizer in trainer.optimizers:
             if isinstance(optimizer, Optimizer):
                 copies_of(optimizer)
 
     def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         """Load the engines' tensors, where Lightning does not."""
-        self._checkpoint = checkpoint
         if "ModelParallelStrategy" in strategies(trainer) and trainer.ckpt_path and Path(trainer.ckpt_path).is_dir():
             for i, optimizer in enumerate(trainer.optimizers):
                 load_copies(pl_module, optimizer, f"optimizer_{i}", Path(trainer.ckpt_path))
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Attach to every optimizer."""
+        self._drop_guards()
         check_strategy(trainer)
         self._attachment.attach(trainer)
         if trainer.ckpt_path and trainer.global_step and self._restored is None and self.engines:
@@ -201,6 +209,7 @@ class HypergradientDescent(Callback):
                 "the beginning."
             )
         self._restore()
+        self._attachment.expect(trainer, whole_epochs=False)
         if not self.engines:
             rank_zero_warn("HypergradientDescent: the Trainer has no optimizer, so there is no learning rate to tune.")
         elif not trainer.loggers:
@@ -219,6 +228,8 @@ class HypergradientDescent(Callback):
             )
             self._attachment.forget()
             self._attachment.attach(trainer)
+        if batch_idx == 0:
+            self._attachment.expect(trainer, whole_epochs=True)
 
     def on_train_batch_end(
         self,
@@ -271,6 +282,7 @@ class HypergradientDescent(Callback):
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Leave the optimizers alone, where training did not start."""
+        self._drop_guards()
         for optimizer in trainer.optimizers:
             if isinstance(optimizer, Optimizer):
                 leave_copies(optimizer)
@@ -278,16 +290,22 @@ class HypergradientDescent(Callback):
     def state_dict(self) -> dict[str, Any]:
         """The learned scalars of every optimizer; the tensors are in the optimizers' own state, under keys ``hd_*``."""
         if self._restored is not None:  # training has not started yet
-            return {"optimizers": self._restored}
-        return {"optimizers": [engine.state_dict() for engine in self.engines]} if self.engines else {}
+            return {"optimizers": self._restored, "classes": self._classes, "names": self._names}
+        if not self.engines:
+            return {}
+        return {
+            "optimizers": [engine.state_dict() for engine in self.engines],
+            "classes": self._attachment.classes,
+            "names": [tracker.names() for tracker in self._trackers],
+        }
 
     def __getstate__(self) -> dict[str, Any]:
         """A copy has the arguments, and no part in the training of the original."""
-        without = ("log", "log_dict", "_attachment", "_checkpoint")  # the first two are the module's
+        without = ("log", "log_dict", "_attachment", "_guards")  # the first two are the module's
         return {name: value for name, value in vars(self).items() if name not in without}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        vars(self).update(state, _checkpoint=None)
+        vars(self).update(state, _guards=[])
         self._attachment = Attachment(self, self._make, self.scheduled)
 
     def _make(self, optimizer: Optimizer, steps: int | None, group: dist.ProcessGroup | None) -> HypergradientLR:
@@ -301,12 +319,20 @@ class HypergradientDescent(Callback):
             self.probe,
             group,
             steps,
-            self.decline,
+            0.0 if steps is None else self.decline,
             self.stop_after,
         )
+
+    def _drop_guards(self) -> None:
+        for handle in self._guards:
+            handle.remove()
+        self._guards = []
 
     def _restore(self) -> None:
         if self._restored is None:
             return
         saved, self._restored = self._restored, None
-        restore(self.engines, saved, restart=self.on_mismatch == "restart")
+        configured = [self._configured.get(id(engine.optimizer), []) for engine in self.engines]
+        restore(self.engines, saved, configured, restart=self.on_mismatch == "restart")
+        for tracker, names in zip(self._trackers, self._names, strict=False):
+            tracker.go_on(names)

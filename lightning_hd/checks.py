@@ -1,6 +1,8 @@
 """Checks of single values: what an argument or a saved number must be."""
 
 import math
+import operator
+from typing import SupportsIndex
 
 from torch import Tensor
 
@@ -34,11 +36,12 @@ def check_count(name: str, value: int) -> int:
         TypeError: It is no whole number.
         ValueError: It is negative.
     """
-    if isinstance(value, bool) or not isinstance(value, int):
+    if isinstance(value, bool) or not isinstance(value, SupportsIndex) or isinstance(value, Tensor):
         raise TypeError(f"{name} must be a whole number, got {value!r}")
-    if value < 0:
+    number = operator.index(value)
+    if number < 0:
         raise ValueError(f"{name} must not be negative, got {value}")
-    return value
+    return number
 
 
 def check_divisor(name: str, value: float) -> float:

@@ -15,6 +15,10 @@ class Decline:
     part: float
     total: int | None
 
+    def is_over(self, step: int) -> bool:
+        """Whether a step, counted from 1, comes after the last one of the decline."""
+        return bool(self.part and self.total and step > self.total)
+
     def factor(self, step: int) -> float:
         """What the rate of a step, counted from 1, is multiplied with. It stays above 0, in later steps as well."""
         length = self.part * (self.total or 0)

@@ -50,7 +50,7 @@ class StepHooks:
         self._prepare = prepare
         self._hear = hear
         self._pass_by = pass_by
-        self._done = False  # whether a step has come to its end
+        self.proven = False  # whether a step has come to its end, so that nothing is put back any more
         self._finish = finish
         self._caller: FrameType | None = None  # of the step that is under way
         self._handles: list[RemovableHandle] = [
@@ -93,7 +93,7 @@ class StepHooks:
     def _wrap(self, closure: Callable[[], Any]) -> Callable[[], Any]:
         before, caller = self._versions(), self._caller
         parameters = [p for settings in self._optimizer.param_groups for p in settings["params"]]
-        copies = [] if self._done else [p.detach().clone() for p in parameters]  # to put them back with the error
+        copies = [] if self.proven else [p.detach().clone() for p in parameters]  # to put them back with the error
         done = False
 
         def prepare_after_backward() -> Any:
@@ -101,10 +101,11 @@ class StepHooks:
             if done or self._caller is not caller:  # it has failed, or the hooks were removed
                 return closure()
             if self._versions() != before:
-                self._caller = None
                 if not copies:
+                    done = True
                     self._pass_by()
                     return closure()
+                self._caller = None
                 with torch.no_grad():
                     for p, copy in zip(parameters, copies, strict=True):
                         p.copy_(copy)
@@ -143,7 +144,7 @@ class StepHooks:
     def _after_step(self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if self._caller is not None and _calling_frame() is self._caller:
             self._caller = None
-            self._done = True
+            self.proven = True
             self._call_finish()
 
 

@@ -137,6 +137,8 @@ class HypergradientLR:
     ) -> None:
         self._rule, low, high = check_arguments(rule, hypergrad_lr, scope, min_lr, max_lr, probe)
         falling = make_decline(decline, total_steps, self._rule)
+        if total_steps is None and not isinstance(decline, str) and decline:
+            raise ValueError(f"decline={decline!r} has no effect without total_steps, the number of steps")
         if stop_after is not None:
             check_count("stop_after", stop_after)
         check_optimizer(optimizer)
@@ -149,12 +151,20 @@ class HypergradientLR:
         notices = Notices(f"{self._owner}({type(self.optimizer).__name__})", ranks)
         budget = (PROBE if self._rule.long_horizon else None) if probe == "default" else probe
         self._copies = copies_of(self.optimizer)
+        if self._rule.long_horizon:
+            self._copies.tensors.clear()  # of a rule that this training has had before
         self._loads = 0  # how many of the optimizer's loaded states are taken account of
         view = (
             Moves(self.optimizer, budget, ranks, notices)
             if self._rule.long_horizon
             else LastStep(self.optimizer, budget, ranks, notices, self._copies)
         )
+        if any({"d", "d0"} <= settings.keys() for settings in self.optimizer.param_groups):
+            notices.warn(
+                "own estimate",
+                "this optimizer estimates its learning rate itself, as Prodigy and D-Adaptation do, and two estimates "
+                "on top of each other fail: use it alone, or tune a plain optimizer",
+            )
         self._tuning = Tuning(self.optimizer, self._rule, rates, view, ranks, notices, falling, stop_after)
         self._hooks: StepHooks | None = None
         self._attach()
@@ -214,6 +224,15 @@ class HypergradientLR:
         self._tuning.rates.scheduled = None if value is None else bool(value)
 
     @property
+    def total_steps(self) -> int | None:
+        """How many steps the training takes, those of this engine; ``None``: it is not known. Settable."""
+        return self._tuning.decline.total
+
+    @total_steps.setter
+    def total_steps(self, value: int | None) -> None:
+        self._tuning.decline.total = None if value is None else check_count("total_steps", value)
+
+    @property
     def probe(self) -> tuple[int, int]:
         """How many coordinates were looked at in the last step, and how many there are."""
         return self._tuning.view.share
@@ -231,7 +250,7 @@ class HypergradientLR:
         Raises:
             TypeError: It is neither.
         """
-        self._tuning.losses.report(loss)
+        self._tuning.losses.report(loss, keep=self.attached and not self.paused)
 
     @property
     def attached(self) -> bool:
@@ -276,6 +295,8 @@ class HypergradientLR:
         keep = [loaded or written for written in self._tuning.rates.written()]
         self._tuning.rates.sync()
         load(self._tuning, state_dict, keep + [loaded] * (len(self.optimizer.param_groups) - len(keep)))
+        if self._hooks is not None and self.step_count:
+            self._hooks.proven = True
 
     def check_agreement(self) -> None:
         """Compare the learning rates of all processes of the group; to be called on each of them.

@@ -14,8 +14,9 @@ def check_joins(parameters: Iterable[Tensor]) -> None:
     A process that has run out of data answers for the model's own sums only, so that ours would wait for it.
     """
     own = set(parameters)
-    # torch has no public way to ask whether such a context is open, nor for what. This looks at all objects, once.
-    for join in (thing for thing in gc.get_objects() if isinstance(thing, Join)):
+    # torch has no public way to ask whether such a context is open, nor for what. This looks at all objects, once, by
+    # their types: `isinstance` would ask weak proxies, whose objects may be gone.
+    for join in (thing for thing in gc.get_objects() if issubclass(type(thing), Join)):
         ends_all = join._throw_on_early_termination or not join._enable
         models = [model for model in join._joinables if isinstance(model, DistributedDataParallel)]
         if not ends_all and any(p in own for model in models for p in model.parameters()):

@@ -1,9 +1,14 @@
 """Whether the step of an optimizer is in proportion to its learning rate, found out by replaying one on a copy."""
 
+import contextlib
 import copy
+import inspect
 import math
+import random
+from collections.abc import Iterator
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.optim import Adafactor, Optimizer
@@ -20,7 +25,7 @@ _LARGEST = 2**20
 _PART = 0.05
 """Moves are in proportion where no more than this part of them is left over; rounding has its own allowance."""
 
-_GROWTH = 4.0
+_GROWTH = 3.5
 """By how many moves two moves differ where the rate is in sums of former steps: by one where it is not, by three where
 the move goes with its square, by two where it is in an average."""
 
@@ -30,7 +35,10 @@ _ADVICE = {
 }
 """What follows, and what the user can do, for rules with a long horizon and for others."""
 
-_DUE = (2, 9)
+_DEPTH = 4
+"""How deep what an optimizer holds may be nested."""
+
+_DUE = (2, 5, 9)
 """After so many steps, one is replayed: the first ones show no difference where the rate is in sums of old steps."""
 
 _PATIENCE = 20
@@ -72,8 +80,7 @@ class Linearity:
         found = _replay(self._optimizer, rates) if rates else None
         votes = [found is not None, found is not None and found.ignores]
         votes.append(found is not None and (found.growth > _GROWTH if self._long_horizon else found.left > _PART))
-        sums = self._ranks.sum(torch.tensor(votes, dtype=torch.float32, device=device_of(self._optimizer)))
-        known, ignoring, wrong = sums.tolist()
+        known, ignoring, wrong = self._sum([float(vote) for vote in votes])
         if not known:
             self._due[0] = step_count + 1
             return False
@@ -92,6 +99,12 @@ class Linearity:
             self._notices.warn("not linear", f"its step is not linear in its learning rate, so {advice}")
         return bool(wrong)
 
+    def _sum(self, numbers: list[float]) -> list[float]:
+        """The sums of some numbers over all processes."""
+        tensor = torch.tensor(numbers, dtype=torch.float32, device=device_of(self._optimizer))
+        sums: list[float] = self._ranks.sum(tensor).tolist()
+        return sums
+
 
 class _Found(NamedTuple):
     """What two moves, at a rate and at twice the rate, have shown."""
@@ -105,6 +118,10 @@ def _replay(optimizer: Optimizer, rates: dict[int, float]) -> _Found | None:
     """``None`` where nothing is found: the optimizer cannot be copied, or its moves are lost in rounding."""
     parameters = [p for i in rates for p in optimizer.param_groups[i]["params"] if p.grad is not None]
     chosen = _smallest(parameters)
+    settings = [{**group, "params": None} for group in optimizer.param_groups]
+    states = [dict(optimizer.state[p]) for p in chosen if p in optimizer.state]
+    if not _is_plain([_attributes(optimizer), settings, states]):
+        return None
     try:
         once = _moves(optimizer, rates, chosen)
         twice = _moves(optimizer, {i: 2 * lr for i, lr in rates.items()}, chosen)
@@ -151,18 +168,52 @@ def _moves(optimizer: Optimizer, rates: dict[int, float], chosen: list[Tensor]) 
         groups.append(own)
     memo[id(optimizer.param_groups)] = groups
     state = {memo[id(p)]: copy.deepcopy(dict(optimizer.state[p]), memo) for p in chosen if p in optimizer.state}
-    kept = {
-        name: value
-        for name, value in vars(optimizer).items()
-        if name not in ("param_groups", "state", "step") and "_hooks" not in name
-    }
     twin_optimizer: Optimizer = type(optimizer).__new__(type(optimizer))
-    vars(twin_optimizer).update(copy.deepcopy(kept, memo))
+    vars(twin_optimizer).update(copy.deepcopy(_attributes(optimizer), memo))
     twin_optimizer.__setstate__({"param_groups": groups, "state": type(optimizer.state)(dict, state)})
-    devices = sorted({p.device.index for p in chosen if p.device.type == "cuda"})
-    with torch.random.fork_rng(devices):
-        twin_optimizer.step()
+    with _kept_random_state(chosen), torch.no_grad():
+        # without the wrapper that torch puts around it, which calls hooks that are registered for all optimizers
+        inspect.unwrap(type(optimizer).step, stop=lambda step: not getattr(step, "hooked", False))(twin_optimizer)
     return [as_real(local(memo[id(p)].detach())).double() - as_real(local(p.detach())).double() for p in chosen]
+
+
+def _attributes(optimizer: Optimizer) -> dict[str, Any]:
+    """What the optimizer holds beside its groups and its state, hooks aside."""
+    without = ("param_groups", "state", "step")
+    return {name: value for name, value in vars(optimizer).items() if name not in without and "_hooks" not in name}
+
+
+def _is_plain(value: Any, depth: int = 0) -> bool:
+    """Whether a copy has nothing in common with it: it holds numbers, small tensors and optimizers of such only.
+
+    A function or a weak reference in a copy is that of the original, which it may change.
+    """
+    if value is None or isinstance(value, (bool, int, float, complex, str, torch.dtype, torch.device)):
+        return True
+    if isinstance(value, Tensor):
+        return isinstance(value, nn.Parameter) or value.numel() <= _LARGEST
+    if depth > _DEPTH:
+        return False
+    if isinstance(value, Optimizer):
+        return sum(p.numel() for settings in value.param_groups for p in settings["params"]) <= 2 * _LARGEST and (
+            _is_plain(_attributes(value), depth + 1)
+        )
+    if isinstance(value, dict):
+        return all(_is_plain(item, depth + 1) for pair in value.items() for item in pair)
+    return isinstance(value, (list, tuple, set)) and all(_is_plain(item, depth + 1) for item in value)
+
+
+@contextlib.contextmanager
+def _kept_random_state(parameters: list[Tensor]) -> Iterator[None]:
+    """Leave the generators of torch, NumPy and Python as they were."""
+    devices = sorted({p.device.index for p in parameters if p.device.type == "cuda"})
+    others = random.getstate(), np.random.get_state()
+    try:
+        with torch.random.fork_rng(devices):
+            yield
+    finally:
+        random.setstate(others[0])
+        np.random.set_state(others[1])
 
 
 def _norm(tensors: list[Tensor]) -> float:

@@ -13,8 +13,12 @@ class Losses:
         self._reported: list[Tensor | float] = []
         self._returned: Tensor | float | None = None
 
-    def report(self, loss: Tensor | float) -> None:
+    def report(self, loss: Tensor | float, keep: bool = True) -> None:
         """Take in a loss; several are averaged.
+
+        Args:
+            loss: The loss.
+            keep: Whether there is a step to come that it belongs to.
 
         Raises:
             TypeError: It is no real number, nor a tensor of one.
@@ -22,7 +26,8 @@ class Losses:
         number = _number(loss)
         if number is None:
             raise TypeError(f"loss must be a real number or a tensor of one, got {loss!r}")
-        self._reported.append(number)
+        if keep:
+            self._reported.append(number)
 
     def hear(self, returned: Any) -> None:
         """Take in what a closure has returned, if that is a loss; it counts where none is reported."""
@@ -52,7 +57,8 @@ class Losses:
 
 def _number(value: Any) -> Tensor | float | None:
     if isinstance(value, Tensor):
-        return value.detach().reshape(()) if value.numel() == 1 and not value.is_complex() else None
+        usable = value.numel() == 1 and not value.is_complex() and not value.is_meta
+        return value.detach().clone().reshape(()) if usable else None  # a copy, for it may be written to
     if isinstance(value, (bool, str)) or not hasattr(value, "__float__"):
         return None
     return float(value)

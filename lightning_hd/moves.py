@@ -215,7 +215,8 @@ class Moves(View):
         if not self.slots or all(mean is None for mean in self._means):
             wholes = [saved.mean for saved in self._saved.values()]
             entries = [[*key, saved.size, saved.count, saved.updated] for key, saved in self._saved.items()]
-            return {"parameters": entries, "mean": torch.cat(wholes) if wholes else torch.zeros(0)}
+            mean = torch.cat(wholes) if wholes else torch.zeros(0)
+            return {"parameters": entries, "mean": mean, "apart": sorted(self._apart)}
         own, device = self._local_means(), device_of(self._optimizer)
         sharded = self._ranks.count > 1 and any(
             isinstance(slot.p, DTensor) or slot.offset is not None for slot in self.slots
@@ -238,6 +239,7 @@ class Moves(View):
                 [*slot.key, slot.size, slot.count, bool(flag)] for slot, flag in zip(self.slots, updated, strict=True)
             ],
             "mean": mean.clone(),
+            "apart": sorted(self._apart),
         }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -250,10 +252,12 @@ class Moves(View):
             ([check_count("parameters", number) for number in numbers], check_flag("parameters", updated))
             for *numbers, updated in state_dict["parameters"]
         ]
+        apart = {check_count("apart", group) for group in state_dict["apart"]}
         counts, mean = [count for (_, _, _, count), _ in entries], state_dict["mean"]
         if not isinstance(mean, Tensor) or mean.shape != (sum(counts),) or not bool(mean.isfinite().all()):
             raise ValueError(f"mean must be {sum(counts)} finite numbers")
         self._parameters, self.slots, self._buckets, self._means = [], [], [], []
+        self._apart, self._coming = apart, set()
         parts = torch.split(mean, counts) if counts else ()
         self._saved = {
             (i, j): Saved(size, count, updated, part)

@@ -165,7 +165,13 @@ def check_optimizer(optimizer: Optimizer) -> None:
 def _check_initialized(optimizer: Optimizer) -> None:
     """Raise :class:`TypeError` where the base class knows nothing of this object, so that its hooks do not work."""
     try:
-        optimizer.register_step_pre_hook(lambda *_: None).remove()
+        for register in (
+            optimizer.register_step_pre_hook,
+            optimizer.register_step_post_hook,
+            optimizer.register_state_dict_post_hook,
+            optimizer.register_load_state_dict_pre_hook,
+        ):
+            register(lambda *_: None).remove()
         initialized = hasattr(optimizer, "state") and hasattr(optimizer, "defaults")
     except AttributeError:
         initialized = False

@@ -5,7 +5,7 @@ import math
 import os
 import re
 import textwrap
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias
@@ -26,7 +26,7 @@ INSTALL = 'pip install "lightning-hd[plot]"'
 
 # The colours of Okabe and Ito, dark and light in turn, and a grey. 5 and 8 have no common divisor, so that 40 lines
 # differ without colour as well.
-COLORS = ("#0072B2", "#E69F00", "#000000", "#56B4E9", "#D55E00", "#CC79A7", "#009E73", "#808080")
+COLORS = ("#0072B2", "#E69F00", "#000000", "#56B4E9", "#D55E00", "#CC79A7", "#009E73", "#404040")
 MARKERS = ("o", "s", "^", "D", "v", "P", "X", "<")
 DASHES = ("solid", (0, (4, 1.2)), (0, (1, 1)), (0, (5, 1.2, 1, 1.2)), (0, (2, 1)))
 
@@ -84,9 +84,8 @@ def load(runs: Sequence[Path | str], loss: str | None = None) -> list[Curves]:
         there = sorted({tag for tags in logged for tag in tags}, key=_natural)
         raise PlotError(f"no run has logged {loss!r}; the tags are: {', '.join(there)}")
     root = os.path.commonpath([folder.parent for folder in folders]) if folders else ""
-    curves = [
-        _select(folder.relative_to(root).as_posix(), tags, loss) for folder, tags in zip(folders, logged, strict=True)
-    ]
+    names = [folder.relative_to(root).as_posix() for folder in folders]
+    curves = [_select(name, tags, loss) for name, tags in zip(names, logged, strict=True)]
     if not any(run.rates for run in curves):
         where = ", ".join(map(str, runs))
         raise PlotError(
@@ -114,7 +113,7 @@ def _natural(name: str) -> list[tuple[int, str]]:
 
 def _read(folder: Path) -> dict[str, Curve]:
     """All scalars of a run. Where both kinds of files hold a tag, the event files count."""
-    numbers: dict[str, tuple[list[int], list[float]]] = {}
+    numbers: dict[str, Curve] = {}
     for source in (_csv(folder), _events(folder)):
         tags: dict[str, tuple[list[int], list[float]]] = {}
         for tag, step, value in source:
@@ -125,7 +124,7 @@ def _read(folder: Path) -> dict[str, Curve]:
             steps.append(step)
             values.append(value)
         numbers |= tags
-    return dict(numbers)
+    return numbers
 
 
 def _csv(folder: Path) -> Iterator[tuple[str, int, float]]:
@@ -135,12 +134,10 @@ def _csv(folder: Path) -> Iterator[tuple[str, int, float]]:
     try:
         with file.open(newline="", encoding="utf-8") as lines:
             for row in csv.DictReader(lines):
-                step = _number(row.pop("step", None))
-                if step is not None and math.isfinite(step):
-                    for tag, text in row.items():
-                        value = _number(text)
-                        if value is not None:
-                            yield tag, int(step), value
+                numbers = {tag: number for tag, text in row.items() if (number := _number(text)) is not None}
+                step = numbers.pop("step", math.nan)
+                if math.isfinite(step):
+                    yield from ((tag, int(step), value) for tag, value in numbers.items())
     except (csv.Error, UnicodeDecodeError) as error:
         raise PlotError(f"{file} cannot be read: {error}") from error
 
@@ -174,7 +171,7 @@ def _select(name: str, tags: Mapping[str, Curve], loss: str | None) -> Curves:
     return Curves(name, rates, tags.get(loss), cosines, "loss" if loss in LOSSES else loss)
 
 
-def _named(tags: Mapping[str, Curve], prefixes: Iterable[str]) -> dict[str, Curve]:
+def _named(tags: Mapping[str, Curve], prefixes: tuple[str, ...]) -> dict[str, Curve]:
     """The curves whose tags begin so, by the rest of the tag; a later prefix takes precedence."""
     found = {tag[len(start) :]: tags[tag] for start in prefixes for tag in tags if tag.startswith(start)}
     return {name: found[name] for name in sorted(found, key=_natural)}
@@ -206,8 +203,8 @@ def figure(curves: Sequence[Curves]) -> "Figure":
 
     The thick lines of the cosines, and of losses with 100 points or more, are running means over a twentieth of the
     points, five at least; the thin lines below are the numbers themselves. Rates that are not above 0, and numbers that
-    are not finite, are gaps. The axis of the losses is logarithmic where all are above 0. Each line but the thin ones has
-    the label that the legend shows.
+    are not finite, are gaps. The axis of the losses is logarithmic where all are above 0. Lines have the labels of the
+    legend, but for the thin ones.
 
     Args:
         curves: What to draw, run by run. They need not come from files.
@@ -249,9 +246,8 @@ def _draw(panels: Sequence[_Panel]) -> "Figure":
     lines = [line for handle in handles for line in str(handle.get_label()).split("\n")]
     columns = max(1, min(len(handles), 3, int(LINE_CHARACTERS / (max(map(len, lines), default=0) + 8))))
 
-    drawn = Figure(
-        figsize=(COLUMN, 0.35 + 1.2 * len(panels) + 0.15 * math.ceil(len(lines) / columns)), layout="constrained"
-    )
+    height = 0.35 + 1.2 * len(panels) + 0.15 * math.ceil(len(lines) / columns)
+    drawn = Figure(figsize=(COLUMN, height), layout="constrained")
     grid = drawn.subplots(len(panels), 1, sharex=True, squeeze=False)[:, 0]
     for axes, panel in zip(grid, panels, strict=True):
         _fill(axes, panel, styles)
@@ -341,8 +337,6 @@ def check_file(path: Path) -> None:
         raise PlotError(f"cannot write {path}: its name must end in {', '.join(SUFFIXES[:-1])} or {SUFFIXES[-1]}")
     if not path.parent.is_dir():
         raise PlotError(f"cannot write {path}: the folder {path.parent} does not exist")
-    if path.is_dir():
-        raise PlotError(f"cannot write {path}: it is a folder")
 
 
 def save(drawn: "Figure", path: Path | str) -> None:

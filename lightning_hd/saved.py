@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from lightning_hd.checks import check_count
+from lightning_hd.loss import Losses
 from lightning_hd.rules import rule_name
 from lightning_hd.step import Tuning
 
@@ -54,13 +55,14 @@ def load(tuning: Tuning, state_dict: dict[str, Any], keep: Sequence[bool]) -> No
             raise ValueError(
                 f"the saved state has {len(groups)} parameter groups, the optimizer {len(own['rates']['groups'])}"
             )
+        Losses().load_state_dict(state_dict["losses"])  # whether it can be loaded
         counts = {name: check_count(name, state_dict[name]) for name in _COUNTS}
         scheduled = tuning.rates.under_schedule
         tuning.view.load_state_dict(state_dict["view"])
-        tuning.rates.load_state_dict(state_dict["rates"], keep)
-        tuning.losses.load_state_dict(state_dict["losses"])
+        tuning.rates.load_state_dict(state_dict["rates"], keep)  # the last that can fail, and it fails as a whole
     except (KeyError, IndexError, TypeError, ValueError, AttributeError) as error:
         tuning.view.load_state_dict(own["view"])
         raise ValueError(f"the saved state is damaged, or of other parameter groups: {error!r}. {_WAY_OUT}") from error
     tuning.lost_schedule = scheduled and not tuning.rates.under_schedule
+    tuning.losses.load_state_dict(state_dict["losses"])
     vars(tuning).update(counts)

@@ -58,8 +58,8 @@ class Tuning:
         self.stop_after = math.inf if stop_after is None else stop_after
         self.losses = Losses()
         self.start = Start(optimizer, ranks)
-        self.takeoff = TakeOff(optimizer, rates, self.start, rule.long_horizon, self._stay)
         self.linearity = Linearity(optimizer, rates, ranks, notices, rule.long_horizon)
+        self.takeoff = TakeOff(optimizer, rates, self.start, rule.long_horizon, self._stay)
         self.watch = Watch(optimizer, notices)
         self.writes = Writes(notices)
         self.paused = False
@@ -69,6 +69,7 @@ class Tuning:
         self._checked = False  # whether all is in order, and the same on all ranks
         self._dry = False
         self._step: Step | None = None
+        self._passed: tuple[list[float], list[float]] | None = None  # rates before and during a step without tuning
 
     # ------------------------------------------------------------------ called by the optimizer's hooks
 
@@ -98,15 +99,23 @@ class Tuning:
     @torch.no_grad()
     def finish(self) -> None:
         """The step is over: the parameters have moved."""
-        if self._step is not None:
+        if self._passed is not None:
+            self.rates.give_back(*self._passed)
+            self._passed = None
+        elif self._step is not None:
             self._remember(self._step)
             self._step = None
         elif self._dry:
             self.view.make_room()
 
     def pass_by(self) -> None:
-        """A step that cannot be tuned: it is taken at the rate that the groups hold."""
+        """A step that cannot be tuned: it is taken at the rate of the last one, or what a schedule makes of it."""
         self.view.pause()
+        if self.rates.under_schedule:
+            self.rates.sync()
+            lrs = [lr for lr, _ in self.rates.effective([scope.used for scope in self.rates.scopes])]
+            held = [set_lr(settings, lr) for settings, lr in zip(self.optimizer.param_groups, lrs, strict=True)]
+            self._passed = list(self.rates.held), held
         self.notices.warn(
             "early move",
             f"step {self.step_count + 1} moves the parameters before it evaluates its closure, as those of "
@@ -116,6 +125,9 @@ class Tuning:
     def abandon(self) -> None:
         """Forget a step that began and raised: the rate stays as it was."""
         step, self._step = self._step, None
+        if self._passed is not None:
+            self.rates.put_back(*self._passed)
+            self._passed = None
         if step is None:
             return
         self.view.abandon()
@@ -264,7 +276,15 @@ class Tuning:
 
     def _factor(self) -> float:
         """What the decline makes of the rates; a schedule stands in its place."""
-        return 1.0 if self.rates.under_schedule else self.decline.factor(self.step_count + 1)
+        if self.rates.under_schedule:
+            return 1.0
+        if self.decline.is_over(self.step_count + 1):
+            self.notices.warn(
+                "longer",
+                f"training goes on after the {self.decline.total} steps that it was to take, at the rate at which the "
+                "decline has ended",
+            )
+        return self.decline.factor(self.step_count + 1)
 
     def _stay(self, step: Step, scope: Scope, what: str) -> tuple[float, float]:
         step.finite = False

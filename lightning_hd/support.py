@@ -1,17 +1,21 @@
 """What the callback takes: strategies, optimizers and modules of a Trainer."""
 
+import contextlib
 import math
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor, nn
 from torch.optim import Optimizer
+from torch.utils.hooks import RemovableHandle
 
 from lightning_hd.hypergradient import HypergradientLR
-from lightning_hd.optimizers import check_optimizer
+from lightning_hd.lr import get_lrs, set_lr
+from lightning_hd.optimizers import check_optimizer, unwrap
 
 _SUPPORTED = {"SingleDeviceStrategy", "DDPStrategy", "FSDPStrategy", "ModelParallelStrategy"}
 _REFUSED = {"DeepSpeedStrategy", "XLAStrategy", "SingleDeviceXLAStrategy"}  # though they are subclasses of those
@@ -23,12 +27,25 @@ def strategies(trainer: Trainer) -> set[str]:
     return {base.__name__ for base in type(trainer.strategy).__mro__}
 
 
-def total_steps(trainer: Trainer) -> int | None:
-    """How many steps the training takes; ``None`` where that is not known."""
+def remaining_steps(trainer: Trainer, whole_epochs: bool) -> int | None:
+    """How many steps the training still takes; ``None`` where that is not known.
+
+    Args:
+        trainer: The Trainer.
+        whole_epochs: Whether an epoch begins: then it is seen how many batches it has and accumulates.
+    """
     if not trainer.lightning_module.automatic_optimization:
         return None
-    steps = trainer.estimated_stepping_batches
-    return int(steps) if 0 < steps < math.inf else None
+    total = trainer.estimated_stepping_batches
+    if not 0 < total < math.inf:
+        return None
+    remaining = int(total) - trainer.global_step
+    batches, epochs = trainer.num_training_batches, trainer.max_epochs
+    if whole_epochs and epochs is not None and epochs > 0 and batches < math.inf:
+        remaining = math.ceil(batches / trainer.accumulate_grad_batches) * (epochs - trainer.current_epoch)
+        if trainer.max_steps > 0:
+            remaining = min(remaining, trainer.max_steps - trainer.global_step)
+    return max(remaining, 0)
 
 
 def tunable(optimizers: Sequence[Optimizer]) -> list[Optimizer]:
@@ -55,64 +72,88 @@ def tunable(optimizers: Sequence[Optimizer]) -> list[Optimizer]:
     return found
 
 
-def renew_states(
-    checkpoint: dict[str, Any], optimizers: Sequence[Optimizer], classes: Sequence[str], restart: bool
-) -> None:
-    """Put fresh states into a checkpoint for optimizers to which the saved ones do not belong, with a warning.
+def guard_states(optimizers: Sequence[Optimizer], classes: Sequence[str], restart: bool) -> list[RemovableHandle]:
+    """See, when optimizers load their states from a checkpoint, that these belong to them.
 
     Args:
-        checkpoint: The checkpoint.
         optimizers: The optimizers.
-        classes: The names of the classes of the saved ones, as far as they are known.
-        restart: Whether to do so, rather than to raise.
+        classes: The names of the classes of the saved ones.
+        restart: Whether to start such an optimizer anew, with a warning, rather than to raise :class:`ValueError`.
 
-    Raises:
-        ValueError: A state is of an optimizer of another class. (What else is wrong with it is torch's to say.)
+    Returns:
+        What removes this again.
     """
-    states = checkpoint.get("optimizer_states", [])
-    for i, (optimizer, saved) in enumerate(zip(optimizers, states, strict=False)):
+
+    def check(saved_class: str, optimizer: Optimizer, state_dict: dict[str, Any]) -> dict[str, Any] | None:
         fresh = optimizer.state_dict()
-        layouts = [[len(group["params"]) for group in state["param_groups"]] for state in (saved, fresh)]
-        other = len(classes) == len(states) and classes[i] != type(optimizer).__name__
-        if other and not restart:
+        layouts = [[len(group["params"]) for group in state["param_groups"]] for state in (state_dict, fresh)]
+        now = type(optimizer).__name__
+        if saved_class == now and layouts[0] == layouts[1]:
+            return None
+        counts = [f"{len(layout)} parameter groups" for layout in layouts]
+        found = f"optimizer={saved_class!r} with {counts[0]}, now it is {now!r} with {counts[1]}"
+        if not restart:
             raise ValueError(
-                f"HypergradientDescent: the saved state has optimizer={classes[i]!r}, now it is "
-                f"{type(optimizer).__name__!r}: go on with the same, or start anew with on_mismatch='restart'"
+                f"HypergradientDescent: the saved state has {found}: go on with the same, or start anew with "
+                "on_mismatch='restart'"
             )
-        if restart and (layouts[0] != layouts[1] or other):
-            rank_zero_warn(
-                "HypergradientDescent(on_mismatch='restart'): the checkpoint holds the state of another optimizer than "
-                f"this {type(optimizer).__name__} with {len(layouts[1])} parameter groups, so it starts anew."
-            )
-            states[i] = fresh
+        rank_zero_warn(f"HypergradientDescent: the saved state has {found}, so this optimizer starts anew.")
+        return fresh
+
+    return [
+        optimizer.register_load_state_dict_pre_hook(partial(check, saved_class), prepend=True)
+        for optimizer, saved_class in zip(optimizers, classes, strict=False)
+        if isinstance(optimizer, Optimizer)
+    ]
 
 
-def restore(engines: Sequence[HypergradientLR], saved: Sequence[dict[str, Any]], restart: bool) -> None:
+def restore(
+    engines: Sequence[HypergradientLR],
+    saved: Sequence[dict[str, Any]],
+    configured: Sequence[list[float]],
+    restart: bool,
+) -> None:
     """Load the saved state of each engine.
 
     Args:
         engines: The engines.
         saved: Their states.
-        restart: Whether to warn, rather than to raise, where a state is of something else.
+        configured: The rates that their optimizers' groups were configured with.
+        restart: Whether to warn and start from these rates, rather than to raise, where a state is of something else.
 
     Raises:
         ValueError: A state is of something else.
     """
-    errors = list[str]()
+    errors, failed = list[str](), list(range(len(engines)))
     if len(saved) != len(engines):
         errors = [
             f"the checkpoint holds HypergradientDescent's state of {len(saved)} optimizers, but configure_optimizers "
             f"returned {len(engines)} that can be tuned"
         ]
-    for engine, state_dict in zip(engines, saved, strict=True) if not errors else ():
+    for i, (engine, state_dict) in enumerate(zip(engines, saved, strict=True) if not errors else ()):
         try:
             engine.load_state_dict(state_dict)
+            failed.remove(i)
         except ValueError as error:
             errors.append(f"{type(engine.optimizer).__name__}: {error}")
     if errors and not restart:
         raise ValueError(f"HypergradientDescent: {'; '.join(errors)}")
+    for i in failed:
+        groups = engines[i].optimizer.param_groups
+        if not any("initial_lr" in settings for settings in groups):
+            for settings, lr in zip(groups, configured[i], strict=False):
+                set_lr(settings, lr)
     for wrong in errors:
         rank_zero_warn(f"HypergradientDescent: tuning starts anew. {wrong}.")
+
+
+def configured_rates(optimizers: Sequence[Optimizer]) -> dict[int, list[float]]:
+    """The rates that the groups of some optimizers hold, by the id of the optimizer; nothing where one is no rate."""
+    rates = {}
+    for optimizer in optimizers:
+        with contextlib.suppress(KeyError, TypeError, ValueError, RuntimeError):
+            rates[id(unwrap(optimizer))] = get_lrs(optimizer.param_groups)
+    return rates
 
 
 def check_alone(kind: type[Callback], trainer: Trainer) -> None:

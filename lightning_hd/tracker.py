@@ -69,6 +69,12 @@ class Tracker:
         self._names += now[len(self._names) :]
         return self._names
 
+    def go_on(self, names: Sequence[str]) -> None:
+        """Call the groups as a former run of the same optimizer has called them."""
+        own = all(name.partition("/")[0] == self.name for name in names)
+        if own and len(names) <= len(group_names(self.name, self.engine.optimizer)):
+            self._names = list(names)
+
     def mark(self, step: int) -> None:
         """A batch is over: steps that are new belong there on the axis of loggers."""
         count = len(self._history[0]) if self._history else 0

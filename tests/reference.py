@@ -274,8 +274,9 @@ class Tuned:
         everything = range(len(groups))
         self.scopes = [[i] for i in everything] if arguments["scope"] == "group" else [list(everything)]
         self.alphas = [max(self.lrs[i] for i in members) for members in self.scopes]
+        alone = 0.0 if any(self.lrs) else 1.0  # a group at 0 is frozen, unless all are at 0
         self.ratios = [  # of the groups' rates to those of their scopes
-            self.lrs[i] / alpha if alpha else 1.0
+            self.lrs[i] / alpha if alpha else alone
             for members, alpha in zip(self.scopes, self.alphas, strict=True)
             for i in members
         ]
@@ -339,6 +340,8 @@ class Tuned:
         """The next α of a scope."""
         known = [key for key in g if key in self._last]
         self.seen[s] = None
+        if not any(self.ratios[i] for i in self.scopes[s]):
+            return
         if known:
             product = dot([g[key] for key in known], [self._last[key] for key in known])
             g_norm, d_norm = norm(g.values()), norm(self._last[key] for key in known)

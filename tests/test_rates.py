@@ -603,3 +603,70 @@ def test_a_written_rate_survives_loading_in_either_order(written: str, optimizer
     assert float(optimizer.param_groups[0]["lr"]) == (learned if written == "never" else 0.01)
     train(w, optimizer)
     assert hd.lrs[0] == pytest.approx(learned if written == "never" else 0.01, rel=0.11)
+
+
+# ---------------------------------------------------------------------- what a checkpoint must hold, or must not change
+
+
+def two_groups(**arguments: Any) -> tuple[list[nn.Parameter], Optimizer, HypergradientLR]:
+    parameters = [nn.Parameter(torch.linspace(-1, 1, 5) * k) for k in (1, 3)]
+    optimizer = SGD([{"params": parameters[:1], "lr": 0.1}, {"params": parameters[1:], "lr": 0.01}], momentum=0.9)
+    return parameters, optimizer, HypergradientLR(optimizer, **arguments)
+
+
+def steps_of(
+    parameters: list[nn.Parameter], optimizer: Optimizer, hd: HypergradientLR, count: int
+) -> list[list[float]]:
+    lrs = []
+    for _ in range(count):
+        optimizer.zero_grad()
+        torch.stack([(p - 0.3).square().sum() * k for k, p in enumerate(parameters, 1)]).sum().backward()
+        optimizer.step()
+        lrs.append(hd.lrs)
+    return lrs
+
+
+def test_a_group_at_a_clamp_resumes_exactly() -> None:
+    parameters, optimizer, hd = two_groups(max_lr=0.01)
+    steps_of(parameters, optimizer, hd, 30)
+    saved = copy.deepcopy(([p.detach() for p in parameters], optimizer.state_dict(), hd.state_dict()))
+    assert hd.lrs[0] == 0.01 > hd.lrs[1]
+    again = two_groups(max_lr=0.01)
+    for p, data in zip(again[0], saved[0], strict=True):
+        p.data.copy_(data)
+    again[1].load_state_dict(saved[1])
+    again[2].load_state_dict(saved[2])
+    assert steps_of(parameters, optimizer, hd, 20) == steps_of(*again, 20)
+
+
+@pytest.mark.parametrize("broken", ["losses", "view", "rates", "step_count"])
+def test_a_state_that_cannot_be_loaded_changes_nothing(broken: str) -> None:
+    parameters, optimizer, hd = two_groups()
+    steps_of(parameters, optimizer, hd, 20)
+    bad = {**hd.state_dict(), broken: "damaged"}
+    fresh, untouched = two_groups(), two_groups()
+    with pytest.raises(ValueError, match="damaged"):
+        fresh[2].load_state_dict(bad)
+    assert differences(fresh[2].state_dict(), untouched[2].state_dict()) == 0
+    assert steps_of(*fresh, 5) == steps_of(*untouched, 5)
+
+
+# ---------------------------------------------------------------------- losses that are reported
+
+
+def test_a_reported_loss_is_the_one_of_then_and_only_counts_while_tuning() -> None:
+    parameters, optimizer, hd = two_groups()
+    buffer = torch.zeros(())
+    for loss in (1.0, 2.0, 6.0):
+        hd.observe(buffer.fill_(loss))
+    assert hd.state_dict()["losses"] == [1.0, 2.0, 6.0]
+    steps_of(parameters, optimizer, hd, 1)
+    hd.paused = True
+    hd.observe(1.0)
+    hd.paused = False
+    assert hd.state_dict()["losses"] == []
+    with pytest.raises(TypeError, match="loss must be a real number"):
+        hd.observe(torch.zeros((), device="meta"))
+    hd.detach()
+    hd.observe(1.0)
+    assert hd.state_dict()["losses"] == []

@@ -8,11 +8,11 @@ from typing import Any
 import pytest
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.callbacks import RichProgressBar
+from lightning.pytorch.callbacks import BackboneFinetuning, RichProgressBar
 from lightning.pytorch.callbacks.progress.rich_progress import RichProgressBarTheme
 from lightning.pytorch.loggers import CSVLogger
 from torch import nn
-from torch.optim import LBFGS, SGD, Adam, Optimizer, Rprop, SparseAdam
+from torch.optim import LBFGS, SGD, Adam, AdamW, Optimizer, Rprop, SparseAdam
 from torch.optim.lr_scheduler import StepLR
 
 from lightning_hd import HypergradientDescent
@@ -86,6 +86,30 @@ def test_optimizers_that_cannot_be_tuned_are_named_and_the_others_are_tuned(
     assert again.engines[0].step_count == 40
 
 
+@pytest.mark.parametrize("cls", [SGD, AdamW])
+def test_another_optimizer_beside_one_that_cannot_be_tuned_starts_anew(cls: Any, tmp_path: Path) -> None:
+    def module() -> Two:
+        return Two(lambda network: LBFGS(network.parameters(), max_iter=2))
+
+    class Other(Two):
+        def configure_optimizers(self) -> Any:
+            _, second = super().configure_optimizers()
+            return [cls(self.first.parameters(), lr=0.02), second]
+
+    with pytest.warns(UserWarning, match="tunes the other optimizers only"):
+        (trainer := make_trainer(tmp_path, HypergradientDescent("additive"), limit_train_batches=20)).fit(module())
+    trainer.save_checkpoint(tmp_path / "last.ckpt")
+    arguments: dict[str, Any] = {"max_epochs": 2, "limit_train_batches": 20}
+    with pytest.raises(ValueError, match=f"optimizer='Adam' with 1 parameter groups, now it is '{cls.__name__}'"):
+        make_trainer(tmp_path, HypergradientDescent("additive"), **arguments).fit(
+            Other(module().other), ckpt_path=tmp_path / "last.ckpt"
+        )
+    hd = HypergradientDescent("additive", 0.0, on_mismatch="restart")
+    with pytest.warns(UserWarning, match="so this optimizer starts anew"):
+        make_trainer(tmp_path, hd, **arguments).fit(Other(module().other), ckpt_path=tmp_path / "last.ckpt")
+    assert hd.lrs[f"lr-{cls.__name__}"] == [0.02] * 20
+
+
 def test_none_that_can_be_tuned_is_an_error(tmp_path: Path) -> None:
     module = Two(lambda network: LBFGS(network.parameters()))
     module.configure_optimizers = lambda: [LBFGS(module.first.parameters()), Rprop(module.second.parameters())]  # type: ignore[method-assign]
@@ -132,13 +156,75 @@ def test_a_checkpoint_of_something_else_is_refused_or_a_fresh_start(what: str, t
         trainer.fit(Reference(configure), ckpt_path=tmp_path / "last.ckpt")
         return hd, trainer
 
-    with pytest.raises(ValueError, match="different number of parameter groups" if what == "groups" else "restart"):
+    with pytest.raises(ValueError, match="on_mismatch='restart'"):
         resume()
     with pytest.warns(UserWarning, match="starts? anew"):
         hd, trainer = resume(on_mismatch="restart")
     assert trainer.global_step == 40
     assert hd.engines[0].step_count == 20
     assert not hd.engines[0].nonfinite_steps
+
+
+def test_a_fresh_start_begins_at_the_configured_rate_without_what_was_kept(tmp_path: Path) -> None:
+    def fit(rule: str, resume: bool, **arguments: Any) -> tuple[HypergradientDescent, Trainer]:
+        hd = HypergradientDescent(rule, **arguments)
+        trainer = make_trainer(tmp_path, hd, max_epochs=1 + resume, limit_train_batches=20)
+        trainer.fit(Reference(), ckpt_path=tmp_path / "last.ckpt" if resume else None)
+        trainer.save_checkpoint(tmp_path / "last.ckpt")
+        return hd, trainer
+
+    fit("auto", False)
+    with pytest.warns(UserWarning, match="starts anew"):
+        hd, _ = fit("additive", True, on_mismatch="restart", hypergrad_lr=0.0)
+    assert hd.lrs["lr-SGD"] == [0.01] * 20
+
+    _, trainer = fit("additive", False)
+    assert any("hd_direction" in state for state in trainer.optimizers[0].state.values())
+    with pytest.warns(UserWarning, match="starts anew"):
+        _, trainer = fit("auto", True, on_mismatch="restart")
+    assert not any("hd_direction" in state for state in trainer.optimizers[0].state.values())
+
+
+def test_a_checkpoint_that_is_validated_leaves_nothing_to_the_next_fit(tmp_path: Path, recwarn: Any) -> None:
+    class Validated(Reference):
+        def validation_step(self, batch: Any, batch_idx: int) -> None: ...
+
+        val_dataloader = Reference.train_dataloader
+
+    trainer = make_trainer(tmp_path, HypergradientDescent(), limit_train_batches=5)
+    trainer.fit(Validated(split))
+    trainer.save_checkpoint(tmp_path / "last.ckpt")
+    hd = HypergradientDescent(on_mismatch="restart")
+    trainer = make_trainer(tmp_path, hd, limit_train_batches=5)
+    module = Validated(sgd)
+    trainer.validate(module, ckpt_path=tmp_path / "last.ckpt")
+    assert hd.state_dict()  # what was loaded, and no more
+    trainer.fit(module)
+    assert not [str(w.message) for w in recwarn if "anew" in str(w.message)]
+
+
+def test_curves_keep_their_names_where_a_run_is_resumed_after_a_group_was_added(tmp_path: Path) -> None:
+    class Backbone(Reference):
+        def __init__(self) -> None:
+            super().__init__()
+            self.backbone = reference.torch_network()
+
+        def training_step(self, batch: Any, batch_idx: int) -> Any:
+            return super().training_step(batch, batch_idx) + reference.torch_loss(self.backbone, *batch)
+
+        def configure_optimizers(self) -> Any:
+            return SGD([p for p in self.parameters() if p.requires_grad], lr=0.01)
+
+    def fit(epochs: int, *others: Any, resume: Any = None) -> tuple[HypergradientDescent, Trainer]:
+        hd = HypergradientDescent("multiplicative")
+        trainer = make_trainer(tmp_path, hd, BackboneFinetuning(2), *others, max_epochs=epochs, limit_train_batches=5)
+        trainer.fit(Backbone(), ckpt_path=resume)
+        return hd, trainer
+
+    _, trainer = fit(3)
+    trainer.save_checkpoint(tmp_path / "last.ckpt")
+    hd, _ = fit(5, resume=tmp_path / "last.ckpt")
+    assert list(hd.lrs) == ["lr-SGD", "lr-SGD/pg2"]
 
 
 # ---------------------------------------------------------------------- limits

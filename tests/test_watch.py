@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.optim import SGD, Optimizer
+from torch.optim.lr_scheduler import LambdaLR
 
 from lightning_hd import HypergradientLR
 
@@ -126,6 +127,37 @@ def test_single_steps_that_move_first_are_taken_without_tuning(rule: str) -> Non
     with pytest.warns(RuntimeWarning, match="sharpness-aware"):
         run(other, tuned, 21)
     assert torch.equal(still, tuned)
+
+
+@pytest.mark.filterwarnings("ignore:.*sharpness-aware.*")
+def test_under_a_schedule_such_a_step_is_taken_at_the_last_rate_and_goes_on_after_resuming() -> None:
+    def make() -> tuple[nn.Parameter, Sam, LambdaLR, HypergradientLR]:
+        w = nn.Parameter(torch.zeros(3))
+        optimizer = Sam([w], lr=50.0, period=5, first=5)
+        hd = HypergradientLR(optimizer)
+        return w, optimizer, LambdaLR(optimizer, lambda step: 1.0), hd
+
+    w, optimizer, scheduler, hd = make()
+    for step in range(12):
+        before = w.detach().clone()
+        run(optimizer, w, 1)
+        assert optimizer.param_groups[0]["lr"] == 50.0
+        if step % 5 == 4:
+            assert torch.equal(w, before - w.grad * hd.lrs[0])  # type: ignore[operator]
+        scheduler.step()
+        if step == 3:
+            saved: Any = copy.deepcopy([w.detach(), optimizer.state_dict(), scheduler.state_dict(), hd.state_dict()])
+    again, its_optimizer, its_scheduler, its_hd = make()
+    again.data.copy_(saved[0])
+    its_optimizer.load_state_dict(saved[1])
+    its_scheduler.load_state_dict(saved[2])
+    its_hd.load_state_dict(saved[3])
+    its_optimizer.count = 4
+    for _ in range(8):
+        run(its_optimizer, again, 1)
+        its_scheduler.step()
+    assert torch.equal(w, again)
+    assert hd.lrs == its_hd.lrs
 
 
 class TwoCalls(Optimizer):

@@ -69,6 +69,11 @@ class Losses:
         for run, outcome in sorted(results.items(), key=lambda item: item[0]):
             by_rate = by_setting.setdefault((run.task, run.optimizer, run.method), {})
             by_rate.setdefault(run.rate, []).append(getattr(outcome, measure))
+        self._spreads = {
+            (*setting, rate): max(losses) / min(losses) if min(losses) > 0 else math.nan
+            for setting, by_rate in by_setting.items()
+            for rate, losses in by_rate.items()
+        }
         self._medians = {
             setting: {rate: median(losses) for rate, losses in by_rate.items()}
             for setting, by_rate in by_setting.items()
@@ -82,6 +87,10 @@ class Losses:
         """The rate with the lowest loss, and that loss; not numbers where there are no runs."""
         curve = self.curve(task, optimizer, method)
         return min(curve.items(), key=lambda item: item[1], default=(math.nan, math.nan))
+
+    def spread(self, task: str, optimizer: str, method: str, rate: float) -> float:
+        """The highest over the lowest loss of the seeds at one rate; not a number where there are no runs."""
+        return self._spreads.get((task, optimizer, method, rate), math.nan)
 
     def at(self, task: str, optimizer: str, method: str, rate: float) -> float:
         """The loss at one rate; not a number where there are no runs."""

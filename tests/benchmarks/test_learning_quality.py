@@ -95,6 +95,8 @@ def test_the_ratios_of_the_tables(tmp_path: Path) -> None:
         "auto / const": 1.5,
         "auto / cos": 3.0,
         "auto+cos / cos": 1.5,
+        "spread const": 4.0,
+        "spread auto": 1.0,
         "paper": 1.5,
         "paper, worst": 4.0,
         "Prodigy": 3.0,

@@ -52,7 +52,7 @@ class Way(NamedTuple):
         return [case for case in CASES if case[0] in self.optimizers]
 
 
-FOUR = ("SGD", "Nesterov", "Adam", "RMSprop")
+FOUR = ("Nesterov", "Adam")
 WAYS = [
     Way("ddp", 2, 7, set()),
     Way("ddp", 4, 7, set(), FOUR),

@@ -1,0 +1,113 @@
+"""The decline at the end: over the steps that the training takes, as far as that is known, and however it changes."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from lightning.pytorch import Callback, Trainer
+from lightning.pytorch.callbacks import GradientAccumulationScheduler
+from torch import nn
+from torch.optim import SGD
+from torch.utils.data import DataLoader
+
+from lightning_hd import HypergradientDescent, HypergradientLR
+from tests.test_callback import Reference, make_trainer
+
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:.*does not have many workers.*"),
+    pytest.mark.filterwarnings("ignore:.*isinstance.treespec, LeafSpec.*"),
+]
+
+
+def declines(lrs: list[float], steps: int, part: float = 0.2) -> None:
+    """With a rate that is not tuned, it falls over the last part of so many steps, and not before."""
+    length = part * steps
+    expected = [0.01 * min(1.0, (steps - step) / length) for step in range(steps)]
+    assert lrs == pytest.approx(expected[-len(lrs) :])
+
+
+class Growing(Reference):
+    """In each epoch there is more data."""
+
+    def train_dataloader(self) -> Any:
+        data = super().train_dataloader().dataset
+        count = 160 * (1 + self.trainer.current_epoch)
+        return DataLoader(torch.utils.data.Subset(data, range(count)), batch_size=16)
+
+
+class Longer(Callback):
+    """Makes the training longer in its second epoch."""
+
+    def on_train_epoch_start(self, trainer: Trainer, *_: Any) -> None:
+        if trainer.current_epoch == 1:
+            trainer.fit_loop.max_epochs = 6
+
+
+@pytest.mark.parametrize(
+    ("module", "others", "arguments", "steps"),
+    [
+        (Reference, [], {"max_epochs": 4, "limit_train_batches": 20}, 80),
+        (Reference, [], {"max_epochs": 4, "limit_train_batches": 20, "max_steps": 50}, 50),
+        (Reference, [Longer()], {"max_epochs": 3, "limit_train_batches": 20}, 120),
+        (Reference, [GradientAccumulationScheduler({0: 4, 1: 1})], {"max_epochs": 4, "limit_train_batches": 20}, 65),
+        (Reference, [GradientAccumulationScheduler({0: 1, 1: 2})], {"max_epochs": 4, "limit_train_batches": 20}, 50),
+    ],
+)
+def test_the_end_of_a_training_declines(
+    module: Any, others: list[Any], arguments: dict[str, Any], steps: int, tmp_path: Path
+) -> None:
+    hd = HypergradientDescent("additive", 0.0, decline=0.2)
+    make_trainer(tmp_path, hd, *others, **arguments).fit(module())
+    declines(hd.lrs["lr-SGD"], steps)
+
+
+def test_a_training_on_more_and_more_data_declines_at_its_end_only(tmp_path: Path) -> None:
+    hd = HypergradientDescent("additive", 0.0, decline=0.2)
+    make_trainer(tmp_path, hd, max_epochs=4, reload_dataloaders_every_n_epochs=1).fit(Growing())
+    lrs = hd.lrs["lr-SGD"]
+    assert len(lrs) == 10 + 20 + 30 + 40
+    assert set(lrs[:60]) == {0.01}
+    assert lrs[-1] < 0.002
+    assert sorted(lrs[60:], reverse=True) == lrs[60:]
+
+
+@pytest.mark.parametrize("former", ["none", "of another rule"])
+def test_tuning_that_starts_in_the_middle_declines_at_the_end(former: str, tmp_path: Path) -> None:
+    before = [] if former == "none" else [HypergradientDescent("multiplicative", 0.0)]
+    trainer = make_trainer(tmp_path, *before, max_epochs=2, limit_train_batches=20)
+    trainer.fit(Reference())
+    trainer.save_checkpoint(tmp_path / "last.ckpt")
+    hd = HypergradientDescent("additive", 0.0, decline=0.2, on_mismatch="restart")
+    with pytest.warns(UserWarning, match="was written without it|starts anew"):
+        make_trainer(tmp_path, hd, max_epochs=5, limit_train_batches=20).fit(
+            Reference(), ckpt_path=tmp_path / "last.ckpt"
+        )
+    assert len(hd.lrs["lr-SGD"]) == 60
+    # a fifth of the steps that are left, or of those that are counted
+    assert hd.lrs["lr-SGD"][-1] == pytest.approx(0.01 / 12)
+    assert set(hd.lrs["lr-SGD"][:48]) == {0.01}
+
+
+def test_steps_after_the_end_are_warned_of_once() -> None:
+    w = nn.Parameter(torch.ones(3))
+    optimizer = SGD([w], lr=0.01)
+    hd = HypergradientLR(optimizer, "additive", 0.0, total_steps=10, decline=0.5)
+
+    def train(steps: int) -> None:
+        for _ in range(steps):
+            w.grad = torch.ones(3)
+            optimizer.step()
+
+    with pytest.warns(RuntimeWarning, match="goes on after the 10 steps that it was to take") as caught:
+        train(15)
+    assert len(caught) == 1
+    assert hd.lrs == [pytest.approx(0.002)]
+    hd.total_steps = 100
+    train(1)
+    assert hd.lrs == [0.01]
+
+
+def test_a_decline_without_a_number_of_steps_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"decline=0.5 has no effect without total_steps"):
+        HypergradientLR(SGD([nn.Parameter(torch.ones(3))], lr=0.1), decline=0.5)
