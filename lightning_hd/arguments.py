@@ -61,6 +61,7 @@ def check_callback_arguments(
     stop_after: int | None,
     scheduled: bool | None,
     on_mismatch: str,
+    summary: bool,
 ) -> None:
     """See that the arguments which only the callback has are in order.
 
@@ -71,7 +72,7 @@ def check_callback_arguments(
     for name, count in (("log_every_n_steps", log_every_n_steps), ("stop_after", stop_after)):
         if count is not None:
             check_count(name, count)
-    for name, flag in (("prog_bar", prog_bar), ("scheduled", scheduled)):
+    for name, flag in (("prog_bar", prog_bar), ("scheduled", scheduled), ("summary", summary)):
         if flag is not None:
             check_flag(name, flag)
     if on_mismatch not in ("error", "restart"):

@@ -1,6 +1,7 @@
 """HypergradientDescent: the Lightning callback. Hooks stand in the order in which the Trainer calls them."""
 
 import inspect
+import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
@@ -17,6 +18,7 @@ from lightning_hd.attachment import Attachment
 from lightning_hd.checkpoints import copies_of, leave_copies, load_copies
 from lightning_hd.hypergradient import HypergradientLR
 from lightning_hd.logs import describe, log, log_curves
+from lightning_hd.report import announce, summarize
 from lightning_hd.rules import Rule
 from lightning_hd.support import (
     axis,
@@ -88,6 +90,7 @@ class HypergradientDescent(Callback):
             known to the Trainer, as where ``optimizer_step`` writes them. ``None``: found out.
         on_mismatch: What to do with a checkpoint of another rule, scope, optimizer or layout of parameter groups:
             ``"error"``: raise, ``"restart"``: start tuning, and such an optimizer, anew, with a warning.
+        summary: Whether to say at the start what is tuned, and to show a table of the rates at the end.
 
     Attributes:
         engines: The :class:`~lightning_hd.HypergradientLR` of each optimizer, while training and after it.
@@ -116,10 +119,11 @@ class HypergradientDescent(Callback):
         stop_after: int | None = None,
         scheduled: bool | None = None,
         on_mismatch: Literal["error", "restart"] = "error",
+        summary: bool = True,
     ) -> None:
         checked, *_ = check_arguments(rule, hypergrad_lr, scope, min_lr, max_lr, probe)
         make_decline(decline, None, checked)
-        check_callback_arguments(log_every_n_steps, prog_bar, stop_after, scheduled, on_mismatch)
+        check_callback_arguments(log_every_n_steps, prog_bar, stop_after, scheduled, on_mismatch, summary)
         self.rule = rule
         self.hypergrad_lr = hypergrad_lr
         self.scope = scope
@@ -132,12 +136,14 @@ class HypergradientDescent(Callback):
         self.stop_after = stop_after
         self.scheduled = scheduled
         self.on_mismatch = on_mismatch
+        self.summary = summary
         self._attachment = Attachment(self, self._make, scheduled)
         self._restored: list[dict[str, Any]] | None = None
         self._guards: list[RemovableHandle] = []  # until the optimizers have loaded their states
         self._classes: list[str] = []  # of the optimizers of a checkpoint
         self._names: list[list[str]] = []  # of their groups
         self._configured: dict[int, list[float]] = {}  # the rates of each optimizer before a checkpoint was loaded
+        self._since: float | None = None  # when the first step was over
         self._began = False  # whether a batch of this training has begun
 
     def _settings(self) -> dict[str, Any]:
@@ -169,7 +175,7 @@ class HypergradientDescent(Callback):
             if self.prog_bar:
                 show_small_numbers(trainer)
             self._attachment.forget()  # where another callback's error has kept it from being done
-            self._began, self._restored = False, None
+            self._began, self._restored, self._since = False, None, None
             self._classes, self._names = [], []
             describe(trainer, pl_module, self._settings())
 
@@ -253,6 +259,10 @@ class HypergradientDescent(Callback):
                 pl_module.log_dict(lrs, on_step=True, on_epoch=False, prog_bar=True, logger=False)
         for tracker in self._trackers:
             tracker.mark(axis(trainer))
+        if self._since is None and any(tracker.has_news for tracker in self._trackers):
+            self._since = time.perf_counter()
+            if self.summary:
+                announce(self._trackers, repr(self.rule))
         if any(tracker.has_news for tracker in self._trackers) and is_due(trainer, self.log_every_n_steps, batch_idx):
             for engine in self.engines:
                 engine.check_agreement()
@@ -278,6 +288,8 @@ class HypergradientDescent(Callback):
                 )
         if self.log_every_n_steps != 0:
             log_curves(trainer, self._trackers)
+        if self.summary and self._since is not None:
+            summarize(self._trackers, time.perf_counter() - self._since)
         self._attachment.detach()
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:

@@ -206,6 +206,16 @@ class HypergradientLR:
         return self._tuning.nonfinite_steps
 
     @property
+    def seconds(self) -> float:
+        """How long tuning has taken on this process, in seconds, the wait for a device included."""
+        return self._tuning.seconds
+
+    @property
+    def limits(self) -> tuple[float, float]:
+        """The clamps, infinite where there is none."""
+        return self._tuning.rates.limits
+
+    @property
     def paused(self) -> bool:
         """While ``True``, steps are left alone: neither tuned nor counted."""
         return self._tuning.paused

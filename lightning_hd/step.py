@@ -1,6 +1,7 @@
 """One step of an optimizer that is tuned, from top to bottom: gather, sum, reduce, decide, set, remember."""
 
 import math
+import time
 
 import torch
 from torch.optim import Optimizer
@@ -65,6 +66,7 @@ class Tuning:
         self.paused = False
         self.step_count = 0
         self.nonfinite_steps = 0
+        self.seconds = 0.0  # spent here
         self.lost_schedule = False  # whether a state was loaded that knew of none, where there is one
         self._checked = False  # whether all is in order, and the same on all ranks
         self._dry = False
@@ -85,6 +87,7 @@ class Tuning:
     @torch.no_grad()
     def prepare(self) -> bool:
         """The gradients are there: set the rates of the update, or leave all as it was. Returns which."""
+        begin = time.perf_counter()
         self._dry = self.start.is_dry(fresh=not self.step_count)
         if self._dry:
             return False
@@ -95,6 +98,8 @@ class Tuning:
         except BaseException:
             self.abandon()
             raise
+        finally:
+            self.seconds += time.perf_counter() - begin
 
     @torch.no_grad()
     def finish(self) -> None:
@@ -103,8 +108,10 @@ class Tuning:
             self.rates.give_back(*self._passed)
             self._passed = None
         elif self._step is not None:
+            begin = time.perf_counter()
             self._remember(self._step)
             self._step = None
+            self.seconds += time.perf_counter() - begin
         elif self._dry:
             self.view.make_room()
 

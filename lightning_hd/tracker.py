@@ -10,6 +10,7 @@ from torch.utils.hooks import RemovableHandle
 from torchmetrics import MeanMetric
 
 from lightning_hd.hypergradient import HypergradientLR
+from lightning_hd.lr import get_lrs
 from lightning_hd.tensorboard import group_names, tag
 
 _WINDOW = 100
@@ -28,6 +29,7 @@ class Tracker:
         self.engine = engine
         self.name = name
         self._names: list[str] = []
+        self._configured = get_lrs(engine.optimizer.param_groups)
         self._history: list[array[float]] = []
         self._seen: dict[tuple[str, int], list[float]] = {}  # of each scope, since it was last logged
         self._cosines: dict[int, array[float]] = {}  # the last ones of each scope
@@ -62,6 +64,18 @@ class Tracker:
                 continue
             for quantity, value in (("value", seen.hypergradient), ("cosine", seen.cosine)):
                 self._seen.setdefault((quantity, i), []).append(value)
+
+    def configured(self, group: int) -> float:
+        """The rate that a group had before the first step."""
+        return self._configured[group] if group < len(self._configured) else math.nan
+
+    def mean_cosines(self) -> list[tuple[str, float]]:
+        """The running mean of the cosine of each scope, where there is one."""
+        names = self._scopes()
+        recent = {
+            i: [*self._cosines.get(i, ()), *self._seen.get(("cosine", i), ())][-_WINDOW:] for i in range(len(names))
+        }
+        return [(names[i], _mean(values)) for i, values in recent.items() if values]
 
     def names(self) -> list[str]:
         """The name of each group: it stays, though groups are added since."""

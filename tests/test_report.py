@@ -1,0 +1,62 @@
+"""What is said at the start and at the end of a training."""
+
+import logging
+from pathlib import Path
+from typing import Any
+
+import pytest
+from torch.optim import SGD, Adam
+
+from lightning_hd import HypergradientDescent
+from lightning_hd.report import remarks, rows
+from tests.test_callback import Reference, make_trainer
+
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:.*does not have many workers.*"),
+    pytest.mark.filterwarnings("ignore:.*isinstance.treespec, LeafSpec.*"),
+]
+
+
+def said(caplog: pytest.LogCaptureFixture) -> list[str]:
+    return [record.getMessage() for record in caplog.records if "HypergradientDescent" in record.getMessage()]
+
+
+@pytest.mark.parametrize("summary", [True, False])
+def test_one_line_at_the_start_and_a_table_at_the_end(
+    summary: bool, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    def configure(network: Any) -> Any:
+        first, *others = network.parameters()
+        return Adam([{"params": [first], "lr": 0.01}, {"params": others, "lr": 0.02, "name": "head"}])
+
+    hd = HypergradientDescent(probe=100, summary=summary)
+    with caplog.at_level(logging.INFO, "lightning.pytorch.utilities.rank_zero"):
+        make_trainer(tmp_path, hd, logger=False).fit(Reference(configure))
+    lines = [line for line in said(caplog) if "no logger" not in line]
+    if not summary:
+        assert lines == []
+        return
+    start, end = lines
+    looked, count = hd.engines[0].probe
+    assert f"tunes Adam (looks at {looked} of {count} numbers) with the rule 'auto'" in start or looked == count
+    for name in ("Adam/pg1", "Adam/head"):
+        (line,) = (line for line in end.splitlines() if name in line)
+        lrs = hd.lrs[f"lr-{name}"]
+        for number in (lrs[0], sorted(lrs)[100], max(lrs), lrs[-1]):
+            assert f"{number:.2g}"[:3] in line
+    assert 0 < hd.engines[0].seconds < 60
+
+
+def test_remarks_name_what_seems_wrong(tmp_path: Path) -> None:
+    def fit(hd: HypergradientDescent, **arguments: Any) -> list[str]:
+        make_trainer(tmp_path, hd, **arguments).fit(Reference(lambda network: SGD(network.parameters(), lr=1e-4)))
+        assert len(rows(hd._trackers, 1.0)) == 1
+        return remarks(hd._trackers)
+
+    assert fit(HypergradientDescent()) == []
+    assert fit(HypergradientDescent(), limit_train_batches=20) == [
+        "SGD: 20 steps may be too few for the rate to reach its range."
+    ]
+    held = fit(HypergradientDescent("multiplicative", max_lr=2e-4))
+    assert held[0] == "SGD: the rate was held by max_lr=0.0002 in most steps."
+    assert "SGD: the rate was still too small at the end" in fit(HypergradientDescent("additive", 0.0))[0]
