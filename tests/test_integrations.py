@@ -97,11 +97,16 @@ def test_a_strategy_of_pytorch_lightning_that_is_not_supported_is_refused(pl: An
     assert same(module, twin(pl))
 
 
-# ---------------------------------------------------------------------- the README
+# ---------------------------------------------------------------------- the README and the documentation
 
 
-README = (Path(__file__).parent.parent / "README.md").read_text()
-BLOCKS = re.findall(r"^```python\n(.*?)^```", README, re.MULTILINE | re.DOTALL)
+ROOT = Path(__file__).parent.parent
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+BLOCKS = [
+    block
+    for page in PAGES
+    for block in re.findall(r"^```python\n(.*?)^```", page.read_text(), re.MULTILINE | re.DOTALL)
+]
 
 
 @pytest.mark.parametrize("code", BLOCKS, ids=lambda code: code.partition("\n")[0])

@@ -1,4 +1,4 @@
-"""What the README says is supported: each combination is tried, each test that it names exists, as does each error."""
+"""What the documentation says is supported: each combination is tried; each test and error that it names exists."""
 
 import ast
 import functools
@@ -34,6 +34,7 @@ pytestmark = [
 ]
 
 ROOT = Path(__file__).resolve().parents[2]
+PAGE = ROOT / "docs" / "supported.md"
 STRATEGIES = {
     "one device": None,
     "`DDPStrategy`": DDPStrategy,
@@ -204,7 +205,7 @@ def outcomes() -> Outcomes:
 
 
 def table(head: list[str], lines: dict[tuple[str, ...], list[str]]) -> str:
-    """Lines of outcomes as the README has them, with a footnote for each error."""
+    """Lines of outcomes as the documentation has them, with a footnote for each error."""
     notes: list[str] = []
     rows = [f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
     for names, cells in lines.items():
@@ -218,34 +219,34 @@ def comparable(text: str) -> str:
     return re.sub(r"(without the callback as well): .*", r"\1", text)
 
 
-def test_the_readme_tells_which_strategies_precisions_and_optimizers_work() -> None:
+def test_the_documentation_says_which_strategies_precisions_and_optimizers_work() -> None:
     lines: dict[tuple[str, ...], list[str]] = {
         (strategy, precision): [outcomes()[strategy, precision, name][0] for name in OPTIMIZERS]
         for strategy, precision in product(STRATEGIES, PRECISIONS)
     }
     expected = table(["strategy", "precision", *OPTIMIZERS], lines)
-    assert comparable(expected) in comparable((ROOT / "README.md").read_text()), expected
+    assert comparable(expected) in comparable(PAGE.read_text()), expected
 
 
-def test_the_readme_tells_which_features_work_with_which_strategies() -> None:
+def test_the_documentation_says_which_features_work_with_which_strategies() -> None:
     lines: dict[tuple[str, ...], list[str]] = {
         (what,): [outcomes()[strategy, what][0] for strategy in STRATEGIES] for what in FEATURES
     }
     expected = table(["Adam, 32-true", *STRATEGIES], lines)
-    assert comparable(expected) in comparable((ROOT / "README.md").read_text()), expected
+    assert comparable(expected) in comparable(PAGE.read_text()), expected
 
 
 def rows(heading: str) -> Iterator[list[str]]:
-    """The cells of the table that follows a line of the README."""
-    _, _, rest = (ROOT / "README.md").read_text().partition(f"\n{heading}\n")
+    """The cells of the table that follows a line of the documentation."""
+    _, _, rest = PAGE.read_text().partition(f"\n{heading}\n")
     assert rest, heading
     lines = [line for line in rest.split("\n\n")[1].splitlines() if line.startswith("| ")]
     for line in lines[1:]:
         yield [cell.strip() for cell in line.strip("|").split(" | ")]
 
 
-def test_the_tests_that_the_readme_names_exist() -> None:
-    named = list(rows("### What is tested"))
+def test_the_tests_that_the_documentation_names_exist() -> None:
+    named = list(rows("## What is tested"))
     assert len(named) > 20
     for _, where in named:
         for path, names in re.findall(r"`([\w/]+\.py)::([\w*]+)`", where):
@@ -255,13 +256,13 @@ def test_the_tests_that_the_readme_names_exist() -> None:
         assert "::" in where
 
 
-def test_the_errors_that_the_readme_names_are_those_of_the_package() -> None:
+def test_the_errors_that_the_documentation_names_are_those_of_the_package() -> None:
     literals = []
     for path in (ROOT / "lightning_hd").rglob("*.py"):
         for node in ast.walk(ast.parse(path.read_text())):
             parts = node.values if isinstance(node, ast.JoinedStr) else [node]
             literals.append("".join(str(p.value) if isinstance(p, ast.Constant) else "…" for p in parts))
-    refused = list(rows("### What is refused"))
+    refused = list(rows("## What is refused"))
     assert len(refused) > 10
     for _, words in refused:
         assert any(words.strip("`") in literal for literal in literals), words
