@@ -84,8 +84,8 @@ def test_a_gpu_tunes_as_the_cpu_does(cls: Any, settings: dict[str, Any], rule: s
             optimizer.step()
             found.append(engine.lrs[0])
         rates.append(found)
-    # A capturable optimizer counts its steps in float32, and takes the powers of its betas there.
-    assert rates[1] == pytest.approx(rates[0], rel=1e-6 if "capturable" in settings else 1e-8)
+    # A capturable optimizer takes the powers of its betas in float32: 1 - 0.999^t is off by up to 2^-24 / 0.001 of it.
+    assert rates[1] == pytest.approx(rates[0], rel=2**-24 / 0.001 if "capturable" in settings else 1e-8)
 
 
 class Module(LightningModule):
