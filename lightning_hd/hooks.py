@@ -3,6 +3,7 @@
 import inspect
 import weakref
 from collections.abc import Callable
+from time import perf_counter
 from types import FrameType
 from typing import Any
 
@@ -50,6 +51,7 @@ class StepHooks:
         self._prepare = prepare
         self._hear = hear
         self._pass_by = pass_by
+        self.seconds = 0.0  # how long the calls have taken
         self.proven = False  # whether a step has come to its end, so that nothing is put back any more
         self._finish = finish
         self._caller: FrameType | None = None  # of the step that is under way
@@ -127,15 +129,20 @@ class StepHooks:
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]  # torch's
     def _call_prepare(self) -> bool:
+        begin = perf_counter()
         try:
             return self._prepare()
         except BaseException:
             self._caller = None  # it would keep the caller's variables alive
             raise
+        finally:
+            self.seconds += perf_counter() - begin
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]
     def _call_finish(self) -> None:
+        begin = perf_counter()
         self._finish()
+        self.seconds += perf_counter() - begin
 
     def _versions(self) -> list[int]:
         """How often each parameter was written to: torch has no public name for the counter that autograd keeps."""

@@ -151,14 +151,13 @@ class HypergradientLR:
         notices = Notices(f"{self._owner}({type(self.optimizer).__name__})", ranks)
         budget = (PROBE if self._rule.long_horizon else None) if probe == "default" else probe
         self._copies = copies_of(self.optimizer)
+        self._loads = 0  # how many of the optimizer's loaded states are taken account of
+        view: Moves | LastStep
         if self._rule.long_horizon:
             self._copies.tensors.clear()  # of a rule that this training has had before
-        self._loads = 0  # how many of the optimizer's loaded states are taken account of
-        view = (
-            Moves(self.optimizer, budget, ranks, notices)
-            if self._rule.long_horizon
-            else LastStep(self.optimizer, budget, ranks, notices, self._copies)
-        )
+            view = Moves(self.optimizer, budget, ranks, notices)
+        else:
+            view = LastStep(self.optimizer, budget, ranks, notices, self._copies)
         if any({"d", "d0"} <= settings.keys() for settings in self.optimizer.param_groups):
             notices.warn(
                 "own estimate",
@@ -167,6 +166,7 @@ class HypergradientLR:
             )
         self._tuning = Tuning(self.optimizer, self._rule, rates, view, ranks, notices, falling, stop_after)
         self._hooks: StepHooks | None = None
+        self._seconds = 0.0  # of hooks that were removed
         self._attach()
 
     # ------------------------------------------------------------------ what others read
@@ -207,8 +207,8 @@ class HypergradientLR:
 
     @property
     def seconds(self) -> float:
-        """How long tuning has taken on this process, in seconds, the wait for a device included."""
-        return self._tuning.seconds
+        """How long tuning has taken on this process, in seconds."""
+        return self._seconds + (self._hooks.seconds if self._hooks is not None else 0.0)
 
     @property
     def limits(self) -> tuple[float, float]:
@@ -278,6 +278,7 @@ class HypergradientLR:
         """
         self._tuning.abandon()
         if self._hooks is not None:
+            self._seconds = self.seconds
             self._hooks.remove()
             self._hooks = None
         self._tuning.watch.end()

@@ -90,7 +90,7 @@ class LastStep(View):
 
     def is_doubtful(self, sums: Sequence[Sequence[float]]) -> bool:
         """Whether a norm may have lost something to underflow or overflow."""
-        return any(known and is_doubtful(*squares) for _, *squares, _, known in sums)
+        return any(known and is_doubtful(*squares) for _, *squares, _, known, _ in sums)
 
     def measured(self, group: int) -> bool:
         """Whether the direction of a group was measured, from a step that was taken."""

@@ -20,6 +20,9 @@ from lightning_hd.probe import Bucket, Key, Range, Slot, gather, look, pack
 from lightning_hd.reduction import Ranks, exact_dtype, gradient_of, is_flat_shard, local
 from lightning_hd.view import View
 
+_PART = 0.1
+"""Where new parameters are this part of a scope, or more, its rate starts anew: it was found without them."""
+
 
 class Moves(View):
     """The derivative of the loss with respect to the logarithm of the rate that all remembered steps shared.
@@ -44,6 +47,7 @@ class Moves(View):
         self._saved: dict[Key, Saved] = {}  # of a checkpoint
         self._updated: set[Key] = set()  # parameters that had a gradient in a remembered step
         self._present: set[Key] | None = None  # those that have one now
+        self._joined: set[int] = set()  # scopes that many of them have joined in this step
         self._missing: frozenset[int] = frozenset()  # the places of those that have none
         self._apart: set[int] = set()  # groups whose last move did not follow their scope's rate
         self._coming: set[int] = set()  # those of which the move that comes will not
@@ -81,9 +85,27 @@ class Moves(View):
         if self._present is None or missing != self._missing:
             self._missing = missing
             self._present = {slot.key for place, slot in enumerate(self.slots) if place not in missing}
+            self._joined = self._joining(scopes)
         known = {i for i, _ in self._present & self._updated}
         shares = [(bucket.key, *[1 / bucket.copies] * 3) for bucket in self._buckets]
-        return self._combine(sums, shares, scopes, {i for i, _ in self._present}, known)
+        return self._combine(sums, shares, scopes, {i for i, _ in self._present}, known, self._joined)
+
+    def _joining(self, scopes: Sequence[int]) -> set[int]:
+        """Scopes of which a part to be reckoned with has a gradient for the first time."""
+        sizes: dict[int, list[int]] = {}  # of all, and of those that are new
+        for slot in self.slots:
+            if self._present and slot.key in self._present:
+                own = sizes.setdefault(scopes[slot.group], [0, 0])
+                own[0] += slot.size
+                own[1] += slot.size * (slot.key not in self._updated)
+        return {scope for scope, (size, new) in sizes.items() if _PART * size <= new}
+
+    def forget(self, scope: int) -> None:
+        """``E`` is zero, and the mean begins where the parameters are."""
+        for i, (bucket, mean) in enumerate(zip(self._buckets, self._means, strict=True)):
+            if bucket.key == scope and mean is not None:
+                self._moved[i].add_(mean)
+                self._means[i] = None
 
     def keep(self, group: int, lr: float, weight: float) -> None:
         """See which groups do not follow their scopes' rates: the moves that they make now are not counted."""
@@ -102,6 +124,7 @@ class Moves(View):
                     mean[start:stop].add_(moved[start:stop], alpha=part)
         self._apart, self._coming = self._coming, set()
         self._updated |= self._present or set()
+        self._joined = set()
         self._moved = []
 
     def abandon(self) -> None:

@@ -7,7 +7,7 @@ from typing import Any
 from torch import Tensor
 from torch.optim import Optimizer
 
-from lightning_hd.checks import check_count, check_divisor, check_flag, check_number
+from lightning_hd.checks import check_divisor, check_flag, check_number
 from lightning_hd.lr import as_held, check_lr, get_lrs, set_lr
 from lightning_hd.optimizers import is_normalized
 from lightning_hd.rules import Rule
@@ -105,6 +105,16 @@ class Rates:
             return 1.0
         self._grow(scope, factor)
         return factor
+
+    def restart(self, index: int, step_count: int) -> None:
+        """Let the rule of a scope start anew."""
+        self.scopes[index].restart(self._rule.bind(is_normalized(self.optimizer)), step_count)
+
+    def scheduled_part(self, index: int) -> float:
+        """What the schedule says for a scope, over the highest that it has said."""
+        if not self.under_schedule:
+            return 1.0
+        return max(abs(self.groups[i].unscaled) for i in self.members(index)) / abs(self.scopes[index].reference)
 
     def effective(self, used: Sequence[float], begun: Container[int] = ()) -> list[tuple[float, float]]:
         """For each group its rate, and the derivative of that with respect to the scope's, which is ``used[scope]``.
@@ -268,19 +278,7 @@ class Rates:
         """All of it, as plain numbers."""
         return {
             "scheduled": self.under_schedule,
-            "scopes": [
-                {
-                    "lr": scope.lr,
-                    "used": scope.used,
-                    "reference": scope.reference,
-                    "from_zero": scope.from_zero,
-                    "started": scope.started,
-                    "moved": scope.moved,
-                    "vanished": scope.vanished,
-                    "rule": scope.rule.state_dict(),
-                }
-                for scope in self.scopes
-            ],
+            "scopes": [scope.state_dict() for scope in self.scopes],
             "groups": [
                 {"lr": group.lr, "held": lr, "base": group.base, "join": group.join, "zero": group.zero}
                 for group, lr in zip(self.groups, get_lrs(self.optimizer.param_groups), strict=False)
@@ -303,19 +301,7 @@ class Rates:
             KeyError, TypeError, ValueError: The state is damaged, or of other groups.
         """
         saved_scopes, saved_groups = state_dict["scopes"], state_dict["groups"]
-        scopes = [
-            Scope(
-                scope.rule,
-                check_number("lr", saved["lr"]),
-                check_number("used", saved["used"]),
-                check_divisor("reference", saved["reference"]),
-                from_zero=check_flag("from_zero", saved["from_zero"]),
-                started=check_flag("started", saved["started"]),
-                moved=check_flag("moved", saved["moved"]),
-                vanished=check_count("vanished", saved["vanished"]),
-            )
-            for scope, saved in zip(self.scopes, saved_scopes, strict=True)
-        ]
+        scopes = [scope.loaded(saved) for scope, saved in zip(self.scopes, saved_scopes, strict=True)]
         groups = [
             Group(
                 group.scope,

@@ -1,7 +1,6 @@
 """One step of an optimizer that is tuned, from top to bottom: gather, sum, reduce, decide, set, remember."""
 
 import math
-import time
 
 import torch
 from torch.optim import Optimizer
@@ -66,7 +65,6 @@ class Tuning:
         self.paused = False
         self.step_count = 0
         self.nonfinite_steps = 0
-        self.seconds = 0.0  # spent here
         self.lost_schedule = False  # whether a state was loaded that knew of none, where there is one
         self._checked = False  # whether all is in order, and the same on all ranks
         self._dry = False
@@ -87,7 +85,6 @@ class Tuning:
     @torch.no_grad()
     def prepare(self) -> bool:
         """The gradients are there: set the rates of the update, or leave all as it was. Returns which."""
-        begin = time.perf_counter()
         self._dry = self.start.is_dry(fresh=not self.step_count)
         if self._dry:
             return False
@@ -98,8 +95,6 @@ class Tuning:
         except BaseException:
             self.abandon()
             raise
-        finally:
-            self.seconds += time.perf_counter() - begin
 
     @torch.no_grad()
     def finish(self) -> None:
@@ -108,10 +103,8 @@ class Tuning:
             self.rates.give_back(*self._passed)
             self._passed = None
         elif self._step is not None:
-            begin = time.perf_counter()
             self._remember(self._step)
             self._step = None
-            self.seconds += time.perf_counter() - begin
         elif self._dry:
             self.view.make_room()
 
@@ -164,8 +157,15 @@ class Tuning:
             return False
         self._sync()
         sums, loss = self._sum()
-        if not any(has_gradient for *_, has_gradient, _ in sums):
+        if not any(has_gradient for *_, has_gradient, _, _ in sums):
             return False
+        for i, (*_, joined) in enumerate(sums):
+            if joined and self.rates.scopes[i].started and self.rates.scopes[i].rule.picks_start:
+                self.rates.restart(i, self.step_count)
+                self.view.forget(i)
+                self.notices.log(
+                    f"step {self.step_count + 1}: parameters have joined, so the learning rate starts anew"
+                )
         if self.linearity.fails(self.step_count):
             for scope in self.rates.scopes:
                 scope.rule.nonlinear = True
@@ -226,13 +226,20 @@ class Tuning:
             *numbers, skipped, loss, known = self.ranks.sum(torch.cat([sums.flatten(), skips, losses])).tolist()
             if skipped:
                 return [], None
-            table = [numbers[i : i + 5] for i in range(0, len(numbers), 5)]
+            table = [numbers[i : i + 6] for i in range(0, len(numbers), 6)]
             if not self.view.is_doubtful(table):
                 break
         return table, loss / known if known and math.isfinite(loss) else None
 
     def _see(
-        self, index: int, derivative: float, g_squared: float, d_squared: float, has_gradient: float, known: float
+        self,
+        index: int,
+        derivative: float,
+        g_squared: float,
+        d_squared: float,
+        has_gradient: float,
+        known: float,
+        joined: float,
     ) -> Observation | None:
         """What a step shows of a scope; nothing where no step came before, or it was put back."""
         scope = self.rates.scopes[index]
@@ -256,22 +263,24 @@ class Tuning:
     def _decide(self, step: Step, index: int) -> tuple[float, float]:
         """``α_t`` and ``γ_t`` of a scope; the last ones where a number is not finite."""
         scope, seen, number = self.rates.scopes[index], step.seen[index], self.step_count + 1
-        lr, brakes = scope.lr, scope.rule.brakes
+        lr, brakes, time = scope.lr, scope.rule.brakes, number - scope.since
         leapt, finite = False, seen is None or all(map(math.isfinite, seen))
         stopped = self.step_count >= self.stop_after and scope.started
         if seen is not None and finite and not stopped:
-            lr = returned(scope.rule.update(lr, seen, number), scope.rule, "update")
+            lr = returned(scope.rule.update(lr, seen, time), scope.rule, "update")
             leapt = scope.rule.brakes > brakes
             if scope.rule.long_horizon and self._factor() < 1:  # moves made at higher rates ask for them again
                 lr = min(lr, scope.lr)
+            if scope.rule.long_horizon:
+                lr = scope.at_peak(lr, self.rates.scheduled_part(index))
             if step.loss is not None and math.isfinite(lr):
-                lr = returned(scope.rule.watch(lr, step.loss, number), scope.rule, "watch")
+                lr = returned(scope.rule.watch(lr, step.loss, time), scope.rule, "watch")
         lr *= self.rates.follow_schedule(index)
         if not finite:
             return self._stay(step, scope, f"(hypergradient, ‖g‖, ‖d‖) = {tuple(seen or ())}")
         if abs(lr) <= LARGEST:
             lr = self.rates.clamp(index, lr)
-            used = lr if stopped else returned(scope.rule.used(lr, number), scope.rule, "used")
+            used = lr if stopped else returned(scope.rule.used(lr, time), scope.rule, "used")
             used *= self._factor()
             if abs(used) <= LARGEST:
                 if seen is not None and scope.rule.brakes > brakes:
@@ -308,7 +317,8 @@ class Tuning:
         if not self.rule.long_horizon or (seen is not None and not all(map(math.isfinite, seen))):
             return None
         lr = step.rates[index][0] * self._factor()
-        return returned(rule.discount(lr, self.step_count + 1), rule, "discount")
+        time = self.step_count + 1 - self.rates.scopes[index].since
+        return returned(rule.discount(lr, time), rule, "discount")
 
     # ------------------------------------------------------------------ after the update
 
@@ -331,6 +341,7 @@ class Tuning:
             moves = step.has_gradient[i] and any(step.weights[j] for j in self.rates.members(i))
             scope.started |= moves and (i in step.begun or not scope.waits)
             scope.moved = scope.started and moves and any(step.lrs[j] for j in self.rates.members(i))
+            scope.mark(self.rates.scheduled_part(i))
         if self.rates.under_schedule:
             self.rates.give_back(step.restore, step.lrs)
         self.nonfinite_steps += not step.finite

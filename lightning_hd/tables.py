@@ -26,7 +26,7 @@ class Tables:
         self,
         sums: Sequence[Tensor],
         factors: Sequence[tuple[int, float, float, float]],
-        flags: Sequence[tuple[bool, bool]],
+        flags: Sequence[tuple[bool, bool, bool]],
         device: torch.device,
     ) -> Tensor:
         """Sum what buckets found, by scope.
@@ -34,11 +34,11 @@ class Tables:
         Args:
             sums: Three numbers for each bucket.
             factors: The scope of each bucket, and what its numbers are multiplied with.
-            flags: Two for each scope.
+            flags: Three for each scope.
             device: Where the sums go.
 
         Returns:
-            The three sums and the flags of each scope, of shape (scopes, 5).
+            The three sums and the flags of each scope, of shape (scopes, 6).
         """
 
         def spread() -> Tensor:
@@ -47,7 +47,7 @@ class Tables:
                 table[scope, i] = torch.tensor(own, dtype=table.dtype)
             return table.to(device)
 
-        of_scopes = self.constant([float(flag) for pair in flags for flag in pair], device).view(-1, 2)
+        of_scopes = self.constant([float(flag) for own in flags for flag in own], device).view(-1, 3)
         table = self._get((tuple(factors), len(flags), device), spread)
         if sums:
             table = table * torch.stack([own.to(device) for own in sums])

@@ -1,7 +1,7 @@
 """What a view is: how an engine sees, before each step, what the rule asks for."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Container, Sequence
 from typing import Any
 
 from torch import Tensor
@@ -44,10 +44,11 @@ class View(ABC):
         scopes: Sequence[int],
         with_gradient: set[int],
         known: set[int],
+        joined: Container[int] = (),
     ) -> Tensor:
-        """The sums of buckets by scope, with two flags: a group has a gradient, and it can be compared."""
+        """The sums of buckets by scope, with three flags: see :meth:`observe`. ``joined`` are scopes, not groups."""
         flagged = [{scopes[i] for i in groups} for groups in (with_gradient, known)]
-        flags = [(scope in flagged[0], scope in flagged[1]) for scope in range(max(scopes) + 1)]
+        flags = [(scope in flagged[0], scope in flagged[1], scope in joined) for scope in range(max(scopes) + 1)]
         return self._tables.combine(sums, factors, flags, device_of(self._optimizer))
 
     @abstractmethod
@@ -61,7 +62,8 @@ class View(ABC):
 
         Returns:
             For each scope the derivative, ``‖g‖²``, the square of what ``g`` is multiplied with, whether there is a
-            gradient, and whether there is something to multiply it with: of shape (scopes, 5).
+            gradient, whether there is something to multiply it with, and whether parameters have joined that are a
+            part of the scope to be reckoned with: of shape (scopes, 6).
         """
 
     @abstractmethod
@@ -75,6 +77,9 @@ class View(ABC):
         Args:
             kept: For each scope, which part of former moves counts on; ``None``: what it saw was not finite.
         """
+
+    def forget(self, scope: int) -> None:  # noqa: B027
+        """What is remembered of a scope does not count any more: its rate starts anew in the step that comes."""
 
     @abstractmethod
     def abandon(self) -> None:

@@ -289,6 +289,8 @@ class Tuned:
         self._high = np.inf if arguments["max_lr"] is None else arguments["max_lr"]
         self._autos = [AutoRule() for _ in self.scopes]
         self._started = [self._rule != "auto" for _ in self.scopes]
+        self._since = [0] * len(self.scopes)  # steps before the rule started
+        self._updated: set[tuple[int, int]] = set()  # parameters that had a gradient in a step
         self._directions: dict[tuple[int, int], Generator[list[Array], list[Array], None]] = {}
         self._last: dict[tuple[int, int], Array] = {}  # d_{t-1}, as the groups' rates follow their scopes', or -E_t
         self._lengths = [0.0] * len(self.scopes)  # the longest that it has been, or what its rounding is relative to
@@ -310,6 +312,8 @@ class Tuned:
                     key, x + self._decays[key[0]] * self.values[key] * (not self._settings.get("decoupled"))
                 )
             return
+        if self._rule == "auto":
+            self._join(gradients)
         self.steps += 1
         sign = -1.0 if self._settings.get("maximize") else 1.0
         decays = {key: self._decays[key[0]] * self.values[key] for key in gradients}
@@ -328,6 +332,16 @@ class Tuned:
             else:
                 moved -= moving
         self._move({key: d[key] for key in d if key in moved})
+
+    def _join(self, gradients: dict[tuple[int, int], Array]) -> None:
+        """A scope of which a tenth or more has a gradient for the first time starts anew."""
+        for s, members in enumerate(self.scopes):
+            sizes = {key: x.size for key, x in gradients.items() if key[0] in members}
+            new = sum(size for key, size in sizes.items() if key not in self._updated)
+            if self._started[s] and sizes and new >= 0.1 * sum(sizes.values()):
+                self._autos[s], self._started[s], self._moved[s], self._since[s] = AutoRule(), False, False, self.steps
+                self._last = {key: x for key, x in self._last.items() if key[0] not in members}
+        self._updated |= set(gradients)
 
     def _direction(self, key: tuple[int, int], g: Array) -> Array:
         if key not in self._directions:
@@ -359,7 +373,9 @@ class Tuned:
                 self.alphas[s] *= 1 + self._beta * cosine
                 self._errors[s] += self._beta * cosine_error
             else:
-                self.alphas[s] = self._autos[s].next_lr(self.alphas[s], self.steps, product, g_norm, d_norm)
+                self.alphas[s] = self._autos[s].next_lr(
+                    self.alphas[s], self.steps - self._since[s], product, g_norm, d_norm
+                )
                 self._errors[s] += self._autos[s].slope * cosine_error
         self._clamp(s)
 
@@ -385,8 +401,8 @@ class Tuned:
                 weights[i] = self.ratios[i] if i in within or not within else 0.0
         auto = self._rule == "auto"
         parts = [
-            rule.part_kept(alpha, self.steps) if auto and started else 0.0
-            for rule, alpha, started in zip(self._autos, self.alphas, self._started, strict=True)
+            rule.part_kept(alpha, self.steps - since) if auto and started else 0.0
+            for rule, alpha, since, started in zip(self._autos, self.alphas, self._since, self._started, strict=True)
         ]
         of_group = [s for s, members in enumerate(self.scopes) for _ in members]
         self._last = {key: parts[of_group[key[0]]] * x for key, x in self._last.items()} if auto else {}

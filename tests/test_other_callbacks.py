@@ -289,13 +289,15 @@ def test_a_backbone_follows_what_finetuning_writes(tmp_path: Path, rule: str, sc
     head, backbone = hd.lrs["lr-SGD"], hd.lrs["lr-SGD/pg2"]
     assert (len(head), len(backbone)) == (5 * EPOCH, 3 * EPOCH)
     assert all(0 < lr < math.inf for lr in head + backbone)
-    picked = (rule, scope) == ("auto", "group")  # it starts anew for the group, with steps of up to exp(0.5)
     for epoch in range(2, 5):
         begin = epoch * EPOCH
         first, *others = backbone[begin - 2 * EPOCH :][:EPOCH]
-        assert head[begin] / head[begin - 1] == pytest.approx(1, abs=0.11)
-        assert first == pytest.approx(module.held_lrs[begin][1], rel=0.65 if picked else 0.11) or (
-            picked and epoch == 2
+        if (rule, scope, epoch) == ("auto", "global", 2):  # the rate was found without the backbone: it starts anew
+            assert head[begin] < 0.1 * head[begin - 1]
+        else:
+            assert head[begin] / head[begin - 1] == pytest.approx(1, abs=0.65 if rule == "auto" else 0.11)
+        assert first == pytest.approx(module.held_lrs[begin][1], rel=0.65 if rule == "auto" else 0.11) or (
+            rule == "auto" and epoch == 2
         )
         assert len({first, *others}) == EPOCH
     assert hd.engines[0].nonfinite_steps == 0
