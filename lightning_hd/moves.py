@@ -91,14 +91,15 @@ class Moves(View):
         return self._combine(sums, shares, scopes, {i for i, _ in self._present}, known, self._joined)
 
     def _joining(self, scopes: Sequence[int]) -> set[int]:
-        """Scopes of which a part to be reckoned with has a gradient for the first time."""
+        """Scopes of which a part to be reckoned with has a gradient for the first time, and others had one before."""
         sizes: dict[int, list[int]] = {}  # of all, and of those that are new
         for slot in self.slots:
             if self._present and slot.key in self._present:
                 own = sizes.setdefault(scopes[slot.group], [0, 0])
                 own[0] += slot.size
                 own[1] += slot.size * (slot.key not in self._updated)
-        return {scope for scope, (size, new) in sizes.items() if _PART * size <= new}
+        known = {scopes[group] for group, _ in self._updated}
+        return {scope for scope, (size, new) in sizes.items() if _PART * size <= new and scope in known}
 
     def forget(self, scope: int) -> None:
         """``E`` is zero, and the mean begins where the parameters are."""

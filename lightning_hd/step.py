@@ -160,7 +160,8 @@ class Tuning:
         if not any(has_gradient for *_, has_gradient, _, _ in sums):
             return False
         for i, (*_, joined) in enumerate(sums):
-            if joined and self.rates.scopes[i].started and self.rates.scopes[i].rule.picks_start:
+            # on one process alone they may only have had no gradient there before
+            if joined > self.ranks.count / 2 and self.rates.scopes[i].started and self.rates.scopes[i].rule.picks_start:
                 self.rates.restart(i, self.step_count)
                 self.view.forget(i)
                 self.notices.log(
