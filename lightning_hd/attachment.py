@@ -53,12 +53,13 @@ class Attachment:
         if dist.is_initialized() and dist.get_world_size() > 1 and trainer.world_size == 1:
             # The other processes train something else.
             self._alone = dist.new_group([dist.get_rank()], use_local_synchronization=True)
+        remaining = remaining_steps(trainer, whole_epochs=False)
         for optimizer, name in zip(everyone, optimizer_names(everyone), strict=True):
             if not any(optimizer is other for other in optimizers):
                 continue
             # Lightning's tuner takes all callbacks out while it searches, with steps that are no part of the training.
             self._handles.append(optimizer.register_step_pre_hook(partial(self._pause, trainer)))
-            engine = self._make(optimizer, remaining_steps(trainer, whole_epochs=False), self._alone)
+            engine = self._make(optimizer, remaining, self._alone)
             self.engines.append(engine)
             if self._scheduled is not None or any(optimizer is other for other in schedulers):
                 engine.scheduled = self._scheduled is not False

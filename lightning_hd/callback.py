@@ -138,10 +138,8 @@ class HypergradientDescent(Callback):
         self.on_mismatch = on_mismatch
         self.summary = summary
         self._attachment = Attachment(self, self._make, scheduled)
-        self._restored: list[dict[str, Any]] | None = None
+        self._restored: dict[str, Any] | None = None  # of a checkpoint, until training starts
         self._guards: list[RemovableHandle] = []  # until the optimizers have loaded their states
-        self._classes: list[str] = []  # of the optimizers of a checkpoint
-        self._names: list[list[str]] = []  # of their groups
         self._configured: dict[int, list[float]] = {}  # the rates of each optimizer before a checkpoint was loaded
         self._since: float | None = None  # when the first step was over
         self._began = False  # whether a batch of this training has begun
@@ -176,15 +174,13 @@ class HypergradientDescent(Callback):
                 show_small_numbers(trainer)
             self._attachment.forget()  # where another callback's error has kept it from being done
             self._began, self._restored, self._since = False, None, None
-            self._classes, self._names = [], []
             describe(trainer, pl_module, self._settings())
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Keep the state of a checkpoint until training starts, or go on from it where that has started already."""
         if not isinstance(state_dict, dict) or not isinstance(state_dict.get("optimizers"), list):
             raise ValueError("the checkpoint's state of HypergradientDescent is damaged: it has no list of optimizers")
-        self._restored = state_dict["optimizers"]
-        self._classes, self._names = state_dict.get("classes", []), state_dict.get("names", [])
+        self._restored = state_dict
         if any(engine.attached for engine in self.engines):
             self._restore()
 
@@ -192,8 +188,8 @@ class HypergradientDescent(Callback):
         """Before a checkpoint's optimizer states are loaded: see that what is ours in them is found."""
         self._configured = configured_rates(with_groups(trainer))
         if self._restored is not None:
-            restart = self.on_mismatch == "restart"
-            self._guards = guard_states(with_groups(trainer), self._classes, restart)
+            classes = self._restored.get("classes", [])
+            self._guards = guard_states(with_groups(trainer), classes, restart=self.on_mismatch == "restart")
         for optimizer in trainer.optimizers:
             if isinstance(optimizer, Optimizer):
                 copies_of(optimizer)
@@ -252,18 +248,22 @@ class HypergradientDescent(Callback):
                 engine.observe(loss)  # a GradScaler gives the optimizer no closure that would return it
         if not trainer.barebones:
             known = {key: value for tracker in self._trackers for key, value in tracker.current().items()}
-            known |= former(known)
-            trainer.callback_metrics.update({key: torch.tensor(value) for key, value in known.items()})
+            metrics = {key: torch.tensor(value) for key, value in known.items()}
+            trainer.callback_metrics.update(metrics | former(metrics))
             if self.prog_bar:
                 lrs = {key: lr for tracker in self._trackers for key, lr in tracker.lr_metrics().items()}
                 pl_module.log_dict(lrs, on_step=True, on_epoch=False, prog_bar=True, logger=False)
         for tracker in self._trackers:
-            tracker.mark(axis(trainer))
-        if self._since is None and any(tracker.has_news for tracker in self._trackers):
+            if self.log_every_n_steps == 0:
+                tracker.skip()
+            else:
+                tracker.mark(axis(trainer))
+        news = any(tracker.has_news for tracker in self._trackers)
+        if self._since is None and news:
             self._since = time.perf_counter()
             if self.summary:
                 announce(self._trackers, repr(self.rule))
-        if any(tracker.has_news for tracker in self._trackers) and is_due(trainer, self.log_every_n_steps, batch_idx):
+        if news and is_due(trainer, self.log_every_n_steps, batch_idx):
             for engine in self.engines:
                 engine.check_agreement()
             log(trainer, self._trackers, axis(trainer))
@@ -286,8 +286,7 @@ class HypergradientDescent(Callback):
                     "replaced, or there was no gradient. The parameters have moved, if at all, at the configured "
                     "learning rate."
                 )
-        if self.log_every_n_steps != 0:
-            log_curves(trainer, self._trackers)
+        log_curves(trainer, self._trackers)
         if self.summary and self._since is not None:
             summarize(self._trackers, time.perf_counter() - self._since)
         self._attachment.detach()
@@ -302,7 +301,7 @@ class HypergradientDescent(Callback):
     def state_dict(self) -> dict[str, Any]:
         """The learned scalars of every optimizer; the tensors are in the optimizers' own state, under keys ``hd_*``."""
         if self._restored is not None:  # training has not started yet
-            return {"optimizers": self._restored, "classes": self._classes, "names": self._names}
+            return self._restored
         if not self.engines:
             return {}
         return {
@@ -345,6 +344,6 @@ class HypergradientDescent(Callback):
             return
         saved, self._restored = self._restored, None
         configured = [self._configured.get(id(engine.optimizer), []) for engine in self.engines]
-        restore(self.engines, saved, configured, restart=self.on_mismatch == "restart")
-        for tracker, names in zip(self._trackers, self._names, strict=False):
+        restore(self.engines, saved["optimizers"], configured, restart=self.on_mismatch == "restart")
+        for tracker, names in zip(self._trackers, saved.get("names", []), strict=False):
             tracker.go_on(names)

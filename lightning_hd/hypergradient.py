@@ -158,12 +158,6 @@ class HypergradientLR:
             view = Moves(self.optimizer, budget, ranks, notices)
         else:
             view = LastStep(self.optimizer, budget, ranks, notices, self._copies)
-        if any({"d", "d0"} <= settings.keys() for settings in self.optimizer.param_groups):
-            notices.warn(
-                "own estimate",
-                "this optimizer estimates its learning rate itself, as Prodigy and D-Adaptation do, and two estimates "
-                "on top of each other fail: use it alone, or tune a plain optimizer",
-            )
         self._tuning = Tuning(self.optimizer, self._rule, rates, view, ranks, notices, falling, stop_after)
         self._hooks: StepHooks | None = None
         self._seconds = 0.0  # of hooks that were removed
@@ -232,6 +226,11 @@ class HypergradientLR:
     @scheduled.setter
     def scheduled(self, value: bool | None) -> None:
         self._tuning.rates.scheduled = None if value is None else bool(value)
+
+    @property
+    def under_schedule(self) -> bool:
+        """Whether a scheduler owns the rates, as said by :attr:`scheduled` or found out."""
+        return self._tuning.rates.is_scheduled()
 
     @property
     def total_steps(self) -> int | None:

@@ -62,6 +62,12 @@ class Linearity:
         self._ranks = ranks
         self._notices = notices
         self._long_horizon = long_horizon
+        if any({"d", "d0"} <= settings.keys() for settings in optimizer.param_groups):
+            notices.warn(
+                "own estimate",
+                "this optimizer estimates its learning rate itself, as Prodigy and D-Adaptation do, and two estimates "
+                "on top of each other fail: use it alone, or tune a plain optimizer",
+            )
         known = torch_class(type(optimizer))
         self._due = list(_DUE) if known is None or known is Adafactor else []
 
@@ -157,10 +163,10 @@ def _moves(optimizer: Optimizer, rates: dict[int, float], chosen: list[Tensor]) 
     for p in chosen:
         twin = memo[id(p)] = nn.Parameter(p.detach().clone(), requires_grad=p.requires_grad)
         twin.grad = None if p.grad is None else p.grad.detach().clone()
-    groups = []
+    groups, copied = [], set(map(id, chosen))
     for i, settings in enumerate(optimizer.param_groups):
         own = {key: copy.deepcopy(value, memo) for key, value in settings.items() if key != "params"}
-        own["params"] = [memo[id(p)] for p in settings["params"] if any(p is q for q in chosen)]
+        own["params"] = [memo[id(p)] for p in settings["params"] if id(p) in copied]
         if i in rates:
             held = settings["lr"]
             own["lr"] = torch.full_like(held, rates[i]) if isinstance(held, Tensor) else rates[i]

@@ -27,10 +27,6 @@ class Notices:
             warnings.warn(f"{self._name}: {message}", RuntimeWarning, stacklevel=3)
         self._given.add(kind)
 
-    def was_given(self, kind: str) -> bool:
-        """Whether that kind of thing was said, on the first process."""
-        return kind in self._given
-
     def log(self, message: str) -> None:
         """Write a message to the log."""
         if self._ranks.is_first:

@@ -12,6 +12,8 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 
 import numpy as np
 
+from lightning_hd.tensorboard import FORMER, PREFIX
+
 if TYPE_CHECKING:  # matplotlib is an extra
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
@@ -89,7 +91,7 @@ def load(runs: Sequence[Path | str], loss: str | None = None) -> list[Curves]:
     if not any(run.rates for run in curves):
         where = ", ".join(map(str, runs))
         raise PlotError(
-            f"no run has logged a learning rate in {where}: looked for the tags hd/lr-NAME, hypergradient/lr-NAME "
+            f"no run has logged a learning rate in {where}: looked for the tags {PREFIX}lr-NAME, {FORMER}lr-NAME "
             "(HypergradientDescent) and lr-NAME (LearningRateMonitor)"
         )
     return [run for run in curves if run.rates or run.loss or run.cosines]
@@ -160,14 +162,14 @@ def _events(folder: Path) -> Iterator[tuple[str, int, float]]:
 
 
 def _select(name: str, tags: Mapping[str, Curve], loss: str | None) -> Curves:
-    rates = _named(tags, ("hypergradient/lr-", "hd/lr-"))
+    rates = _named(tags, (f"{FORMER}lr-", f"{PREFIX}lr-"))
     if not rates:
         others = {tag: tags[tag] for tag in tags if not tag.endswith(("-momentum", "-weight_decay"))}
         rates = _named(others, ("lr-",))
     if loss is None:
         there = [tag for tag in LOSSES if tag in tags] or [tag for tag in tags if tag.endswith("loss")]
         loss = there[0] if there else "loss"
-    cosines = _named(tags, ("hypergradient/cosine-", "hd/cosine-"))
+    cosines = _named(tags, (f"{FORMER}cosine-", f"{PREFIX}cosine-"))
     return Curves(name, rates, tags.get(loss), cosines, "loss" if loss in LOSSES else loss)
 
 

@@ -42,7 +42,7 @@ class Rates:
         self._rule = rule
         self._min_lr = min_lr
         self._max_lr = max_lr
-        self.under_schedule = self._is_scheduled()
+        self.under_schedule = self.is_scheduled()
         self.sync()
 
     def sync(self) -> None:
@@ -53,7 +53,7 @@ class Rates:
                 f"{type(self.optimizer).__name__} has {len(settings)} parameter groups, {len(self.groups)} at its last "
                 "step: groups can be added but not removed while its learning rate is tuned"
             )
-        scheduled = self._is_scheduled()
+        scheduled = self.is_scheduled()
         self.check()
         held = self.held
         fresh = set(range(len(self.scopes))) if scheduled != self.under_schedule else set()
@@ -97,7 +97,7 @@ class Rates:
         if not self.under_schedule:
             return 1.0
         scope = self.scopes[index]
-        peak = max(abs(self.groups[i].unscaled) for i in self.members(index))
+        peak = self._scheduled(index)
         factor = peak / scope.reference if peak and scope.from_zero else max(1.0, peak / abs(scope.reference))
         scope.from_zero = scope.from_zero and not peak
         if scope.rule.picks_start:
@@ -114,7 +114,11 @@ class Rates:
         """What the schedule says for a scope, over the highest that it has said."""
         if not self.under_schedule:
             return 1.0
-        return max(abs(self.groups[i].unscaled) for i in self.members(index)) / abs(self.scopes[index].reference)
+        return self._scheduled(index) / abs(self.scopes[index].reference)
+
+    def _scheduled(self, index: int) -> float:
+        """The highest rate that the schedule gives the groups of a scope."""
+        return max(abs(self.groups[i].unscaled) for i in self.members(index))
 
     def effective(self, used: Sequence[float], begun: Container[int] = ()) -> list[tuple[float, float]]:
         """For each group its rate, and the derivative of that with respect to the scope's, which is ``used[scope]``.
@@ -179,7 +183,8 @@ class Rates:
             lowered = held / lr if lr else 1.0
             set_lr(settings, rate * lowered if 0 <= lowered < 1 else rate)
 
-    def _is_scheduled(self) -> bool:
+    def is_scheduled(self) -> bool:
+        """Whether the rates in the groups belong to a schedule, as far as it is known now."""
         if self.scheduled is not None:
             return self.scheduled
         return any("initial_lr" in settings for settings in self.optimizer.param_groups)
@@ -254,7 +259,7 @@ class Rates:
     def check(self) -> None:
         """Read what the groups of the optimizer hold; raise :class:`TypeError` or :class:`ValueError` for no rate."""
         settings = self.optimizer.param_groups
-        scheduled = self._is_scheduled()
+        scheduled = self.is_scheduled()
         names = [f"lr of {type(self.optimizer).__name__} param_groups[{i}]" for i in range(len(settings))]
         for name, group_settings in zip(names, settings, strict=True):
             check_lr(name, group_settings["lr"])
@@ -323,7 +328,7 @@ class Rates:
                 scope.rule.load_state_dict(own)
             raise
         self.scopes, self.groups, self.under_schedule = scopes, groups, under_schedule
-        if self.under_schedule and not self._is_scheduled():
+        if self.under_schedule and not self.is_scheduled():
             self.scheduled = True  # said by the user then, for a scheduler that leaves no mark
         if not self.under_schedule:
             for group, settings, lr, stays in zip(groups, self.optimizer.param_groups, holding, keep, strict=True):

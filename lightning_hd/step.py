@@ -265,15 +265,15 @@ class Tuning:
         """``α_t`` and ``γ_t`` of a scope; the last ones where a number is not finite."""
         scope, seen, number = self.rates.scopes[index], step.seen[index], self.step_count + 1
         lr, brakes, time = scope.lr, scope.rule.brakes, number - scope.since
+        factor = self._factor()
         leapt, finite = False, seen is None or all(map(math.isfinite, seen))
         stopped = self.step_count >= self.stop_after and scope.started
         if seen is not None and finite and not stopped:
             lr = returned(scope.rule.update(lr, seen, time), scope.rule, "update")
             leapt = scope.rule.brakes > brakes
-            if scope.rule.long_horizon and self._factor() < 1:  # moves made at higher rates ask for them again
-                lr = min(lr, scope.lr)
             if scope.rule.long_horizon:
                 lr = scope.at_peak(lr, self.rates.scheduled_part(index))
+                lr = min(lr, scope.lr) if factor < 1 else lr  # moves made at higher rates ask for them again
             if step.loss is not None and math.isfinite(lr):
                 lr = returned(scope.rule.watch(lr, step.loss, time), scope.rule, "watch")
         lr *= self.rates.follow_schedule(index)
@@ -282,7 +282,7 @@ class Tuning:
         if abs(lr) <= LARGEST:
             lr = self.rates.clamp(index, lr)
             used = lr if stopped else returned(scope.rule.used(lr, time), scope.rule, "used")
-            used *= self._factor()
+            used *= factor
             if abs(used) <= LARGEST:
                 if seen is not None and scope.rule.brakes > brakes:
                     what = f"the gradient's norm leapt to {seen.grad_norm:.3g}" if leapt else "the loss has risen"

@@ -139,9 +139,8 @@ def restore(
     if errors and not restart:
         raise ValueError(f"HypergradientDescent: {'; '.join(errors)}")
     for i in failed:
-        groups = engines[i].optimizer.param_groups
-        if not any("initial_lr" in settings for settings in groups):
-            for settings, lr in zip(groups, configured[i], strict=False):
+        if not engines[i].under_schedule:
+            for settings, lr in zip(engines[i].optimizer.param_groups, configured[i], strict=False):
                 set_lr(settings, lr)
     for wrong in errors:
         rank_zero_warn(f"HypergradientDescent: tuning starts anew. {wrong}.")

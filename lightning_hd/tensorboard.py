@@ -3,9 +3,11 @@
 from collections import Counter
 from collections.abc import Mapping, Sequence
 
+from torch import Tensor
 from torch.optim import Optimizer
 
-_PREFIX, _FORMER = "hd/", "hypergradient/"
+PREFIX, FORMER = "hd/", "hypergradient/"
+"""What tags begin with, now and in the version before."""
 
 LAYOUT = {
     "learning rate": {
@@ -25,12 +27,12 @@ def tag(quantity: str, name: str = "") -> str:
 
     It is short, for TensorBoard cuts the titles of its cards.
     """
-    return f"{_PREFIX}{quantity}-{name}" if name else f"{_PREFIX}{quantity}"
+    return f"{PREFIX}{quantity}-{name}" if name else f"{PREFIX}{quantity}"
 
 
-def former(metrics: Mapping[str, float]) -> dict[str, float]:
+def former(metrics: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """The same numbers under the tags of the version before, for what monitors them."""
-    return {_FORMER + key.removeprefix(_PREFIX): value for key, value in metrics.items()}
+    return {FORMER + key.removeprefix(PREFIX): value for key, value in metrics.items()}
 
 
 def optimizer_names(optimizers: Sequence[Optimizer]) -> list[str]:

@@ -2,7 +2,8 @@
 
 import math
 from array import array
-from collections.abc import Sequence
+from collections import deque
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
@@ -32,7 +33,7 @@ class Tracker:
         self._configured = get_lrs(engine.optimizer.param_groups)
         self._history: list[array[float]] = []
         self._seen: dict[tuple[str, int], list[float]] = {}  # of each scope, since it was last logged
-        self._cosines: dict[int, array[float]] = {}  # the last ones of each scope
+        self._cosines: dict[int, deque[float]] = {}  # the last ones of each scope
         self._curve: list[tuple[int, int]] = []  # steps on the axis of loggers, and how many there were until then
         self._step_count = engine.step_count
         self._logged = 0  # how many steps are in the curves already
@@ -64,6 +65,7 @@ class Tracker:
                 continue
             for quantity, value in (("value", seen.hypergradient), ("cosine", seen.cosine)):
                 self._seen.setdefault((quantity, i), []).append(value)
+            self._cosines.setdefault(i, deque(maxlen=_WINDOW)).append(seen.cosine)
 
     def configured(self, group: int) -> float:
         """The rate that a group had before the first step."""
@@ -72,21 +74,18 @@ class Tracker:
     def mean_cosines(self) -> list[tuple[str, float]]:
         """The running mean of the cosine of each scope, where there is one."""
         names = self._scopes()
-        recent = {
-            i: [*self._cosines.get(i, ()), *self._seen.get(("cosine", i), ())][-_WINDOW:] for i in range(len(names))
-        }
-        return [(names[i], _mean(values)) for i, values in recent.items() if values]
+        return [(names[i], _mean(cosines)) for i, cosines in self._cosines.items()]
 
     def names(self) -> list[str]:
         """The name of each group: it stays, though groups are added since."""
-        now = group_names(self.name, self.engine.optimizer)
-        self._names += now[len(self._names) :]
+        if len(self._names) < len(self.engine.optimizer.param_groups):
+            self._names += group_names(self.name, self.engine.optimizer)[len(self._names) :]
         return self._names
 
     def go_on(self, names: Sequence[str]) -> None:
         """Call the groups as a former run of the same optimizer has called them."""
         own = all(name.partition("/")[0] == self.name for name in names)
-        if own and len(names) <= len(group_names(self.name, self.engine.optimizer)):
+        if own and len(names) <= len(self.engine.optimizer.param_groups):
             self._names = list(names)
 
     def mark(self, step: int) -> None:
@@ -94,6 +93,10 @@ class Tracker:
         count = len(self._history[0]) if self._history else 0
         if count > (self._curve[-1][1] if self._curve else self._logged):
             self._curve.append((step, count))
+
+    def skip(self) -> None:
+        """Nothing is logged: what waits for it is dropped."""
+        self._seen.clear()
 
     def take_curve(self) -> list[tuple[str, float, int]]:
         """The name of each group, its rate, and the step on the axis of loggers, for all steps since the last call."""
@@ -133,7 +136,7 @@ class Tracker:
         """All that is logged now beside the rates; the means start anew."""
         names = self._scopes()
         metrics = {tag("scale", name): scale for name, scale in zip(names, self.engine.scales, strict=False)}
-        if self.engine.scheduled or any("initial_lr" in group for group in self.engine.optimizer.param_groups):
+        if self.engine.under_schedule:
             for i, (name, lr) in enumerate(zip(self.names(), self.engine.lrs, strict=True)):
                 scale = self.engine.scales[i if self.engine.scope == "group" else 0]
                 metrics |= {tag("schedule", name): lr / scale} if scale else {}
@@ -141,12 +144,11 @@ class Tracker:
         for (quantity, i), values in self._seen.items():
             metrics[tag(quantity, names[i])] = _mean(values)
             if quantity == "cosine":
-                last = self._cosines[i] = (self._cosines.get(i, array("d")) + array("d", values))[-_WINDOW:]
-                metrics[tag("mean_cosine", names[i])] = _mean(last)
+                metrics[tag("mean_cosine", names[i])] = _mean(self._cosines[i])
         self._seen.clear()
         self.has_news = False
         return metrics
 
 
-def _mean(values: Sequence[float]) -> float:
-    return float(MeanMetric().set_dtype(torch.float64)(torch.tensor(values, dtype=torch.float64)))
+def _mean(values: Iterable[float]) -> float:
+    return float(MeanMetric().set_dtype(torch.float64)(torch.tensor([*values], dtype=torch.float64)))

@@ -97,11 +97,15 @@ def same(a: nn.Module, b: nn.Module) -> bool:
     return all(torch.equal(p, q) for p, q in zip(a.parameters(), b.parameters(), strict=True))
 
 
+def events(path: Path) -> Any:
+    """What is in the event files under a folder."""
+    (folder,) = {file.parent for file in path.rglob("events.out.tfevents.*")}
+    return EventAccumulator(str(folder)).Reload()
+
+
 def scalars(path: Path, tag: str) -> dict[int, float]:
     """Steps and values of a tag in the event files under a folder."""
-    (folder,) = {file.parent for file in path.rglob("events.out.tfevents.*")}
-    events = EventAccumulator(str(folder)).Reload()
-    return {event.step: event.value for event in events.Scalars(tag)}
+    return {event.step: event.value for event in events(path).Scalars(tag)}
 
 
 LOGGED = ("lr", "log10_lr", "scale", "value", "cosine", "mean_cosine")
@@ -109,8 +113,7 @@ LOGGED = ("lr", "log10_lr", "scale", "value", "cosine", "mean_cosine")
 
 
 def tags(path: Path) -> set[str]:
-    (folder,) = {file.parent for file in path.rglob("events.out.tfevents.*")}
-    return {tag for tag in EventAccumulator(str(folder)).Reload().Tags()["scalars"] if tag.startswith("hd/")}
+    return {tag for tag in events(path).Tags()["scalars"] if tag.startswith("hd/")}
 
 
 class Observer(Callback):
@@ -575,6 +578,12 @@ def test_the_callback_can_be_copied_and_pickled(tmp_path: Path) -> None:
         ({"log_every_n_steps": 2.5}, TypeError, "log_every_n_steps must be a whole number"),
         ({"log_every_n_steps": True}, TypeError, "log_every_n_steps must be a whole number"),
         ({"log_every_n_steps": -1}, ValueError, "log_every_n_steps must not be negative"),
+        ({"stop_after": -1}, ValueError, "stop_after must not be negative"),
+        ({"stop_after": 1.5}, TypeError, "stop_after must be a whole number"),
+        ({"scheduled": "yes"}, TypeError, "scheduled must be True or False"),
+        ({"prog_bar": 1}, TypeError, "prog_bar must be True or False"),
+        ({"on_mismatch": "ignore"}, ValueError, "on_mismatch must be 'error' or 'restart'"),
+        ({"max_lr": -0.1}, ValueError, "max_lr must be at least 0, got -0.1"),
     ],
 )
 def test_a_bad_argument_is_named(arguments: dict[str, Any], error: type[Exception], words: str) -> None:

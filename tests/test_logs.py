@@ -8,7 +8,6 @@ import yaml  # type: ignore[import-untyped]
 from lightning.pytorch import LightningModule
 from lightning.pytorch.callbacks import LearningRateMonitor
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
-from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tensorboard.plugins.custom_scalar import layout_pb2
 from tensorboard.plugins.hparams import plugin_data_pb2
 from torch.optim import SGD
@@ -16,7 +15,7 @@ from torch.optim.lr_scheduler import StepLR
 
 from lightning_hd import Auto, HypergradientDescent
 from tests import reference
-from tests.test_callback import AfterOneEpoch, Reference, make_trainer, scalars
+from tests.test_callback import AfterOneEpoch, Reference, events, make_trainer, scalars
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:.*does not have many workers.*"),
@@ -30,11 +29,6 @@ class Saved(Reference):
     def __init__(self, width: int = 3) -> None:
         super().__init__()
         self.save_hyperparameters()
-
-
-def events(path: Path) -> Any:
-    (folder,) = {file.parent for file in path.rglob("events.out.tfevents.*")}
-    return EventAccumulator(str(folder)).Reload()
 
 
 @pytest.mark.parametrize("module", [Reference, Saved])
@@ -108,3 +102,12 @@ def test_the_former_tags_can_be_monitored_for_one_more_version(tmp_path: Path) -
     metrics = trainer.callback_metrics
     for what in ("lr", "scale", "value", "cosine", "brakes"):
         assert metrics[f"hypergradient/{what}-SGD"] == metrics[f"hd/{what}-SGD"]
+
+
+def test_nothing_waits_to_be_logged_where_nothing_is(tmp_path: Path) -> None:
+    hd = HypergradientDescent(log_every_n_steps=0)
+    make_trainer(tmp_path, hd, logger=TensorBoardLogger(tmp_path), limit_train_batches=30).fit(Reference())
+    assert len(hd.lrs["lr-SGD"]) == 30
+    (tracker,) = hd._trackers
+    assert tracker.take_curve() == []
+    assert "hd/cosine-SGD" not in tracker.collect()

@@ -263,22 +263,6 @@ def test_tuning_that_has_stopped_stays_so_on_resuming_and_declines(tmp_path: Pat
     assert end == pytest.approx([end[0] * (10 - i) / 10 for i in range(10)])
 
 
-@pytest.mark.parametrize(
-    ("arguments", "error", "words"),
-    [
-        ({"stop_after": -1}, ValueError, "stop_after must not be negative"),
-        ({"stop_after": 1.5}, TypeError, "stop_after must be a whole number"),
-        ({"scheduled": "yes"}, TypeError, "scheduled must be True or False"),
-        ({"prog_bar": 1}, TypeError, "prog_bar must be True or False"),
-        ({"on_mismatch": "ignore"}, ValueError, "on_mismatch must be 'error' or 'restart'"),
-        ({"max_lr": -0.1}, ValueError, "max_lr must be at least 0, got -0.1"),
-    ],
-)
-def test_a_bad_argument_is_named(arguments: dict[str, Any], error: type[Exception], words: str) -> None:
-    with pytest.raises(error, match=words):
-        HypergradientDescent(**arguments)
-
-
 # ---------------------------------------------------------------------- written rates and what is shown
 
 
