@@ -2,8 +2,11 @@
 
 import math
 
+from torch.optim import Optimizer
+
 from lightning_hd.checks import check_count, check_flag, check_number
 from lightning_hd.decline import Decline
+from lightning_hd.reduction import is_flat_shard
 from lightning_hd.rules import Rule, make_rule
 
 _PART = 0.2
@@ -17,6 +20,7 @@ def check_arguments(
     min_lr: float | None,
     max_lr: float | None,
     probe: int | str | None,
+    stop_after: int | None,
 ) -> tuple[Rule, float, float]:
     """The rule and the two clamps that are asked for, once all arguments are found to be in order.
 
@@ -36,6 +40,8 @@ def check_arguments(
         raise ValueError(f"probe must be a whole number, None for all coordinates, or 'default', got {probe!r}")
     if not isinstance(probe, str) and probe is not None and check_count("probe", probe) == 0:
         raise ValueError("probe must be at least 1, or None for all coordinates, got 0")
+    if stop_after is not None:
+        check_count("stop_after", stop_after)
     return make_rule(rule, hypergrad_lr), low, high
 
 
@@ -58,7 +64,6 @@ def make_decline(part: float | str, total: int | None, rule: Rule) -> Decline:
 def check_callback_arguments(
     log_every_n_steps: int | None,
     prog_bar: bool,
-    stop_after: int | None,
     scheduled: bool | None,
     on_mismatch: str,
     summary: bool,
@@ -69,11 +74,20 @@ def check_callback_arguments(
         TypeError: An argument is of the wrong type.
         ValueError: An argument is out of range.
     """
-    for name, count in (("log_every_n_steps", log_every_n_steps), ("stop_after", stop_after)):
-        if count is not None:
-            check_count(name, count)
+    if log_every_n_steps is not None:
+        check_count("log_every_n_steps", log_every_n_steps)
     for name, flag in (("prog_bar", prog_bar), ("scheduled", scheduled), ("summary", summary)):
         if flag is not None:
             check_flag(name, flag)
     if on_mismatch not in ("error", "restart"):
         raise ValueError(f"on_mismatch must be 'error' or 'restart', got {on_mismatch!r}")
+
+
+def check_flat_shards(optimizer: Optimizer, rule: Rule) -> None:
+    """Raise :class:`TypeError` where the rule needs the directions of flat shards."""
+    flat = any(is_flat_shard(p) for settings in optimizer.param_groups for p in settings["params"])
+    if flat and not rule.long_horizon:
+        raise TypeError(
+            f"rule {type(rule).__name__} does not support FullyShardedDataParallel: use rule='auto', or shard the "
+            "model with torch.distributed.fsdp.fully_shard"
+        )

@@ -1,6 +1,6 @@
 """The engines of a Trainer's optimizers, from when training starts until it ends."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any
 
@@ -37,6 +37,28 @@ class Attachment:
         self._handles: list[RemovableHandle] = []
         self._alone: dist.ProcessGroup | None = None
         self._paused: list[bool] | None = None  # while a tuner searches: whether the engines were paused before
+
+    def observe(self, outputs: Any) -> None:
+        """Report the loss that ``training_step`` has returned."""
+        loss = outputs["loss"] if isinstance(outputs, Mapping) else outputs
+        for engine in self.engines if loss is not None else ():
+            engine.observe(loss)
+
+    def suggestion(self) -> float | dict[str, float]:
+        """The constant rates that the engines recommend: one, or one for each parameter group.
+
+        Raises:
+            RuntimeError: No step was tuned yet.
+        """
+        found: dict[str, float] = {}
+        for tracker in self.trackers:
+            if tracker.engine.step_count:
+                own = tracker.engine.suggestion()
+                lrs = own.values() if isinstance(own, dict) else [own]
+                found |= dict(zip(tracker.names(), lrs, strict=False))
+        if not found:
+            raise RuntimeError("there is no suggestion: no step of an optimizer was tuned yet")
+        return found if len(found) > 1 else next(iter(found.values()))
 
     def attach(self, trainer: Trainer) -> None:
         """Attach to every optimizer.

@@ -2,14 +2,12 @@
 
 import inspect
 import time
-from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
-import torch
 import torch.distributed as dist
 from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
+from lightning.pytorch.utilities import rank_zero_warn
 from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
@@ -17,8 +15,9 @@ from lightning_hd.arguments import check_arguments, check_callback_arguments, ma
 from lightning_hd.attachment import Attachment
 from lightning_hd.checkpoints import copies_of, leave_copies, load_copies
 from lightning_hd.hypergradient import HypergradientLR
-from lightning_hd.logs import describe, log, log_curves
-from lightning_hd.report import announce, summarize
+from lightning_hd.logs import describe, log, log_curves, show
+from lightning_hd.plot import figure
+from lightning_hd.report import announce, check_tuned, say_what_is_missing, summarize
 from lightning_hd.rules import Rule
 from lightning_hd.support import (
     axis,
@@ -32,8 +31,10 @@ from lightning_hd.support import (
     strategies,
     with_groups,
 )
-from lightning_hd.tensorboard import former
 from lightning_hd.tracker import Tracker
+
+if TYPE_CHECKING:  # matplotlib is an extra
+    from matplotlib.figure import Figure
 
 
 class _Engine(HypergradientLR):
@@ -121,9 +122,9 @@ class HypergradientDescent(Callback):
         on_mismatch: Literal["error", "restart"] = "error",
         summary: bool = True,
     ) -> None:
-        checked, *_ = check_arguments(rule, hypergrad_lr, scope, min_lr, max_lr, probe)
+        checked, *_ = check_arguments(rule, hypergrad_lr, scope, min_lr, max_lr, probe, stop_after)
         make_decline(decline, None, checked)
-        check_callback_arguments(log_every_n_steps, prog_bar, stop_after, scheduled, on_mismatch, summary)
+        check_callback_arguments(log_every_n_steps, prog_bar, scheduled, on_mismatch, summary)
         self.rule = rule
         self.hypergrad_lr = hypergrad_lr
         self.scope = scope
@@ -166,6 +167,29 @@ class HypergradientDescent(Callback):
         """The effective learning rate of every optimizer step since training started or was resumed, by group name."""
         return {f"lr-{name}": lrs for tracker in self._trackers for name, lrs in tracker.history()}
 
+    def suggestion(self) -> float | dict[str, float]:
+        """The constant rate that the steps so far recommend for such a training without the callback.
+
+        It is one number, or one for each parameter group by its name: see :meth:`HypergradientLR.suggestion`.
+
+        Raises:
+            RuntimeError: No step was tuned yet.
+        """
+        return self._attachment.suggestion()
+
+    def plot(self) -> "Figure":
+        """Draw the learning rates, the loss and the cosines of this training, for a notebook.
+
+        It is the figure of ``python -m lightning_hd plot``, since training started or was resumed.
+
+        Raises:
+            RuntimeError: No step was tuned yet.
+            ModuleNotFoundError: matplotlib is not installed.
+        """
+        if not any(engine.step_count for engine in self.engines):
+            raise RuntimeError("there is nothing to plot: no step of an optimizer was tuned yet")
+        return figure([tracker.curves() for tracker in self._trackers])
+
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Forget an earlier training, and a checkpoint that was loaded to validate or test with."""
         if stage == "fit":
@@ -205,20 +229,9 @@ class HypergradientDescent(Callback):
         self._drop_guards()
         check_strategy(trainer)
         self._attachment.attach(trainer)
-        if trainer.ckpt_path and trainer.global_step and self._restored is None and self.engines:
-            rank_zero_warn(
-                "HypergradientDescent: the checkpoint was written without it, so tuning the learning rate starts from "
-                "the beginning."
-            )
+        say_what_is_missing(trainer, self.engines, self._restored)
         self._restore()
         self._attachment.expect(trainer, whole_epochs=False)
-        if not self.engines:
-            rank_zero_warn("HypergradientDescent: the Trainer has no optimizer, so there is no learning rate to tune.")
-        elif not trainer.loggers:
-            rank_zero_info(
-                "HypergradientDescent: the Trainer has no logger, so the learning rates are tuned but not logged; "
-                "after training they are in the callback's `lrs`."
-            )
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         """Attach to other optimizers, where they were replaced."""
@@ -243,21 +256,13 @@ class HypergradientDescent(Callback):
     ) -> None:
         """Log, where steps were taken."""
         if trainer.scaler is not None and pl_module.automatic_optimization:
-            loss = outputs["loss"] if isinstance(outputs, Mapping) else outputs
-            for engine in self.engines if loss is not None else ():
-                engine.observe(loss)  # a GradScaler gives the optimizer no closure that would return it
+            self._attachment.observe(outputs)  # a GradScaler gives the optimizer no closure that would return the loss
         if not trainer.barebones:
-            known = {key: value for tracker in self._trackers for key, value in tracker.current().items()}
-            metrics = {key: torch.tensor(value) for key, value in known.items()}
-            trainer.callback_metrics.update(metrics | former(metrics))
-            if self.prog_bar:
-                lrs = {key: lr for tracker in self._trackers for key, lr in tracker.lr_metrics().items()}
-                pl_module.log_dict(lrs, on_step=True, on_epoch=False, prog_bar=True, logger=False)
+            show(trainer, pl_module, self._trackers, self.prog_bar)
         for tracker in self._trackers:
+            tracker.mark(axis(trainer))
             if self.log_every_n_steps == 0:
                 tracker.skip()
-            else:
-                tracker.mark(axis(trainer))
         news = any(tracker.has_news for tracker in self._trackers)
         if self._since is None and news:
             self._since = time.perf_counter()
@@ -279,13 +284,8 @@ class HypergradientDescent(Callback):
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Detach."""
-        for tracker in self._trackers:
-            if self._began and not (tracker.engine.step_count or tracker.engine.paused):
-                rank_zero_warn(
-                    f"HypergradientDescent: no step of {tracker.name} was tuned: its `step` was not called, or "
-                    "replaced, or there was no gradient. The parameters have moved, if at all, at the configured "
-                    "learning rate."
-                )
+        if self._began:
+            check_tuned(self._trackers)
         log_curves(trainer, self._trackers)
         if self.summary and self._since is not None:
             summarize(self._trackers, time.perf_counter() - self._since)

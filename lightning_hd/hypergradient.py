@@ -6,7 +6,7 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 from torch.optim import Optimizer
 
-from lightning_hd.arguments import check_arguments, make_decline
+from lightning_hd.arguments import check_arguments, check_flat_shards, make_decline
 from lightning_hd.checkpoints import copies_of, drop_copies, keep_copies
 from lightning_hd.checks import check_count
 from lightning_hd.hooks import StepHooks
@@ -17,10 +17,11 @@ from lightning_hd.notices import Notices
 from lightning_hd.optimizers import check_optimizer, unwrap
 from lightning_hd.probe import PROBE
 from lightning_hd.rates import Rates
-from lightning_hd.reduction import Ranks, is_flat_shard
+from lightning_hd.reduction import Ranks
 from lightning_hd.rules import Observation, Rule
 from lightning_hd.saved import load, save
 from lightning_hd.step import Tuning
+from lightning_hd.tensorboard import group_names
 
 
 class HypergradientLR:
@@ -79,12 +80,11 @@ class HypergradientLR:
             go on. ``None``: never.
 
     Attributes:
-        optimizer: The optimizer.
-        scope: ``"global"`` or ``"group"``.
         lrs: The effective learning rate of each parameter group.
         scales: The learned scale of each scope: its effective rate over the configured or, with a scheduler, the
             scheduled one (over 1 where it is configured at 0).
-        last: What the last step showed (:class:`~lightning_hd.Observation`), for each scope.
+        last: What the last step showed (:class:`~lightning_hd.Observation`), for each scope; ``None`` where there was
+            no update before it to judge. Its numbers are not finite where the rate stayed as it was for that reason.
         step_count: Number of optimizer steps since it was built (or since the run whose state was loaded began).
         brakes: How often the rule of each scope has backed off from an overshoot. Each time is reported to the
             logger ``lightning_hd.hypergradient``, at the level INFO.
@@ -135,20 +135,19 @@ class HypergradientLR:
         decline: float | Literal["default"] = "default",
         stop_after: int | None = None,
     ) -> None:
-        self._rule, low, high = check_arguments(rule, hypergrad_lr, scope, min_lr, max_lr, probe)
+        self._rule, low, high = check_arguments(rule, hypergrad_lr, scope, min_lr, max_lr, probe, stop_after)
         falling = make_decline(decline, total_steps, self._rule)
         if total_steps is None and not isinstance(decline, str) and decline:
             raise ValueError(f"decline={decline!r} has no effect without total_steps, the number of steps")
-        if stop_after is not None:
-            check_count("stop_after", stop_after)
         check_optimizer(optimizer)
         ranks = Ranks(process_group)
         ranks.check_meshes(p for settings in optimizer.param_groups for p in settings["params"])
         self.optimizer = unwrap(optimizer)
         self.scope = scope
-        self._check_flat_shards()
+        check_flat_shards(self.optimizer, self._rule)
         rates = Rates(self.optimizer, self._rule, scope, low, high)
-        notices = Notices(f"{self._owner}({type(self.optimizer).__name__})", ranks)
+        self._name = type(self.optimizer).__name__
+        notices = Notices(f"{self._owner}({self._name})", ranks)
         budget = (PROBE if self._rule.long_horizon else None) if probe == "default" else probe
         self._copies = copies_of(self.optimizer)
         self._loads = 0  # how many of the optimizer's loaded states are taken account of
@@ -183,10 +182,7 @@ class HypergradientLR:
 
     @property
     def last(self) -> list[Observation | None]:
-        """What the last step showed, for each scope; ``None`` where there was no update before it to judge.
-
-        Its numbers are not finite where that step left the rate as it was for that reason.
-        """
+        """What the last step showed, for each scope; ``None`` where there was no update before it to judge."""
         return [scope.last for scope in self._tuning.rates.scopes]
 
     @property
@@ -198,6 +194,29 @@ class HypergradientLR:
     def nonfinite_steps(self) -> int:
         """Number of steps that left the rate as it was because a number was not finite."""
         return self._tuning.nonfinite_steps
+
+    @property
+    def loss(self) -> float | None:
+        """The loss of the last step, averaged over the processes; ``None``: it is not known."""
+        return self._tuning.loss
+
+    def suggestion(self) -> float | dict[str, float]:
+        """The constant rate that the steps so far recommend for such a training without tuning.
+
+        It is the lower quartile of the rates between a fifth and four fifths of the steps, before the decline at the
+        end takes effect. The source is this project.
+
+        Returns:
+            The rate; with several parameter groups one for each, by its name: ``"Adam/pg1"``, or ``"Adam/"`` and the
+            group's ``name``.
+
+        Raises:
+            RuntimeError: No step was tuned yet.
+        """
+        lrs = self._tuning.rates.suggestions()
+        if lrs is None:
+            raise RuntimeError(f"{self._owner}({self._name}): there is no suggestion before a step was tuned")
+        return dict(zip(group_names(self._name, self.optimizer), lrs, strict=False)) if len(lrs) > 1 else lrs[0]
 
     @property
     def seconds(self) -> float:
@@ -302,9 +321,7 @@ class HypergradientLR:
                 version, or damaged.
         """
         loaded, self._loads = self._copies.loads > self._loads, self._copies.loads
-        keep = [loaded or written for written in self._tuning.rates.written()]
-        self._tuning.rates.sync()
-        load(self._tuning, state_dict, keep + [loaded] * (len(self.optimizer.param_groups) - len(keep)))
+        load(self._tuning, state_dict, loaded)
         if self._hooks is not None and self.step_count:
             self._hooks.proven = True
 
@@ -314,14 +331,7 @@ class HypergradientLR:
         Raises:
             RuntimeError: They are not equal bit for bit: on every process.
         """
-        everyone = self._tuning.ranks.gather((self.step_count, self.lrs))
-        if any(other != everyone[0] for other in everyone):
-            held = "; ".join(f"rank {rank}: step {step}, {lrs}" for rank, (step, lrs) in enumerate(everyone))
-            raise RuntimeError(
-                f"{self._owner}({type(self.optimizer).__name__}): the learning rates of the processes differ ({held}). "
-                "Something has set them on some processes only: a rate that was written there, a scheduler that is "
-                "stepped by a metric of its own process (log it with sync_dist=True), or a step that was left out"
-            )
+        self._tuning.ranks.check_agreement(f"{self._owner}({self._name})", self.step_count, self.lrs)
 
     def __getstate__(self) -> dict[str, Any]:
         return {**vars(self), "_hooks": self.attached}
@@ -338,12 +348,3 @@ class HypergradientLR:
         self._hooks = StepHooks(
             self.optimizer, tuning.begin, tuning.prepare, tuning.losses.hear, tuning.pass_by, tuning.finish
         )
-
-    def _check_flat_shards(self) -> None:
-        """Raise :class:`TypeError` where the rule needs the directions of flat shards."""
-        flat = any(is_flat_shard(p) for settings in self.optimizer.param_groups for p in settings["params"])
-        if flat and not self._rule.long_horizon:
-            raise TypeError(
-                f"rule {type(self._rule).__name__} does not support FullyShardedDataParallel: use rule='auto', or "
-                "shard the model with torch.distributed.fsdp.fully_shard"
-            )

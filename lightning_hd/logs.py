@@ -4,11 +4,22 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
+import torch
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.loggers import Logger
 
-from lightning_hd.tensorboard import LAYOUT, tag
+from lightning_hd.tensorboard import LAYOUT, former, tag
 from lightning_hd.tracker import Tracker
+
+
+def show(trainer: Trainer, pl_module: LightningModule, trackers: Sequence[Tracker], prog_bar: bool) -> None:
+    """Give other callbacks the numbers of the last step, and the progress bar the rates."""
+    known = {key: value for tracker in trackers for key, value in tracker.current().items()}
+    metrics = {key: torch.tensor(value) for key, value in known.items()}
+    trainer.callback_metrics.update(metrics | former(metrics))
+    if prog_bar:
+        lrs = {key: lr for tracker in trackers for key, lr in tracker.lr_metrics().items()}
+        pl_module.log_dict(lrs, on_step=True, on_epoch=False, prog_bar=True, logger=False)
 
 
 def log(trainer: Trainer, trackers: Sequence[Tracker], step: int) -> None:
@@ -47,6 +58,7 @@ def describe(trainer: Trainer, pl_module: LightningModule, settings: dict[str, A
         # Whether `save_hyperparameters` was called with `logger=True`: Lightning has no public name for it.
         if getattr(owner, "_log_hyperparams", False):
             known |= dict(getattr(owner, "hparams_initial", {}))
+    known.pop("_class_path", None)  # LightningCLI puts it there for itself, and Lightning does not log it
     own = {
         tag(name): value if isinstance(value, (bool, int, float, str)) else str(value)
         for name, value in settings.items()

@@ -162,6 +162,17 @@ class Rates:
             low, high = min(low, scope.lr), max(high, scope.lr)
         return min(max(lr, low), high)
 
+    def suggestions(self) -> list[float] | None:
+        """For each group a constant rate, at the ratios of now; ``None``: no step has shown one."""
+        found = []
+        for group in self.groups:
+            suggested = self.scopes[group.scope].trajectory.suggestion()
+            if suggested is None:
+                return None
+            highest = self._scheduled(group.scope)
+            found.append(suggested * (group.unscaled / highest if highest else 1.0))
+        return [min(max(lr, self._min_lr), self._max_lr) for lr in found]
+
     def put_back(self, before: Sequence[float], during: Sequence[float]) -> bool:
         """After a step that raised: what the groups held before, where they hold what they held during the step.
 

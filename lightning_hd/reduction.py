@@ -1,7 +1,7 @@
 """One collective per step: sums over the processes that train together, each holding a copy or a shard."""
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
@@ -125,3 +125,14 @@ class Ranks:
         if self.count > 1:
             dist.all_gather_object(values, value, group=self._group)
         return values
+
+    def check_agreement(self, owner: str, step: int, lrs: Sequence[float]) -> None:
+        """Raise :class:`RuntimeError` on every rank where they are not at the same step, at the same rates."""
+        everyone = self.gather((step, lrs))
+        if any(other != everyone[0] for other in everyone):
+            held = "; ".join(f"rank {rank}: step {step}, {lrs}" for rank, (step, lrs) in enumerate(everyone))
+            raise RuntimeError(
+                f"{owner}: the learning rates of the processes differ ({held}). Something has set them on some "
+                "processes only: a rate that was written there, a scheduler that is stepped by a metric of its own "
+                "process (log it with sync_dist=True), or a step that was left out"
+            )

@@ -1,11 +1,15 @@
 """What is said when training starts and ends: one line, then a short table and what seems wrong."""
 
 import io
+import math
 from collections.abc import Sequence
-from statistics import median
+from statistics import fmean, linear_regression, median
+from typing import Any
 
-from lightning.pytorch.utilities import rank_zero_info
+from lightning.pytorch import Trainer
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 
+from lightning_hd.hypergradient import HypergradientLR
 from lightning_hd.tracker import Tracker
 
 _SHORT = 100
@@ -17,10 +21,49 @@ _PINNED = 0.5
 _RISING = 0.3
 """The mean cosine of the last steps above which the rate is still too small."""
 
+_ONE_SIGN = 0.95
+"""Cosines of one sign in this part of the steps say that the rate never came near the useful range."""
+
+_VARIED = 4.0
+"""A schedule by whose range, highest over lowest, it can be seen whether the scale undoes it."""
+
+_UNDONE = 0.7
+"""By which power of the schedule the scale falls where it rises, and the other way round, if it undoes it."""
+
+_UNSEEN = 0.05
+"""A GradScaler skips a few steps; more than this part of them is worth a word."""
+
 _BRAKED = 0.1
 """Brakes come in series where there are more of them than this part of the steps."""
 
 _HEAD = ("optimizer", "configured", "first lr", "median", "highest", "last", "brakes", "skipped", "seconds", "share")
+
+
+def say_what_is_missing(trainer: Trainer, engines: Sequence[HypergradientLR], restored: dict[str, Any] | None) -> None:
+    """Say so where there is no optimizer, no logger, or a checkpoint without a state of the callback."""
+    if not engines:
+        rank_zero_warn("HypergradientDescent: the Trainer has no optimizer, so there is no learning rate to tune.")
+        return
+    if trainer.ckpt_path and trainer.global_step and restored is None:
+        rank_zero_warn(
+            "HypergradientDescent: the checkpoint was written without it, so tuning the learning rate starts from "
+            "the beginning."
+        )
+    if not trainer.loggers:
+        rank_zero_info(
+            "HypergradientDescent: the Trainer has no logger, so the learning rates are tuned but not logged; after "
+            "training they are in the callback's `lrs`."
+        )
+
+
+def check_tuned(trackers: Sequence[Tracker]) -> None:
+    """Warn of optimizers of which no step was tuned."""
+    for tracker in trackers:
+        if not (tracker.engine.step_count or tracker.engine.paused):
+            rank_zero_warn(
+                f"HypergradientDescent: no step of {tracker.name} was tuned: its `step` was not called, or replaced, "
+                "or there was no gradient. The parameters have moved, if at all, at the configured learning rate."
+            )
 
 
 def announce(trackers: Sequence[Tracker], rule: str) -> None:
@@ -75,14 +118,37 @@ def remarks(trackers: Sequence[Tracker]) -> list[str]:
             for argument, bound in zip(("min_lr", "max_lr"), engine.limits, strict=True):
                 if bound and lrs.count(bound) >= _PINNED * len(lrs):
                     found.append(f"{name}: the rate was held by {argument}={bound:g} in most steps.")
-        for name, cosine in tracker.mean_cosines():
-            if cosine > _RISING:
+        for name, scales, cosines, schedule in tracker.scopes():
+            positive = sum(cosine > 0 for cosine in cosines) / (len(cosines) or math.nan)
+            if positive > _ONE_SIGN or positive < 1 - _ONE_SIGN:
+                sign, size = ("positive", "small") if positive > _ONE_SIGN else ("negative", "large")
+                part = max(positive, 1 - positive)
+                found.append(
+                    f"{name}: the cosine was {sign} in {part:.0%} of the steps, so the rate was too {size} throughout."
+                )
+            elif cosines and fmean(cosines[-_SHORT:]) > _RISING:
                 found.append(f"{name}: the rate was still too small at the end, so the run is short for it.")
+            if _fights(scales, schedule):
+                found.append(
+                    f"{name}: the learned scale undid most of what the scheduler did. Leave the scheduler out, or keep "
+                    "the scale after some steps with stop_after=."
+                )
         if sum(engine.brakes) > _BRAKED * count:
             found.append(f"{tracker.name}: the rule braked {sum(engine.brakes)} times; is the loss very noisy?")
+        if tracker.untuned > _UNSEEN * count:
+            found.append(f"{tracker.name}: {tracker.untuned} steps of the optimizer were not tuned.")
         if engine.nonfinite_steps:
             found.append(f"{tracker.name}: in {engine.nonfinite_steps} steps, numbers were not finite.")
     return found
+
+
+def _fights(scales: Sequence[float], schedule: Sequence[float]) -> bool:
+    """Whether, in the second half, the scale has undone most of what the schedule did."""
+    pairs = [(math.log(a), math.log(b)) for a, b in zip(scales, schedule, strict=False) if a > 0 < b]
+    ours, theirs = (list(numbers)[len(pairs) // 2 :] for numbers in zip(*pairs, strict=True)) if pairs else ([], [])
+    if not theirs or max(theirs) - min(theirs) < math.log(_VARIED):
+        return False
+    return linear_regression(theirs, ours).slope < -_UNDONE
 
 
 def _table(body: Sequence[tuple[str, ...]]) -> str:

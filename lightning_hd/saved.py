@@ -1,6 +1,5 @@
 """What is saved of the tuning of one optimizer, and what is wrong with what shall be loaded."""
 
-from collections.abc import Sequence
 from typing import Any
 
 from lightning_hd.checks import check_count
@@ -28,18 +27,22 @@ def save(tuning: Tuning) -> dict[str, Any]:
     }
 
 
-def load(tuning: Tuning, state_dict: dict[str, Any], keep: Sequence[bool]) -> None:
+def load(tuning: Tuning, state_dict: dict[str, Any], loaded: bool) -> None:
     """Take over what :func:`save` returned; where that fails, all is as it was.
 
     Args:
         tuning: The tuning.
         state_dict: The state.
-        keep: For each parameter group whether the rate that it holds was written, and shall stay.
+        loaded: Whether the optimizer has loaded its state already, so that the rates that it holds shall stay. Else
+            only those that were written do.
 
     Raises:
         ValueError: The state is of another optimizer class, rule, scope or layout of parameter groups, of a former
             version, or damaged.
     """
+    keep = [loaded or written for written in tuning.rates.written()]
+    tuning.rates.sync()
+    keep += [loaded] * (len(tuning.optimizer.param_groups) - len(keep))
     own = save(tuning)
     if isinstance(state_dict, dict) and "last" in state_dict and "view" not in state_dict:
         raise ValueError(f"the saved state is of a former version of lightning-hd: {_WAY_OUT}")

@@ -1,11 +1,12 @@
 """What is known of one learned rate, and of the groups that follow it."""
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from lightning_hd.checks import check_count, check_divisor, check_flag, check_number
 from lightning_hd.rules import Observation, Rule
+from lightning_hd.trajectory import Trajectory
 
 _LOW = 0.5
 """The part of its peak below which a schedule is low."""
@@ -32,11 +33,13 @@ class Scope:
     low: bool = False  # whether it is not now
     since: int = 0  # the steps that were taken before its rate started, or started anew
     vanished: int = 0  # how many steps on trial have left no trace
+    trajectory: Trajectory = field(default_factory=Trajectory)  # α_t, times what the schedule says over its peak
     last: Observation | None = None
 
     def state_dict(self) -> dict[str, Any]:
         """All of it but what the last step has shown, as plain numbers."""
-        return {name: getattr(self, name) for name in (*_NUMBERS, *_FLAGS, *_COUNTS)} | {"rule": self.rule.state_dict()}
+        numbers = {name: getattr(self, name) for name in (*_NUMBERS, *_FLAGS, *_COUNTS)}
+        return numbers | {"rule": self.rule.state_dict(), "trajectory": self.trajectory.state_dict()}
 
     def loaded(self, saved: dict[str, Any]) -> "Scope":
         """A scope with what :meth:`state_dict` returned; its rule is this one's, which has yet to load its own.
@@ -53,12 +56,14 @@ class Scope:
             setattr(scope, name, check_flag(name, saved[name]))
         for name in _COUNTS:
             setattr(scope, name, check_count(name, saved[name]))
+        scope.trajectory = Trajectory.loaded(saved["trajectory"])
         return scope
 
     def restart(self, rule: Rule, step_count: int) -> None:
         """Let the rule pick the first rate again, after so many steps."""
         rule.brakes, rule.nonlinear, self.rule = self.rule.brakes, self.rule.nonlinear, rule
         self.started, self.moved, self.low, self.vanished, self.since = False, False, False, 0, step_count
+        self.trajectory = Trajectory()
 
     def at_peak(self, lr: float, part: float) -> float:
         """``α_t``, no higher than it was at the last peak of a schedule that has been low and comes back.
@@ -75,6 +80,8 @@ class Scope:
         """A step was taken where the schedule says this part of its peak."""
         self.low = part < _LOW
         self.peak = self.peak if self.low else self.lr
+        if self.started:
+            self.trajectory.add(self.lr * part)
 
     @property
     def waits(self) -> bool:

@@ -65,6 +65,7 @@ class Tuning:
         self.paused = False
         self.step_count = 0
         self.nonfinite_steps = 0
+        self.loss: float | None = None  # of the last step, as far as it is known
         self.lost_schedule = False  # whether a state was loaded that knew of none, where there is one
         self._checked = False  # whether all is in order, and the same on all ranks
         self._dry = False
@@ -285,9 +286,8 @@ class Tuning:
             used *= factor
             if abs(used) <= LARGEST:
                 if seen is not None and scope.rule.brakes > brakes:
-                    what = f"the gradient's norm leapt to {seen.grad_norm:.3g}" if leapt else "the loss has risen"
-                    what = f"{what}, so the learning rate backs off from {scope.used:.3g} to {used:.3g}"
-                    self.notices.log(f"step {number}: {what}")
+                    why = f"the gradient's norm leapt to {seen.grad_norm:.3g}" if leapt else "the loss has risen"
+                    self.notices.log(f"step {number}: {why}; the rate backs off from {scope.used:.3g} to {used:.3g}")
                 return lr, used
         return self._stay(step, scope, f"the rate that {type(scope.rule).__name__} made of {seen}")
 
@@ -346,4 +346,5 @@ class Tuning:
         if self.rates.under_schedule:
             self.rates.give_back(step.restore, step.lrs)
         self.nonfinite_steps += not step.finite
+        self.loss = step.loss
         self.step_count += 1

@@ -2,7 +2,6 @@
 
 import math
 from array import array
-from collections import deque
 from collections.abc import Iterable, Sequence
 from typing import Any
 
@@ -12,6 +11,7 @@ from torchmetrics import MeanMetric
 
 from lightning_hd.hypergradient import HypergradientLR
 from lightning_hd.lr import get_lrs
+from lightning_hd.plot import Curve, Curves
 from lightning_hd.tensorboard import group_names, tag
 
 _WINDOW = 100
@@ -31,12 +31,16 @@ class Tracker:
         self.name = name
         self._names: list[str] = []
         self._configured = get_lrs(engine.optimizer.param_groups)
-        self._history: list[array[float]] = []
+        self._lrs: list[array[float]] = []  # of each group, as are the next two; those that came later are shorter
+        self._leaders: list[int] = []  # the first group that has had the same rate in every step
+        self._written: list[int] = []  # how many points are in event files
+        self._scales: list[array[float]] = []  # of each scope, as is the next one
+        self._cosines: list[array[float]] = []
+        self._losses = array("d")
+        self._axis = array("q")  # where each step belongs on the axis of loggers
         self._seen: dict[tuple[str, int], list[float]] = {}  # of each scope, since it was last logged
-        self._cosines: dict[int, deque[float]] = {}  # the last ones of each scope
-        self._curve: list[tuple[int, int]] = []  # steps on the axis of loggers, and how many there were until then
         self._step_count = engine.step_count
-        self._logged = 0  # how many steps are in the curves already
+        self.untuned = 0  # steps of the optimizer that the engine did not tune
         self.has_news = False
         self._handles: list[RemovableHandle] = [
             engine.optimizer.register_step_pre_hook(self._begin),
@@ -53,28 +57,46 @@ class Tracker:
 
     def _record(self, *_: Any) -> None:
         """Called after every call of ``optimizer.step``, which need not have been a step of the engine."""
-        if self.engine.step_count == self._step_count:
+        engine = self.engine
+        if engine.step_count == self._step_count:
+            self.untuned += not engine.paused
             return
         self.has_news = True
-        lrs = self.engine.lrs
-        self._history.extend(array("d") for _ in lrs[len(self._history) :])
-        for history, lr in zip(self._history, lrs, strict=True):
-            history.append(lr)
-        for i, seen in enumerate(self.engine.last):
-            if seen is None or not all(map(math.isfinite, seen)):
-                continue
-            for quantity, value in (("value", seen.hypergradient), ("cosine", seen.cosine)):
-                self._seen.setdefault((quantity, i), []).append(value)
-            self._cosines.setdefault(i, deque(maxlen=_WINDOW)).append(seen.cosine)
+        seen = [found if found and all(map(math.isfinite, found)) else None for found in engine.last]
+        _append(self._lrs, engine.lrs)
+        _append(self._scales, engine.scales)
+        _append(self._cosines, [found.cosine if found else math.nan for found in seen])
+        self._losses.append(math.nan if engine.loss is None else engine.loss)
+        self._compare()
+        for i, found in enumerate(seen):
+            if found:
+                self._seen.setdefault(("value", i), []).append(found.hypergradient)
+                self._seen.setdefault(("cosine", i), []).append(found.cosine)
+
+    def _compare(self) -> None:
+        """Find groups that had the same rate in all steps so far, and no longer have it."""
+        self._leaders.extend(0 for _ in self._lrs[len(self._leaders) :])
+        self._written.extend(0 for _ in self._lrs[len(self._written) :])
+        for i, (leader, lrs) in enumerate(zip(self._leaders, self._lrs, strict=True)):
+            if leader != i and (lrs[-1] != self._lrs[leader][-1] or len(lrs) != len(self._lrs[leader])):
+                self._leaders[i] = next(k for k in range(i + 1) if self._lrs[k] == lrs)
 
     def configured(self, group: int) -> float:
         """The rate that a group had before the first step."""
         return self._configured[group] if group < len(self._configured) else math.nan
 
-    def mean_cosines(self) -> list[tuple[str, float]]:
-        """The running mean of the cosine of each scope, where there is one."""
-        names = self._scopes()
-        return [(names[i], _mean(cosines)) for i, cosines in self._cosines.items()]
+    def scopes(self) -> list[tuple[str, list[float], list[float], list[float]]]:
+        """For each scope its name, its scales, its cosines as far as they are known, and what a scheduler has said."""
+        found = []
+        for i, (name, scales, cosines) in enumerate(zip(self._scopes(), self._scales, self._cosines, strict=False)):
+            lrs = self._lrs[i if self.engine.scope == "group" else 0][-len(scales) :]
+            schedule = [lr / scale if scale else math.nan for lr, scale in zip(lrs, scales, strict=True)]
+            known = [cosine for cosine in cosines if not math.isnan(cosine)]
+            found.append((name, scales.tolist(), known, schedule if self.engine.under_schedule else []))
+        return found
+
+    def _mean_cosine(self, scope: int) -> float:
+        return _mean(cosine for cosine in self._cosines[scope][-_WINDOW:] if not math.isnan(cosine))
 
     def names(self) -> list[str]:
         """The name of each group: it stays, though groups are added since."""
@@ -90,29 +112,48 @@ class Tracker:
 
     def mark(self, step: int) -> None:
         """A batch is over: steps that are new belong there on the axis of loggers."""
-        count = len(self._history[0]) if self._history else 0
-        if count > (self._curve[-1][1] if self._curve else self._logged):
-            self._curve.append((step, count))
+        self._axis.extend([step] * (len(self._losses) - len(self._axis)))
 
     def skip(self) -> None:
         """Nothing is logged: what waits for it is dropped."""
         self._seen.clear()
+        self._written = [len(self._axis)] * len(self._written)
 
     def take_curve(self) -> list[tuple[str, float, int]]:
-        """The name of each group, its rate, and the step on the axis of loggers, for all steps since the last call."""
+        """The name of a group, its rate, and the step on the axis of loggers, for all steps since the last call.
+
+        Groups that have had the same rate in every step share the curve of the first.
+        """
         points = []
-        for step, count in self._curve:
-            for name, lrs in zip(self.names(), self._history, strict=False):
-                back = len(self._history[0]) - count  # groups that were added later have shorter histories
-                if len(lrs) > back:
-                    points.append((name, lrs[-1 - back], step))
-            self._logged = count
-        self._curve = []
+        for i, (name, leader, lrs) in enumerate(zip(self.names(), self._leaders, self._lrs, strict=False)):
+            if i == leader:
+                steps, values = self._points(lrs, self._written[i])
+                points += [(name, lr, step) for step, lr in zip(steps, values, strict=True)]
+                self._written[i] = len(self._axis)
         return points
+
+    def _points(self, numbers: Sequence[float], start: int = 0) -> tuple[list[int], list[float]]:
+        """Steps on the axis of loggers from the place ``start`` on, and the last number of each, where there is one."""
+        late = len(self._losses) - len(numbers)
+        axis = self._axis
+        places = range(max(start, late), len(axis))
+        last = [i for i in places if i + 1 == len(axis) or axis[i + 1] != axis[i]]
+        known = [i for i in last if not math.isnan(numbers[i - late])]
+        return [axis[i] for i in known], [numbers[i - late] for i in known]
+
+    def curves(self) -> Curves:
+        """What is drawn of it."""
+
+        def named(names: Sequence[str], histories: Sequence[Sequence[float]]) -> dict[str, Curve]:
+            short = [name.removeprefix(f"{self.name}/") for name in names]
+            return {name: self._points(history) for name, history in zip(short, histories, strict=False)}
+
+        cosines = named(self._scopes(), self._cosines)
+        return Curves(self.name, named(self.names(), self._lrs), self._points(self._losses), cosines)
 
     def history(self) -> list[tuple[str, list[float]]]:
         """The name of each group, and the effective rate of every step."""
-        return [(name, lrs.tolist()) for name, lrs in zip(self.names(), self._history, strict=False)]
+        return [(name, lrs.tolist()) for name, lrs in zip(self.names(), self._lrs, strict=False)]
 
     def lr_metrics(self) -> dict[str, float]:
         """The tags and the effective rates of all groups."""
@@ -144,10 +185,17 @@ class Tracker:
         for (quantity, i), values in self._seen.items():
             metrics[tag(quantity, names[i])] = _mean(values)
             if quantity == "cosine":
-                metrics[tag("mean_cosine", names[i])] = _mean(self._cosines[i])
+                metrics[tag("mean_cosine", names[i])] = self._mean_cosine(i)
         self._seen.clear()
         self.has_news = False
         return metrics
+
+
+def _append(histories: "list[array[float]]", numbers: Sequence[float]) -> None:
+    """A number to each history; those of groups that were added begin here."""
+    histories.extend(array("d") for _ in numbers[len(histories) :])
+    for history, number in zip(histories, numbers, strict=True):
+        history.append(number)
 
 
 def _mean(values: Iterable[float]) -> float:

@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 import yaml  # type: ignore[import-untyped]
-from lightning.pytorch import LightningModule
+from lightning.pytorch import Callback, LightningModule
 from lightning.pytorch.callbacks import LearningRateMonitor
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from tensorboard.plugins.custom_scalar import layout_pb2
@@ -111,3 +111,31 @@ def test_nothing_waits_to_be_logged_where_nothing_is(tmp_path: Path) -> None:
     (tracker,) = hd._trackers
     assert tracker.take_curve() == []
     assert "hd/cosine-SGD" not in tracker.collect()
+
+
+def halves(network: Any) -> SGD:
+    first, *others = network.parameters()
+    return SGD([{"params": [first]}, {"params": others}], lr=0.01)
+
+
+class WriteLate(Callback):
+    """Writes another rate into the second group before step 30."""
+
+    def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
+        if batch_idx == 30:
+            trainer.optimizers[0].param_groups[1]["lr"] *= 0.5
+
+
+def test_groups_with_the_same_rates_share_a_card_until_they_part(tmp_path: Path) -> None:
+    same, apart = HypergradientDescent(), HypergradientDescent()
+    settings: dict[str, Any] = {"limit_train_batches": 60, "log_every_n_steps": 7}
+    make_trainer(tmp_path, same, logger=TensorBoardLogger(tmp_path / "same"), **settings).fit(Reference(halves))
+    loggers = [TensorBoardLogger(tmp_path / "apart"), CSVLogger(tmp_path / "csv")]
+    make_trainer(tmp_path, apart, WriteLate(), logger=loggers, **settings).fit(Reference(halves))
+    assert [tag for tag in events(tmp_path / "same").Tags()["scalars"] if "/lr-" in tag] == ["hd/lr-SGD/pg1"]
+    for group in ("SGD/pg1", "SGD/pg2"):
+        curve = scalars(tmp_path / "apart", f"hd/lr-{group}")
+        assert list(curve) == list(range(60))
+        assert list(curve.values()) == pytest.approx(apart.lrs[f"lr-{group}"], rel=1e-6)
+    (file,) = (tmp_path / "csv").rglob("metrics.csv")
+    assert {"hd/lr-SGD/pg1", "hd/lr-SGD/pg2"} <= set(file.read_text().splitlines()[0].split(","))

@@ -422,3 +422,21 @@ def test_no_point_is_dropped(tmp_path: Path) -> None:
             writer.add_scalar("hd/lr-SGD", step + 1, step)  # type: ignore[no-untyped-call]
     (run,) = load([tmp_path])
     assert run.rates["SGD"] == (list(range(10_100)), list(range(1, 10_101)))
+
+
+def test_a_callback_draws_its_training_as_the_command_draws_the_logs(tmp_path: Path) -> None:
+    hd = HypergradientDescent()
+    with pytest.raises(RuntimeError, match="there is nothing to plot: no step of an optimizer was tuned yet"):
+        hd.plot()
+    logger = CSVLogger(tmp_path, "run", "v1")
+    make_trainer(tmp_path, hd, logger=logger, log_every_n_steps=1, limit_train_batches=60).fit(Reference())
+    own, read = panels(hd.plot()), panels(plot([tmp_path]))
+    assert list(own) == list(read) == ["learning rate", "loss", "cosine"]
+    for name in own:
+        (mine,), (theirs,) = named(own[name]).values(), named(read[name]).values()
+        np.testing.assert_array_equal(mine.get_xdata(), theirs.get_xdata())
+        y = [np.asarray(line.get_ydata(), dtype=float) for line in (mine, theirs)]
+        np.testing.assert_allclose(*y, rtol=1e-6)
+    groups = HypergradientDescent(scope="group", log_every_n_steps=0)
+    make_trainer(tmp_path, groups, limit_train_batches=60).fit(Reference(body_and_head))
+    assert list(named(panels(groups.plot())["learning rate"])) == ["Adam · body", "Adam · head"]

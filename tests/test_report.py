@@ -6,8 +6,9 @@ from typing import Any
 
 import pytest
 from torch.optim import SGD, Adam
+from torch.optim.lr_scheduler import ExponentialLR
 
-from lightning_hd import HypergradientDescent
+from lightning_hd import HypergradientDescent, Observation, Rule
 from lightning_hd.report import remarks, rows
 from tests.test_callback import Reference, make_trainer
 
@@ -59,4 +60,26 @@ def test_remarks_name_what_seems_wrong(tmp_path: Path) -> None:
     ]
     held = fit(HypergradientDescent("multiplicative", max_lr=2e-4))
     assert held[0] == "SGD: the rate was held by max_lr=0.0002 in most steps."
-    assert "SGD: the rate was still too small at the end" in fit(HypergradientDescent("additive", 0.0))[0]
+    assert "SGD: the cosine was positive in " in fit(HypergradientDescent("additive", 0.0))[0]
+
+
+def test_a_remark_says_where_the_scale_undoes_the_schedule(tmp_path: Path) -> None:
+    def configure(network: Any) -> Any:
+        optimizer = SGD(network.parameters(), lr=1e-4)
+        scheduler = ExponentialLR(optimizer, 0.98)
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+
+    class Undo(Rule):
+        """Keeps the effective rate as it is."""
+
+        def update(self, lr: float, seen: Observation, step: int) -> float:
+            return lr / 0.98
+
+    class Leave(Undo):
+        def update(self, lr: float, seen: Observation, step: int) -> float:
+            return lr
+
+    for rule, fights in ((Undo(), True), (Leave(), False)):
+        hd = HypergradientDescent(rule)
+        make_trainer(tmp_path, hd, limit_train_batches=150).fit(Reference(configure))
+        assert any("undid most of what the scheduler did" in remark for remark in remarks(hd._trackers)) == fights

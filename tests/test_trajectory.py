@@ -1,0 +1,111 @@
+"""The constant rate that a trajectory suggests: by hand, from engines and callbacks, and in training."""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from lightning.pytorch.loggers import CSVLogger
+from torch import nn
+from torch.optim import SGD, Adam
+
+from lightning_hd import HypergradientDescent, HypergradientLR
+from lightning_hd.trajectory import Trajectory
+from tests.benchmarks import tasks, training, tuners
+from tests.benchmarks.tuners import constant
+from tests.test_callback import Reference, make_trainer
+
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:.*does not have many workers.*"),
+    pytest.mark.filterwarnings("ignore:.*isinstance.treespec, LeafSpec.*"),
+]
+
+
+@pytest.mark.parametrize("steps", [1, 2, 7, 256, 257, 5000])
+def test_it_is_the_lower_quartile_of_the_middle_and_few_points_suffice(steps: int) -> None:
+    trajectory = Trajectory()
+    assert trajectory.suggestion() is None
+    rates = np.exp(np.sin(np.arange(steps) / steps * 9)).tolist()
+    for lr in rates:
+        trajectory.add(lr)
+    assert len(trajectory.points) <= 256
+    middle = rates[round(0.2 * (steps - 1)) : round(0.8 * (steps - 1)) + 1]
+    assert trajectory.suggestion() == pytest.approx(np.quantile(middle, 0.25), rel=0 if steps <= 256 else 0.02)
+    again = Trajectory.loaded(trajectory.state_dict())
+    assert again == trajectory
+
+
+def test_an_engine_suggests_one_rate_or_one_for_each_group_and_goes_on_from_a_checkpoint() -> None:
+    def engine(*groups: dict[str, Any], **arguments: Any) -> HypergradientLR:
+        own = [{"params": [nn.Parameter(torch.ones(3))], **settings} for settings in groups]
+        return HypergradientLR(SGD(own, lr=0.01), **arguments)
+
+    def train(hd: HypergradientLR, steps: int) -> None:
+        for _ in range(steps):
+            hd.optimizer.zero_grad()
+            sum((p**2).sum() for group in hd.optimizer.param_groups for p in group["params"]).backward()  # type: ignore[union-attr]
+            hd.optimizer.step()
+
+    one = engine({}, rule="additive", hypergrad_lr=1e-4)
+    with pytest.raises(RuntimeError, match=r"HypergradientLR\(SGD\): there is no suggestion before a step was tuned"):
+        one.suggestion()
+    train(one, 20)
+    lr = one.suggestion()
+    assert isinstance(lr, float)
+    assert 0.01 < lr < one.lrs[0]
+    resumed = engine({}, rule="additive", hypergrad_lr=1e-4)
+    resumed.load_state_dict(one.state_dict())
+    assert resumed.suggestion() == lr
+
+    for scope in ("global", "group"):
+        several = engine({"name": "body"}, {"name": "head", "lr": 0.03}, rule="additive", scope=scope)
+        train(several, 20)
+        lrs = several.suggestion()
+        assert isinstance(lrs, dict)
+        assert list(lrs) == ["SGD/body", "SGD/head"]
+        ratio = lrs["SGD/head"] / lrs["SGD/body"]
+        assert ratio == pytest.approx(3, rel=1e-9) if scope == "global" else 1 < ratio < 2
+    held = engine({}, rule="additive", hypergrad_lr=1.0, max_lr=0.02)
+    train(held, 20)
+    assert held.suggestion() == 0.02
+
+
+def test_a_callback_names_the_groups_and_the_decline_does_not_count(tmp_path: Path) -> None:
+    def configure(network: nn.Module) -> Any:
+        first, *others = network.parameters()
+        return Adam([{"params": [first], "lr": 0.01}, {"params": others, "lr": 0.02, "name": "head"}])
+
+    hd = HypergradientDescent()
+    with pytest.raises(RuntimeError, match="no step of an optimizer was tuned yet"):
+        hd.suggestion()
+    make_trainer(tmp_path, hd, logger=CSVLogger(tmp_path)).fit(Reference(configure))
+    lrs = hd.suggestion()
+    assert isinstance(lrs, dict)
+    assert list(lrs) == ["Adam/pg1", "Adam/head"]
+    assert lrs["Adam/head"] == pytest.approx(2 * lrs["Adam/pg1"])
+    whole = HypergradientDescent(decline=1.0)
+    make_trainer(tmp_path, whole).fit(Reference())
+    (engine,) = whole.engines
+    assert whole.suggestion() == engine.suggestion()
+    middle = sorted(whole.lrs["lr-SGD"])
+    assert float(engine.suggestion()) > middle[len(middle) // 4]  # type: ignore[arg-type]
+
+
+def test_training_with_it_is_as_good_as_with_the_best_rate_of_a_grid() -> None:
+    """One task; tests/benchmarks/suggestion.py has them all."""
+
+    def loss(rate: float) -> float:
+        problem = tasks.build("compress", 0, Path())
+        return training.train(problem, tuners.methods("auto")["constant"], "SGD", rate, 0.0, 400).train_loss
+
+    problem = tasks.build("compress", 0, Path())
+    optimizer = constant(problem.network, "SGD", 1e-3, 0.0, 400).optimizer
+    hd = HypergradientLR(optimizer)
+    for _ in range(400):
+        optimizer.zero_grad()
+        problem.train_loss().backward()
+        optimizer.step()
+    suggested = hd.suggestion()
+    assert isinstance(suggested, float)
+    assert loss(suggested) < 1.1 * min(loss(tuners.grid_rate(i)) for i in range(-3, 2))
