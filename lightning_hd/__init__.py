@@ -5,4 +5,4 @@ from lightning_hd.hypergradient import HypergradientLR
 from lightning_hd.rules import Additive, Auto, Multiplicative, Observation, Rule
 
 __all__ = ["Additive", "Auto", "HypergradientDescent", "HypergradientLR", "Multiplicative", "Observation", "Rule"]
-__version__ = "0.1.0.dev0"
+__version__ = "0.1.0"

@@ -84,7 +84,7 @@ def check_callback_arguments(
 
 
 def check_flat_shards(optimizer: Optimizer, rule: Rule) -> None:
-    """Raise :class:`TypeError` where the rule needs the directions of flat shards."""
+    """Raise ``TypeError`` where the rule needs the directions of flat shards."""
     flat = any(is_flat_shard(p) for settings in optimizer.param_groups for p in settings["params"])
     if flat and not rule.long_horizon:
         raise TypeError(

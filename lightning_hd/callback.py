@@ -46,11 +46,11 @@ class _Engine(HypergradientLR):
 class HypergradientDescent(Callback):
     r"""Tunes the learning rate of every optimizer of the Trainer while the model trains, and logs it.
 
-    Add it to a Trainer; nothing else changes::
+    Add it to a Trainer; nothing else changes:
 
         trainer = Trainer(callbacks=[HypergradientDescent()])
 
-    One :class:`~lightning_hd.HypergradientLR` is attached to each optimizer that ``configure_optimizers`` returns when
+    One ``HypergradientLR`` is attached to each optimizer that ``configure_optimizers`` returns when
     training starts, in automatic and in manual optimization, and detached when training ends or an exception stops it.
     Logged to every logger of the Trainer, against the step axis of Lightning's own metrics:
 
@@ -70,8 +70,8 @@ class HypergradientDescent(Callback):
 
     Args:
         rule: ``"auto"``, which has nothing to tune and does not depend on the configured rate (see
-            :class:`~lightning_hd.Auto`); ``"additive"`` or ``"multiplicative"``, the two rules of the paper; or a
-            :class:`~lightning_hd.Rule` object.
+            ``Auto``); ``"additive"`` or ``"multiplicative"``, the two rules of the paper; or a
+            ``Rule`` object.
         hypergrad_lr: ``β`` of the paper's rules; ``None``: the rule's default. With 0, training is the same, bit for
             bit, as without the callback.
         scope: ``"global"``: one scale for all parameter groups of an optimizer, whose ratios stay as configured;
@@ -94,7 +94,7 @@ class HypergradientDescent(Callback):
         summary: Whether to say at the start what is tuned, and to show a table of the rates at the end.
 
     Attributes:
-        engines: The :class:`~lightning_hd.HypergradientLR` of each optimizer, while training and after it.
+        engines: The ``HypergradientLR`` of each optimizer, while training and after it.
         lrs: The effective learning rate of every optimizer step since training started or was resumed: a list for each
             group, under the name that its tag ends with (``lr-Adam``). That of a group that was added later is shorter.
 
@@ -155,7 +155,7 @@ class HypergradientDescent(Callback):
 
     @property
     def engines(self) -> list[HypergradientLR]:
-        """The :class:`~lightning_hd.HypergradientLR` of each optimizer that is tuned, while training and after it."""
+        """The ``HypergradientLR`` of each optimizer that is tuned, while training and after it."""
         return self._attachment.engines
 
     @property
@@ -170,7 +170,7 @@ class HypergradientDescent(Callback):
     def suggestion(self) -> float | dict[str, float]:
         """The constant rate that the steps so far recommend for such a training without the callback.
 
-        It is one number, or one for each parameter group by its name: see :meth:`HypergradientLR.suggestion`.
+        It is one number, or one for each parameter group by its name: see ``HypergradientLR.suggestion``.
 
         Raises:
             RuntimeError: No step was tuned yet.

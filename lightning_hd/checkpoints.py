@@ -35,7 +35,7 @@ class Copies:
         self._handles: list[RemovableHandle] = []
 
     def follow(self, optimizer: Optimizer) -> None:
-        """Save and load with this optimizer from now on, and take what :meth:`leave` has left."""
+        """Save and load with this optimizer from now on, and take what ``leave`` has left."""
         for p, state in list(optimizer.state.items()):
             if isinstance(state, dict) and DIRECTION in state:
                 self.tensors[p] = state.pop(DIRECTION)
@@ -111,7 +111,7 @@ def keep_copies(optimizer: Optimizer, copies: Copies) -> None:
 
 
 def drop_copies(optimizer: Optimizer, copies: Copies, keep: bool = False) -> None:
-    """Leave the optimizer without these; see :meth:`Copies.leave`."""
+    """Leave the optimizer without these; see ``Copies.leave``."""
     copies.leave(optimizer, keep)
     if _copies.get(optimizer) is copies:
         del _copies[optimizer]

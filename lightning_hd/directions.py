@@ -53,7 +53,7 @@ class Direction(ABC):
     @property
     @abstractmethod
     def needs(self) -> tuple[str, ...]:
-        """What of each parameter must be there for :meth:`read`."""
+        """What of each parameter must be there for ``read``."""
 
     @abstractmethod
     def read(self, get: Quantities, step: int) -> Tensor:
@@ -75,7 +75,7 @@ class Direction(ABC):
         return None
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain numbers from which :func:`direction_from_dict` builds it again."""
+        """Plain numbers from which ``direction_from_dict`` builds it again."""
         return {"family": type(self).__name__, **asdict(self)}
 
 
@@ -165,7 +165,7 @@ class AdaptiveMoments(Direction):
         return d
 
     def ahead(self, g: Tensor, p: Tensor, state: State) -> Tensor | None:
-        """The same as :meth:`read`, of the m and v that the step will make."""
+        """The same as ``read``, of the m and v that the step will make."""
         moments = {name: state(name) for name in ("exp_avg", "exp_avg_sq", "max_exp_avg_sq", "step")}
         first, second, largest, step = moments.values()
         m = g * (1 - self.beta1) if first is None else (first * self.beta1).add_(g, alpha=1 - self.beta1)
@@ -243,7 +243,7 @@ def direction_of(optimizer: Optimizer, group: dict[str, Any], lr: float) -> Dire
 
 
 def direction_from_dict(saved: dict[str, Any]) -> Direction:
-    """The inverse of :meth:`Direction.to_dict`.
+    """The inverse of ``Direction.to_dict``.
 
     Raises:
         ValueError: It does not describe a direction.

@@ -9,7 +9,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 
 def check_joins(parameters: Iterable[Tensor]) -> None:
-    """Raise :class:`RuntimeError` within a ``join()`` of a model with these parameters.
+    """Raise ``RuntimeError`` within a ``join()`` of a model with these parameters.
 
     A process that has run out of data answers for the model's own sums only, so that ours would wait for it.
     """

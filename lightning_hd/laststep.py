@@ -67,7 +67,7 @@ class LastStep(View):
     # ------------------------------------------------------------------ before a step
 
     def observe(self, scopes: Sequence[int], grad_scale: Tensor | None, wide: bool = False) -> Tensor:
-        """For each scope ``-g·d``, ``‖g‖²``, ``‖d‖²`` and two flags; see :meth:`View.observe`."""
+        """For each scope ``-g·d``, ``‖g‖²``, ``‖d‖²`` and two flags; see ``View.observe``."""
         self._last += [Last() for _ in self._optimizer.param_groups[len(self._last) :]]
         if self._loads != self._copies.loads:
             self._loads, self._steps = self._copies.loads, {}
@@ -261,7 +261,7 @@ class LastStep(View):
         ]
 
     def load_state_dict(self, state_dict: list[dict[str, Any]]) -> None:
-        """Take over what :meth:`state_dict` returned.
+        """Take over what ``state_dict`` returned.
 
         Raises:
             IndexError, KeyError, TypeError, ValueError: It is damaged, or of other groups.

@@ -11,6 +11,9 @@ from lightning.pytorch.loggers import Logger
 from lightning_hd.tensorboard import LAYOUT, former, tag
 from lightning_hd.tracker import Tracker
 
+_DISPLAY = {"log_every_n_steps", "prog_bar", "on_mismatch", "summary"}
+"""Arguments that do not change the training, so that they would only be in the way among the hyperparameters."""
+
 
 def show(trainer: Trainer, pl_module: LightningModule, trackers: Sequence[Tracker], prog_bar: bool) -> None:
     """Give other callbacks the numbers of the last step, and the progress bar the rates."""
@@ -33,8 +36,20 @@ def log(trainer: Trainer, trackers: Sequence[Tracker], step: int) -> None:
     means = {key: value for tracker in trackers for key, value in tracker.collect().items()}
     rates = {key: lr for tracker in trackers for key, lr in tracker.lr_metrics().items()}
     for logger in trainer.loggers:
-        logger.log_metrics(metrics=means if _writes_events(logger) else rates | means, step=step)
+        own = means | _logarithms(means) if _writes_events(logger) else rates | means
+        logger.log_metrics(metrics=own, step=step)
     log_curves(trainer, trackers)
+
+
+def _logarithms(metrics: dict[str, float]) -> dict[str, float]:
+    """Scales and schedules as they add up to the logarithm of the rate."""
+    found = {}
+    for quantity in ("scale", "schedule"):
+        start = tag(f"{quantity}-")
+        for key, value in metrics.items():
+            if key.startswith(start) and value > 0:
+                found[tag(f"log10_{quantity}", key.removeprefix(start))] = math.log10(value)
+    return found
 
 
 def log_curves(trainer: Trainer, trackers: Sequence[Tracker]) -> None:
@@ -62,6 +77,7 @@ def describe(trainer: Trainer, pl_module: LightningModule, settings: dict[str, A
     own = {
         tag(name): value if isinstance(value, (bool, int, float, str)) else str(value)
         for name, value in settings.items()
+        if name not in _DISPLAY
     }
     for logger in trainer.loggers:
         logger.log_hyperparams(known | own)

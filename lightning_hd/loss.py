@@ -45,7 +45,7 @@ class Losses:
         return list(map(float, self._reported))
 
     def load_state_dict(self, reported: list[float]) -> None:
-        """Take over what :meth:`state_dict` returned.
+        """Take over what ``state_dict`` returned.
 
         Raises:
             TypeError: It is damaged.

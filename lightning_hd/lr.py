@@ -13,7 +13,7 @@ LARGEST = torch.finfo(torch.float32).max
 
 
 def check_lr(name: str, lr: Any) -> None:
-    """Raise :class:`TypeError` where it cannot be read as a rate or, being a tensor, cannot hold one."""
+    """Raise ``TypeError`` where it cannot be read as a rate or, being a tensor, cannot hold one."""
     if isinstance(lr, Tensor):
         if lr.numel() != 1 or not lr.is_floating_point() or lr.is_meta:
             raise TypeError(

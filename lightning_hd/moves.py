@@ -56,7 +56,7 @@ class Moves(View):
         return {**vars(self), "_places": []}  # a copy's parameters lie elsewhere
 
     def observe(self, scopes: Sequence[int], grad_scale: Tensor | None, wide: bool = False) -> Tensor:
-        """For each scope ``g·E``, ``‖g‖²``, ``‖E‖²`` and two flags; see :meth:`View.observe`."""
+        """For each scope ``g·E``, ``‖g‖²``, ``‖E‖²`` and two flags; see ``View.observe``."""
         self._prepare(scopes)
         missing = frozenset(i for i, p in enumerate(self._parameters) if p.grad is None)
         flats = [
@@ -267,7 +267,7 @@ class Moves(View):
         }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Take over what :meth:`state_dict` returned, in the next step.
+        """Take over what ``state_dict`` returned, in the next step.
 
         Raises:
             KeyError, TypeError, ValueError: It is damaged.

@@ -94,7 +94,7 @@ def follow_rate(optimizer: Optimizer, group: dict[str, Any], lr: float) -> None:
 
 
 def check_gradients(parameters: Iterable[Tensor]) -> None:
-    """Raise :class:`TypeError` where a gradient is sparse."""
+    """Raise ``TypeError`` where a gradient is sparse."""
     for p in parameters:
         if p.grad is not None and p.grad.layout != torch.strided:
             raise TypeError(
@@ -120,7 +120,7 @@ def check_optimizer(optimizer: Optimizer) -> None:
     """Raise where no direction can be had from this optimizer.
 
     Raises:
-        TypeError: It is not a :class:`torch.optim.Optimizer`, its step is not linear in its rate, it is a wrapper that
+        TypeError: It is not a ``torch.optim.Optimizer``, its step is not linear in its rate, it is a wrapper that
             was not initialized, or its parameters are flat (FullyShardedDataParallel without ``use_orig_params``).
         ValueError: It has no parameter group, a group without ``lr``, or one with a parameter twice.
     """
@@ -163,7 +163,7 @@ def check_optimizer(optimizer: Optimizer) -> None:
 
 
 def _check_initialized(optimizer: Optimizer) -> None:
-    """Raise :class:`TypeError` where the base class knows nothing of this object, so that its hooks do not work."""
+    """Raise ``TypeError`` where the base class knows nothing of this object, so that its hooks do not work."""
     try:
         for register in (
             optimizer.register_step_pre_hook,

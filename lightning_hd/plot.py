@@ -79,7 +79,7 @@ def plot(runs: Sequence[Path | str], loss: str | None = None) -> "Figure":
 
 
 def load(runs: Sequence[Path | str], loss: str | None = None) -> list[Curves]:
-    """Read what :func:`plot` draws."""
+    """Read what ``plot`` draws."""
     folders = list(dict.fromkeys(folder for run in runs for folder in _find(Path(run))))
     logged = [_read(folder) for folder in folders]
     if loss is not None and not any(loss in tags for tags in logged):
@@ -334,7 +334,7 @@ def _marked(values: Any, phase: float, markers: int = 6) -> list[bool]:
 
 
 def check_file(path: Path) -> None:
-    """Raise where :func:`save` could not write."""
+    """Raise where ``save`` could not write."""
     if path.suffix.lower() not in SUFFIXES:
         raise PlotError(f"cannot write {path}: its name must end in {', '.join(SUFFIXES[:-1])} or {SUFFIXES[-1]}")
     if not path.parent.is_dir():

@@ -91,7 +91,7 @@ class Slot:
         return (tensor if self.order is None else tensor.permute(self.order)).reshape(-1)
 
     def positions(self) -> Tensor:
-        """For each number of :attr:`runs`, its place among the parameter's coordinates that are looked at."""
+        """For each number of ``runs``, its place among the parameter's coordinates that are looked at."""
         own = coordinates(self.p, self.offset)
         ids = torch.cat([own[start:stop] for start, stop in self.runs]) if self.runs else own[:0]
         starts = torch.tensor([start for start, _ in self.blocks], dtype=torch.int64)

@@ -268,7 +268,7 @@ class Rates:
         scope.used *= factor
 
     def check(self) -> None:
-        """Read what the groups of the optimizer hold; raise :class:`TypeError` or :class:`ValueError` for no rate."""
+        """Read what the groups of the optimizer hold; raise ``TypeError`` or ``ValueError`` for no rate."""
         settings = self.optimizer.param_groups
         scheduled = self.is_scheduled()
         names = [f"lr of {type(self.optimizer).__name__} param_groups[{i}]" for i in range(len(settings))]
@@ -307,7 +307,7 @@ class Rates:
         return [lr != group.lr for group, lr in zip(self.groups, held, strict=False)]
 
     def load_state_dict(self, state_dict: dict[str, Any], keep: Sequence[bool]) -> None:
-        """Take over what :meth:`state_dict` returned, for the same groups.
+        """Take over what ``state_dict`` returned, for the same groups.
 
         Args:
             state_dict: The state.

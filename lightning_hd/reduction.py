@@ -103,7 +103,7 @@ class Ranks:
         )
 
     def check_meshes(self, parameters: Iterable[Tensor]) -> None:
-        """Raise :class:`ValueError` where a parameter has shards, or copies, on processes that are not of these."""
+        """Raise ``ValueError`` where a parameter has shards, or copies, on processes that are not of these."""
         meshes = {p.device_mesh for p in parameters if isinstance(p, DTensor)}
         for mesh in meshes if self._group is not None else ():
             missing = set(mesh.mesh.flatten().tolist()) - set(dist.get_process_group_ranks(self._group))
@@ -127,7 +127,7 @@ class Ranks:
         return values
 
     def check_agreement(self, owner: str, step: int, lrs: Sequence[float]) -> None:
-        """Raise :class:`RuntimeError` on every rank where they are not at the same step, at the same rates."""
+        """Raise ``RuntimeError`` on every rank where they are not at the same step, at the same rates."""
         everyone = self.gather((step, lrs))
         if any(other != everyone[0] for other in everyone):
             held = "; ".join(f"rank {rank}: step {step}, {lrs}" for rank, (step, lrs) in enumerate(everyone))

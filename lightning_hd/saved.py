@@ -28,7 +28,7 @@ def save(tuning: Tuning) -> dict[str, Any]:
 
 
 def load(tuning: Tuning, state_dict: dict[str, Any], loaded: bool) -> None:
-    """Take over what :func:`save` returned; where that fails, all is as it was.
+    """Take over what ``save`` returned; where that fails, all is as it was.
 
     Args:
         tuning: The tuning.

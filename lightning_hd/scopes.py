@@ -42,7 +42,7 @@ class Scope:
         return numbers | {"rule": self.rule.state_dict(), "trajectory": self.trajectory.state_dict()}
 
     def loaded(self, saved: dict[str, Any]) -> "Scope":
-        """A scope with what :meth:`state_dict` returned; its rule is this one's, which has yet to load its own.
+        """A scope with what ``state_dict`` returned; its rule is this one's, which has yet to load its own.
 
         Raises:
             KeyError, TypeError, ValueError: It is damaged.

@@ -141,7 +141,7 @@ class Start:
             raise error
 
     def check_gradients(self) -> None:
-        """Raise :class:`TypeError` where a gradient is sparse."""
+        """Raise ``TypeError`` where a gradient is sparse."""
         check_gradients(self._parameters())
 
     def _compare(self, own: Mapping[str, Any]) -> None:

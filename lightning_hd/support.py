@@ -78,7 +78,7 @@ def guard_states(optimizers: Sequence[Optimizer], classes: Sequence[str], restar
     Args:
         optimizers: The optimizers.
         classes: The names of the classes of the saved ones.
-        restart: Whether to start such an optimizer anew, with a warning, rather than to raise :class:`ValueError`.
+        restart: Whether to start such an optimizer anew, with a warning, rather than to raise ``ValueError``.
 
     Returns:
         What removes this again.
@@ -156,7 +156,7 @@ def configured_rates(optimizers: Sequence[Optimizer]) -> dict[int, list[float]]:
 
 
 def check_alone(kind: type[Callback], trainer: Trainer) -> None:
-    """Raise :class:`RuntimeError` where the Trainer has two such callbacks."""
+    """Raise ``RuntimeError`` where the Trainer has two such callbacks."""
     count = sum(isinstance(callback, kind) for callback in trainer.callbacks)  # type: ignore[attr-defined]
     if count > 1:
         raise RuntimeError(f"the Trainer has {count} {kind.__name__} callbacks, each for all optimizers: give it one")
@@ -200,7 +200,7 @@ def with_groups(trainer: Trainer) -> list[Optimizer]:
 
 
 def check_tensors(optimizers: list[Optimizer]) -> None:
-    """Raise :class:`ValueError` where two share a rate: each would take what the other learns for a written one."""
+    """Raise ``ValueError`` where two share a rate: each would take what the other learns for a written one."""
     tensors = [
         {id(group["lr"]) for group in optimizer.param_groups if isinstance(group["lr"], Tensor)}
         for optimizer in optimizers
@@ -214,7 +214,7 @@ def check_tensors(optimizers: list[Optimizer]) -> None:
 
 
 def check_strategy(trainer: Trainer) -> None:
-    """Raise :class:`TypeError` where the Trainer's strategy is not supported."""
+    """Raise ``TypeError`` where the Trainer's strategy is not supported."""
     names = strategies(trainer)
     if not names & _SUPPORTED or names & _REFUSED:
         raise TypeError(
@@ -225,7 +225,7 @@ def check_strategy(trainer: Trainer) -> None:
 
 
 def check_modules(pl_module: LightningModule, optimizers: Sequence[Optimizer]) -> None:
-    """Raise :class:`TypeError` where a module that one of these optimizers trains has sparse gradients."""
+    """Raise ``TypeError`` where a module that one of these optimizers trains has sparse gradients."""
     trained = {p for optimizer in optimizers for settings in optimizer.param_groups for p in settings["params"]}
     for name, module in pl_module.named_modules():
         if isinstance(module, (nn.Embedding, nn.EmbeddingBag)) and module.sparse and module.weight in trained:

@@ -11,15 +11,15 @@ PREFIX, FORMER = "hd/", "hypergradient/"
 
 LAYOUT = {
     "learning rate": {
-        "loss": ["Multiline", ["loss"]],
+        "loss": ["Multiline", [".*loss"]],
         "learning rate, log10": ["Multiline", ["hd/log10_lr"]],
-        "learning rate": ["Multiline", ["hd/lr", "^lr-"]],
-        "effective rate, schedule, scale": ["Multiline", ["hd/lr", "hd/schedule", "hd/scale"]],
+        "learning rate": ["Multiline", ["hd/lr-", "lr-"]],
+        "effective rate, schedule, scale, log10": ["Multiline", ["hd/log10_lr", "hd/log10_schedule", "hd/log10_scale"]],
         "cosine and its running mean": ["Multiline", ["hd/cosine", "hd/mean_cosine"]],
         "brakes": ["Multiline", ["hd/brakes"]],
     }
 }
-"""The charts of TensorBoard's tab of custom scalars; each shows the tags in which one of the expressions is found."""
+"""The charts of the tab of custom scalars; each shows the tags whose beginning matches one of the expressions."""
 
 
 def tag(quantity: str, name: str = "") -> str:

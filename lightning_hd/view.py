@@ -46,7 +46,7 @@ class View(ABC):
         known: set[int],
         joined: Container[int] = (),
     ) -> Tensor:
-        """The sums of buckets by scope, with three flags: see :meth:`observe`. ``joined`` are scopes, not groups."""
+        """The sums of buckets by scope, with three flags: see ``observe``. ``joined`` are scopes, not groups."""
         flagged = [{scopes[i] for i in groups} for groups in (with_gradient, known)]
         flags = [(scope in flagged[0], scope in flagged[1], scope in joined) for scope in range(max(scopes) + 1)]
         return self._tables.combine(sums, factors, flags, device_of(self._optimizer))
@@ -102,7 +102,7 @@ class View(ABC):
 
     @abstractmethod
     def load_state_dict(self, state_dict: Any) -> None:
-        """Take over what :meth:`state_dict` returned; it raises an error of any kind where that is damaged."""
+        """Take over what ``state_dict`` returned; it raises an error of any kind where that is damaged."""
 
     def is_doubtful(self, sums: Sequence[Sequence[float]]) -> bool:
         """Whether what was observed must be computed once more, in float64."""

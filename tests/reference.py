@@ -134,6 +134,7 @@ class AutoRule:
         self._parts: list[float] = []
         self._logs: list[float] = []
         self._variance = (np.log(2.5) / 3) ** 2
+        self._largest = 0.0
         self._remembered: list[tuple[float, float]] = []  # log α of each move in E, and how much is left of it
 
     def part_kept(self, lr: float, t: int) -> float:
@@ -170,6 +171,9 @@ class AutoRule:
     def next_lr(self, lr: float, t: int, product: float, g_norm: float, d_norm: float) -> float:
         """The rate of step t, before what is left of a brake, from ``-g · E``, ``‖g‖`` and ``‖E‖``."""
         self.slope = 0.0
+        self._largest = max(self._largest, g_norm)
+        if 0 < g_norm < 1e-6 * self._largest:
+            return float(max(lr * np.exp(-0.1 * min(1.0, 100 / t)), min(lr, self.first or lr)))
         if g_norm and not d_norm:
             return float(lr * np.exp(0.5))
         if g_norm == 0:

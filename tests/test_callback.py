@@ -108,7 +108,7 @@ def scalars(path: Path, tag: str) -> dict[int, float]:
     return {event.step: event.value for event in events(path).Scalars(tag)}
 
 
-LOGGED = ("lr", "log10_lr", "scale", "value", "cosine", "mean_cosine")
+LOGGED = ("lr", "log10_lr", "scale", "log10_scale", "value", "cosine", "mean_cosine")
 """What is in event files, brakes and schedules aside."""
 
 

@@ -2,10 +2,15 @@
 
 import doctest
 import os
+import re
 import subprocess
 import sys
+import tarfile
 import zipfile
+from importlib.metadata import version
 from pathlib import Path
+
+import yaml  # type: ignore[import-untyped]
 
 import lightning_hd
 import lightning_hd.hypergradient
@@ -25,21 +30,67 @@ def run(*command: str, cwd: Path, **environment: str) -> str:
     ).stdout
 
 
-def test_a_built_wheel_installs_and_imports(tmp_path: Path) -> None:
-    run("-m", "build", "--wheel", "--no-isolation", "--outdir", str(tmp_path), str(ROOT), cwd=tmp_path)
+SMOKE = """
+import torch
+from lightning.pytorch import LightningModule, Trainer
+from torch.utils.data import DataLoader, TensorDataset
+import lightning_hd
+
+class Line(LightningModule):
+    def __init__(self):
+        super().__init__()
+        self.layer = torch.nn.Linear(3, 1)
+
+    def training_step(self, batch, batch_idx):
+        return (self.layer(batch[0]) - batch[0].sum(1, keepdim=True)).square().mean()
+
+    def configure_optimizers(self):
+        return torch.optim.SGD(self.parameters(), lr=1e-6)
+
+hd = lightning_hd.HypergradientDescent()
+trainer = Trainer(callbacks=[hd], max_epochs=1, accelerator="cpu", logger=False, enable_checkpointing=False)
+trainer.fit(Line(), DataLoader(TensorDataset(torch.randn(800, 3)), batch_size=8))
+assert hd.lrs["lr-SGD"][60] > 1e-3, hd.lrs
+print(lightning_hd.__file__, lightning_hd.__version__)
+"""
+
+
+def test_the_wheel_that_is_built_from_the_sdist_trains(tmp_path: Path) -> None:
+    run("-m", "build", "--no-isolation", "--outdir", str(tmp_path), str(ROOT), cwd=tmp_path)
     (wheel,) = tmp_path.glob("lightning_hd-*.whl")
+    (sdist,) = tmp_path.glob("lightning_hd-*.tar.gz")
+    with tarfile.open(sdist) as archive:
+        assert {"README.md", "CITATION.cff", "LICENSE"} <= {Path(name).name for name in archive.getnames()}
     names = set(zipfile.ZipFile(wheel).namelist())
     assert "lightning_hd/py.typed" in names
-    assert not any(name.startswith(("tests/", "examples/")) for name in names)
+    assert not any(name.startswith(("tests/", "examples/", "docs/")) for name in names)
     site = tmp_path / "site"
     run("-m", "pip", "install", "--no-deps", "--no-index", "--target", str(site), str(wheel), cwd=tmp_path)
-    where = run("-c", "import lightning_hd; print(lightning_hd.__file__)", cwd=tmp_path, PYTHONPATH=str(site))
-    assert Path(where.strip()).is_relative_to(site)
+    where, version = run("-c", SMOKE, cwd=tmp_path, PYTHONPATH=str(site)).splitlines()[-1].split()
+    assert Path(where).is_relative_to(site)
+    assert version == lightning_hd.__version__
 
 
-def test_public_names_are_documented() -> None:
+def test_public_names_are_those_of_the_documentation() -> None:
+    documented = {
+        line.split()[1]
+        for page in (ROOT / "docs" / "api").glob("*.md")
+        for line in page.read_text().splitlines()
+        if line.startswith("::: ")
+    }
+    figures = {"Curves", "PlotError", "figure", "load", "plot", "save"}
+    assert documented == {f"lightning_hd.{name}" for name in lightning_hd.__all__} | {
+        f"lightning_hd.plot.{name}" for name in figures
+    }
     for name in lightning_hd.__all__:
         assert getattr(lightning_hd, name).__doc__
+
+
+def test_the_version_is_the_same_everywhere() -> None:
+    citation = yaml.safe_load((ROOT / "CITATION.cff").read_text())
+    newest = re.search(r"^## \[(\d.*)\]", (ROOT / "CHANGELOG.md").read_text(), re.MULTILINE)
+    assert newest is not None
+    assert citation["version"] == newest[1] == lightning_hd.__version__ == version("lightning-hd")
 
 
 def test_the_example_in_the_docstring() -> None:

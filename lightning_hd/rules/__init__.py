@@ -27,7 +27,7 @@ def make_rule(rule: Rule | str, hypergrad_lr: float | None) -> Rule:
     """The rule that the arguments of the public classes name.
 
     Raises:
-        TypeError: ``rule`` is neither a name nor a :class:`Rule`.
+        TypeError: ``rule`` is neither a name nor a ``Rule``.
         ValueError: No rule has that name, or ``hypergrad_lr`` comes beside a rule that has none or carries its own.
     """
     if isinstance(rule, Rule):

@@ -19,14 +19,16 @@ class Auto(Rule):
     then the parameters ``θ_t``, where they are before step ``t``, would be further from where they were by that factor.
     So the derivative of the loss with respect to the logarithm of the rate is the gradient times the sum of the moves:
 
-    .. math::
-
-        E_t &= φ_{t-1} E_{t-1} + (θ_t - θ_{t-1}), \qquad h_t = \partial f / \partial \log α = g_t · E_t \\
-        φ_t &= μ_t \exp(-(|\log γ_t - L_t| - w)^+), \qquad μ_t = 1 - 1 / \max(H, t / 2) \\
-        c_t &= -g_t · E_t / (G_t ‖E_t‖), \qquad G_t^2 = \text{running mean of } ‖g_t‖^2 \\
-        b_t &= c_t + r \min(1, n / t) \, |c_t + c_{t-1}| / 2 \\
-        \log α_t &= \log α_{t-1} + \mathrm{clip}(\frac{H}{\max(H, t / 2)} \, b_t / \sqrt{S_t}),
-        \qquad S_t = κ_t S_{t-1} + b_t^2, \qquad κ_t = 1 - 1 / \max(s, 0.3 t)
+    ```math
+    \begin{aligned}
+    E_t &= φ_{t-1} E_{t-1} + (θ_t - θ_{t-1}), \qquad h_t = \partial f / \partial \log α = g_t · E_t \\
+    φ_t &= μ_t \exp(-(|\log γ_t - L_t| - w)^+), \qquad μ_t = 1 - 1 / \max(H, t / 2) \\
+    c_t &= -g_t · E_t / (G_t ‖E_t‖), \qquad G_t^2 = \text{running mean of } ‖g_t‖^2 \\
+    b_t &= c_t + r \min(1, n / t) \, |c_t + c_{t-1}| / 2 \\
+    \log α_t &= \log α_{t-1} + \mathrm{clip}(\frac{H}{\max(H, t / 2)} \, b_t / \sqrt{S_t}),
+    \qquad S_t = κ_t S_{t-1} + b_t^2, \qquad κ_t = 1 - 1 / \max(s, 0.3 t)
+    \end{aligned}
+    ```
 
     ``γ`` is ``α`` times what the decline at the end makes of it, during which ``α`` does not rise. ``L`` is the mean of
     ``log γ`` over the moves in ``E``, each counted as far as it is remembered. Moves at rates far from the present one
@@ -38,7 +40,8 @@ class Auto(Rule):
     mean loss. It has no scale, so neither has the rule. ``S`` makes its steps as in AdaGrad. All memories and the clip
     follow the steps taken, so that the rate changes in the run's own time. The first rate is a small part of the
     parameters, ``α_1 = ρ ‖θ_1‖ / ‖d_1‖``, so the configured rates only set the ratios between groups. While steps
-    vanish in the rounding of the parameters, so that ``E`` is zero, ``log α`` rises by the cap.
+    vanish in the rounding of the parameters, so that ``E`` is zero, ``log α`` rises by the cap. Where ``‖g_t‖`` is
+    below 1e-6 times the largest one so far, what is left of it is rounding: ``log α`` falls, no further than ``α_1``.
 
     The memory is blind to an instability: steps to and fro cancel in it. So the rule brakes where the norm of the
     gradient leaps. Where ``log ‖g_t‖`` exceeds its running mean by more than what is usual, by ``e`` (1 at most), the
@@ -50,7 +53,7 @@ class Auto(Rule):
     nothing is forgotten there, and ``log α`` changes by 0.02 per step at most.
 
     The gradient is blind to a rate at which nothing is learned any more. The loss is not, where it is known (from the
-    closure of ``step``, or :meth:`HypergradientLR.observe`). Its mean is taken over blocks of steps, each a tenth of
+    closure of ``step``, or ``HypergradientLR.observe``). Its mean is taken over blocks of steps, each a tenth of
     the run so far. Where that rises above the lowest one by two standard errors, ``α`` goes back to half of what it was
     then, the memory starts anew, and ``α`` may double from there only as the run gets twice as long.
 
@@ -150,6 +153,7 @@ class Auto(Rule):
         self._leap = 0.0  # the last leap, halved for each step since
         self._norms = 0  # how many gradient norms were seen
         self._norm = 0.0  # G, before the correction for its start at 0
+        self._largest_norm = 0.0
         self._norm_weight = 0.0  # the square of that correction
         self._log_mean = 0.0  # running mean of log ‖g‖, before such a correction
         self._variance: float = (math.log(self.spike) / self.spike_sigmas) ** 2 if self.spike_sigmas else 0.0
@@ -180,6 +184,10 @@ class Auto(Rule):
         """``log α_t`` from ``log α_{t-1}``, the cosine, and the norm of the gradient. A zero gradient says nothing."""
         if seen.grad_norm == 0:
             return lr
+        self._largest_norm = max(self._largest_norm, seen.grad_norm)
+        careful = self.careful_cap * min(1.0, self.early / step)
+        if seen.grad_norm < _RESOLVED * self._largest_norm:
+            return max(lr * math.exp(-careful), min(lr, self._first_lr or lr))
         if seen.direction_norm == 0:
             return lr * math.exp(self.cap)
         change = self._change(seen, step)
@@ -192,7 +200,7 @@ class Auto(Rule):
             return max(lr * math.exp(-before * excess), min(lr, self._first_lr))
         cap = self.cap
         if lr >= self.careful_from * self._first_lr:
-            cap = self.careful_cap * min(1.0, self.early / step)
+            cap = careful
         if self.nonlinear:
             cap = min(cap, _NONLINEAR_CAP)
         return lr * math.exp(min(max(change, -cap), cap))
@@ -241,7 +249,7 @@ class Auto(Rule):
         return excess
 
     def check_start(self, lr: float) -> None:
-        """Raise :class:`ValueError` for a configured rate of 0, which a product never leaves."""
+        """Raise ``ValueError`` for a configured rate of 0, which a product never leaves."""
         if lr == 0:
             raise ValueError(
                 "rule 'auto' with start='configured' cannot leave a learning rate of 0: configure a positive lr in the "
@@ -254,7 +262,7 @@ class Auto(Rule):
         return {**own, **self._guard.state_dict()}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Take over what :meth:`state_dict` returned.
+        """Take over what ``state_dict`` returned.
 
         Raises:
             KeyError, TypeError, ValueError: It is damaged.
@@ -281,6 +289,7 @@ _LEARNED = {
     "_brake": (0.0, 1.0),
     "_leap": (0.0, 1.0),
     "_norm": (0.0, math.inf),
+    "_largest_norm": (0.0, math.inf),
     "_norm_weight": (0.0, 1.0),
     "_log_mean": (-math.inf, math.inf),
     "_variance": (0.0, math.inf),
@@ -289,6 +298,9 @@ _LEARNED = {
 
 _NONLINEAR_CAP = 0.02
 """Largest change of ``log α`` in a step where all that was learned moves along, by this part of it."""
+
+_RESOLVED = 1e-6
+"""Below this part of the largest gradient, about ten times the rounding of float32, a gradient is noise of rounding."""
 
 _RETREAT = math.log(2)
 """By how much ``log α`` goes below that of the lowest loss: where the loss was lowest it may have been too high."""

@@ -8,9 +8,9 @@ from torch import Tensor
 
 
 class Observation(NamedTuple):
-    """What one step tells about the learning rate of one scope.
+    """What one step shows of the learning rate of one scope.
 
-    Args:
+    Attributes:
         hypergradient: ``h_t = -g_t · d_{t-1}``, the derivative of the loss with respect to the last learning rate. For
             a rule with a long horizon ``h_t = g_t · E_t``, the derivative with respect to the logarithm of the rate
             that all remembered steps shared.
@@ -40,17 +40,16 @@ class Rule(ABC):
 
     Attributes:
         long_horizon: ``True``: the derivative is taken with respect to the logarithm of the rate that all remembered
-            steps shared: ``E_t = φ_{t-1} E_{t-1} + (θ_t - θ_{t-1})`` is the sum of the moves (see :meth:`discount`). It
+            steps shared: ``E_t = φ_{t-1} E_{t-1} + (θ_t - θ_{t-1})`` is the sum of the moves (see ``discount``). It
             needs nothing of the optimizer, and looks at a sample of the coordinates. ``False``, the default: with
             respect to the last rate, from the direction of the last step.
-        picks_start: ``True``: the first learning rate comes from :meth:`first_lr`, and the configured one sets the
+        picks_start: ``True``: the first learning rate comes from ``first_lr``, and the configured one sets the
             ratios between groups only. Default: ``False``.
-        brakes: How often the rule has backed off from an overshoot; whoever calls :meth:`update` reports each rise.
+        brakes: How often the rule has backed off from an overshoot; whoever calls ``update`` reports each rise.
         nonlinear: Set to ``True`` where the optimizer's step is found not to be linear in its rate, so that a change of
             the rate moves what former steps have done.
 
-    Example::
-
+    Examples:
         >>> from lightning_hd import Rule
         >>> class Sign(Rule):
         ...     def update(self, lr, seen, step):
@@ -73,10 +72,10 @@ class Rule(ABC):
         """
 
     def watch(self, lr: float, loss: float, step: int) -> float:
-        """``α_t``, once the loss is known as well; it is called after :meth:`update` where there is one.
+        """``α_t``, once the loss is known as well; it is called after ``update`` where there is one.
 
         Args:
-            lr: What :meth:`update` returned.
+            lr: What ``update`` returned.
             loss: The loss of the step, averaged over the processes: a finite number.
             step: ``t``.
         """
@@ -87,7 +86,7 @@ class Rule(ABC):
         return lr
 
     def discount(self, lr: float, step: int) -> float:
-        """``φ_t``, the part of ``E`` that is left where the next move comes in, for a rule with :attr:`long_horizon`.
+        """``φ_t``, the part of ``E`` that is left where the next move comes in, for a rule with ``long_horizon``.
 
         Args:
             lr: ``γ_t``: ``α_t``, times what the decline at the end makes of it.
@@ -96,11 +95,11 @@ class Rule(ABC):
         raise NotImplementedError(f"{type(self).__name__} has a long horizon and must say how it discounts")
 
     def first_lr(self, param_norm: float, direction_norm: float) -> float:
-        """The first rate ``α_1`` from ``‖θ_0‖`` and ``‖d_1‖``, for a rule with :attr:`picks_start`."""
+        """The first rate ``α_1`` from ``‖θ_0‖`` and ``‖d_1‖``, for a rule with ``picks_start``."""
         raise NotImplementedError(f"{type(self).__name__} picks its first rate and must say which")
 
     def check_start(self, lr: float) -> None:  # noqa: B027
-        """Raise :class:`ValueError` where the rule cannot work from the configured rate ``lr``."""
+        """Raise ``ValueError`` where the rule cannot work from the configured rate ``lr``."""
 
     def bind(self, normalized: bool) -> "Rule":
         """A copy of the rule for one scope.
@@ -123,7 +122,7 @@ class Rule(ABC):
         return held
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Take over what :meth:`state_dict` returned."""
+        """Take over what ``state_dict`` returned."""
         vars(self).update(copy.deepcopy(state_dict))
 
 

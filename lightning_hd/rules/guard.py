@@ -62,7 +62,7 @@ class LossGuard:
         return {f"guard_{name}": value for name, value in vars(self).items()}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Take over what :meth:`state_dict` returned.
+        """Take over what ``state_dict`` returned.
 
         Raises:
             KeyError, TypeError, ValueError: It is damaged.

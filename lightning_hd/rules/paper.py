@@ -98,8 +98,8 @@ class Multiplicative(_PaperRule):
         hypergrad_lr: ``β' ≥ 0``, without unit. ``None``: 0.1. The paper gives no value; with this one 580 steps on
             scikit-learn's digits repaired a rate of 1e-5 for SGD, heavy ball and Adam, while 0.02 was too slow for
             plain SGD.
-        limit_lr: As in :class:`Additive`.
-        weight: As in :class:`Additive`.
+        limit_lr: As in ``Additive``.
+        weight: As in ``Additive``.
 
     Raises:
         TypeError: An argument is not a number, or ``weight`` not a function.
@@ -112,7 +112,7 @@ class Multiplicative(_PaperRule):
         return lr * (1 + self.hypergrad_lr * seen.cosine)
 
     def check_start(self, lr: float) -> None:
-        """Raise :class:`ValueError` for a rate of 0, which a product never leaves."""
+        """Raise ``ValueError`` for a rate of 0, which a product never leaves."""
         if lr == 0:
             raise ValueError(
                 "rule 'multiplicative' cannot leave a learning rate of 0: configure a positive lr in the optimizer, or "
