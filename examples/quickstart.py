@@ -9,9 +9,9 @@ import warnings
 from pathlib import Path
 from statistics import median
 
-import matplotlib.pyplot as plt
 import torch
 from lightning.pytorch import LightningModule, Trainer, seed_everything
+from lightning.pytorch.callbacks import LearningRateMonitor
 from lightning.pytorch.loggers import TensorBoardLogger
 from sklearn.datasets import load_digits
 from sklearn.model_selection import train_test_split
@@ -67,7 +67,7 @@ def fit(name: str, lr: float, epochs: int, logs: Path, callback: HypergradientDe
     trainer = Trainer(
         max_epochs=epochs,
         accelerator="cpu",
-        callbacks=[callback] if callback else [],
+        callbacks=[callback or LearningRateMonitor()],
         logger=TensorBoardLogger(logs, name="quickstart", version=name),
         log_every_n_steps=5,
         enable_checkpointing=False,
@@ -78,22 +78,12 @@ def fit(name: str, lr: float, epochs: int, logs: Path, callback: HypergradientDe
     return {key: float(trainer.callback_metrics[key]) for key in ("val_accuracy", "val_loss")}
 
 
-def draw(lrs: list[float], configured: float, path: Path) -> None:
-    """The learning rate of every step."""
-    figure, axes = plt.subplots(figsize=(7, 3), layout="constrained")
-    axes.semilogy(lrs)
-    axes.set(xlabel="step", ylabel="learning rate", title=f"SGD with momentum on digits, configured at {configured:g}")
-    axes.grid(alpha=0.3)
-    figure.savefig(path, dpi=110)
-
-
 def main() -> None:
     """Both runs, and the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--lr", type=float, default=1e-5, help="configured learning rate (default: %(default)s)")
     parser.add_argument("--epochs", type=int, default=25, help="default: %(default)s")
     parser.add_argument("--folder", type=Path, default=Path("runs"), help="folder of the event files (default: runs)")
-    parser.add_argument("--figure", type=Path, help="also draw the learning rate into this file")
     arguments = parser.parse_args()
     logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
     warnings.filterwarnings("ignore", message=".*does not have many workers.*")
@@ -108,8 +98,6 @@ def main() -> None:
     for name, metrics, lr in (("without", plain, arguments.lr), ("HypergradientDescent", tuned, median(lrs))):
         print(f"{name:22}{metrics['val_accuracy']:14.3f}{metrics['val_loss']:12.3f}{arguments.lr:12.1e}{lr:12.1e}")
     print(f"\nThe curves: tensorboard --logdir {arguments.folder / 'quickstart'}")
-    if arguments.figure:
-        draw(lrs, arguments.lr, arguments.figure)
 
 
 if __name__ == "__main__":

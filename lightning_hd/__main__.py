@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Annotated, NoReturn
 
 from lightning_hd import plot
+from lightning_hd.runs import PlotError, load
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -37,6 +38,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
             str | None,
             typer.Option(metavar="TAG", help="Tag of the loss.  [default: the training loss, as far as it is found]"),
         ] = None,
+        width: Annotated[float, typer.Option(metavar="INCHES", help="Width of the figure.", min=1.0, max=100.0)] = (
+            plot.COLUMN
+        ),
     ) -> None:
         """Draw learning rates, loss and cosines of runs, from event files of TensorBoard and logs of CSVLogger.
 
@@ -44,10 +48,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
         """
         try:
             plot.check_file(output)
-            curves = plot.load(runs, loss)
-            figure = plot.figure(curves)
+            curves = load(runs, loss)
+            figure = plot.figure(curves, width)
             plot.save(figure, output)
-        except (plot.PlotError, OSError) as error:
+        except (PlotError, OSError) as error:
             _fail(str(error))
         lines = sum(not str(line.get_label()).startswith("_") for axes in figure.axes for line in axes.lines)
         typer.echo(f"{output}: {len(curves)} {'run' if len(curves) == 1 else 'runs'}, {lines} curves")

@@ -231,13 +231,14 @@ class Rates:
         """Let a group that was added in mid-training join its scope; ``False``: the scope must start from scratch.
 
         It joins at its configured rate, except that a scope which stands at 0, held there by the clamp, takes it along
-        from there. Where the rule has picked the rate, the optimizer's default means nothing: a group that has it joins
-        in proportion to what the others are configured with.
+        from there. Where the rule has picked the rate, neither the optimizer's default nor a scheduled rate is one that
+        steps are taken with: a group that has it joins in proportion to the others.
         """
         scope = self.scopes[group.scope]
         group.base = group.lr
         group.zero = group.lr == 0
-        if scope.rule.picks_start and group.lr == float(self.optimizer.defaults.get("lr", math.nan)):
+        default = group.lr == float(self.optimizer.defaults.get("lr", math.nan))
+        if scope.rule.picks_start and (default or self.under_schedule):
             if scope.from_zero and group.zero and not self.under_schedule:
                 group.base, group.zero = 1.0, False
             self._grow(scope, max(1.0, abs(group.unscaled / scope.reference)))

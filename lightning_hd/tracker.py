@@ -11,7 +11,7 @@ from torchmetrics import MeanMetric
 
 from lightning_hd.hypergradient import HypergradientLR
 from lightning_hd.lr import get_lrs
-from lightning_hd.plot import Curve, Curves
+from lightning_hd.runs import Curve, Curves
 from lightning_hd.tensorboard import group_names, tag
 
 _WINDOW = 100

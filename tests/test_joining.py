@@ -9,7 +9,7 @@ from sklearn.datasets import load_digits
 from torch import nn
 from torch.nn import functional as F  # noqa: N812
 from torch.optim import SGD, Adam, Optimizer
-from torch.optim.lr_scheduler import CosineAnnealingWarmRestarts, CyclicLR
+from torch.optim.lr_scheduler import CosineAnnealingWarmRestarts, CyclicLR, ExponentialLR
 
 from lightning_hd import HypergradientLR
 
@@ -85,3 +85,20 @@ def test_a_few_new_coordinates_change_nothing() -> None:
             optimizer.step()
         rates.append(hd.lrs[0])
     assert rates[1] == pytest.approx(rates[0], rel=0.1)
+
+
+def test_a_group_that_is_added_at_the_scheduled_rate_is_scaled_as_the_others_are() -> None:
+    parameters = [nn.Parameter(torch.ones(50)) for _ in range(2)]
+    optimizer = SGD(parameters[:1], lr=1e-5)
+    scheduler = ExponentialLR(optimizer, 0.99)
+    hd = HypergradientLR(optimizer)
+    for step in range(40):
+        if step == 20:  # as BaseFinetuning.unfreeze_and_add_param_group does
+            optimizer.add_param_group({"params": parameters[1:], "lr": optimizer.param_groups[0]["lr"]})
+        for p in parameters:
+            p.grad = p.detach().clone()
+        optimizer.step()
+        if step == 20:
+            assert hd.lrs[1] == pytest.approx(hd.lrs[0])
+        scheduler.step()
+    assert hd.lrs[1] > 100 * optimizer.param_groups[1]["lr"]

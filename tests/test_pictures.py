@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from lightning_hd.plot import load, plot, save
+from lightning_hd.plot import plot, save
+from lightning_hd.runs import load
 
 ROOT = Path(__file__).parent.parent
 FOLDER = ROOT / "docs" / "pictures"

@@ -27,7 +27,8 @@ from torch.utils.tensorboard import SummaryWriter
 
 from lightning_hd import HypergradientDescent
 from lightning_hd.__main__ import main
-from lightning_hd.plot import Curve, Curves, PlotError, check_file, figure, load, plot, save
+from lightning_hd.plot import check_file, figure, plot, save
+from lightning_hd.runs import Curve, Curves, PlotError, load
 from lightning_hd.tensorboard import tag
 from tests.test_callback import Reference, make_trainer
 
@@ -435,8 +436,8 @@ def test_a_callback_draws_its_training_as_the_command_draws_the_logs(tmp_path: P
     for name in own:
         (mine,), (theirs,) = named(own[name]).values(), named(read[name]).values()
         np.testing.assert_array_equal(mine.get_xdata(), theirs.get_xdata())
-        y = [np.asarray(line.get_ydata(), dtype=float) for line in (mine, theirs)]
-        np.testing.assert_allclose(*y, rtol=1e-6)
+        mine_y, theirs_y = (np.asarray(line.get_ydata(), dtype=float) for line in (mine, theirs))
+        np.testing.assert_allclose(mine_y, theirs_y, rtol=1e-6)
     groups = HypergradientDescent(scope="group", log_every_n_steps=0)
     make_trainer(tmp_path, groups, limit_train_batches=60).fit(Reference(body_and_head))
     assert list(named(panels(groups.plot())["learning rate"])) == ["Adam · body", "Adam · head"]

@@ -6,8 +6,9 @@
 
 It trains networks on 22 tasks with up to three optimizers, three seeds each: at a grid of constant rates a factor of
 √10 apart (extended until the best is not at its edge), at the same grid under cosine annealing, with the rules of
-lightning_hd, and with Prodigy, Mechanic, D-Adaptation, DoG and Schedule-Free at the defaults of their packages. A
-finished run is kept in ``DIR/runs.csv``; started again, only those that are missing are made.
+lightning_hd, with Prodigy, Mechanic, D-Adaptation, DoG and Schedule-Free at the defaults of their packages, and with
+OSGM (``osgm.py``: heavy ball in the place of Nesterov's momentum) and GALA (``gala.py``), which take two gradients per
+step. A finished run is kept in ``DIR/runs.csv``; started again, only those that are missing are made.
 
 The tables (``DIR/table.md``) have a row for each task and optimizer. The first holds the training loss, averaged over
 the last eighth of the steps, the second the validation loss after the last step. All are medians over the seeds.
@@ -92,9 +93,9 @@ def submit(
 
 def execute(run: Run, rule: str, data: Path) -> Outcome:
     """Make one run, in a worker."""
-    problem = tasks.build(run.task, run.seed, data)
-    decay = tasks.TASKS[run.task].decay
-    return training.train(problem, tuners.methods(rule)[run.method], run.optimizer, run.rate, decay, run.steps)
+    make = functools.partial(tasks.build, run.task, run.seed, data)
+    method = tuners.methods(rule, make)[run.method]
+    return training.train(make(), method, run.optimizer, run.rate, tasks.TASKS[run.task].decay, run.steps)
 
 
 def start_pool(jobs: int) -> ProcessPoolExecutor:

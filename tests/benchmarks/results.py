@@ -8,7 +8,7 @@ from pathlib import Path
 from statistics import median
 from typing import Literal
 
-Measure = Literal["train_loss", "val_loss"]
+Measure = Literal["train_loss", "val_loss", "final_lr"]
 
 
 @dataclass(frozen=True, order=True)

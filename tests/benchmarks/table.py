@@ -74,6 +74,8 @@ def make_row(losses: Losses, task: str, optimizer: str, rule: str, constant: tup
         "D-Adapt.": ratio(only("d-adaptation"), constant[1]),
         "DoG": ratio(only("dog"), constant[1]),
         "Sched.-Free": ratio(only("schedule-free"), constant[1]),
+        "OSGM": ratio(only("osgm"), constant[1]),
+        "GALA": ratio(only("gala"), constant[1]),
     }
     return Row(task, optimizer, constant, cosine, ratios)
 

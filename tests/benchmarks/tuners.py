@@ -8,9 +8,13 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils import vector_to_parameters
 from torch.optim import SGD, Adam, AdamW, Optimizer
 
 from lightning_hd import HypergradientLR
+from tests.benchmarks.gala import FIRST_RATE, GALA
+from tests.benchmarks.osgm import ETA, ETA_BETA, OSGM, Oracle, flat_gradient
+from tests.benchmarks.problems import Problem
 
 BASES: dict[str, Callable[..., Optimizer]] = {
     "SGD": SGD,
@@ -154,13 +158,59 @@ def schedule_free(network: nn.Module, base: str, rate: float, decay: float, step
     return Tuning(optimizer, lambda: float(group["scheduled_lr"]))
 
 
+def oracle_of(make: Callable[[], Problem] | None) -> Oracle:
+    """Evaluates the present batch again, elsewhere. It must be asked once per step.
+
+    Args:
+        make: Makes the problem anew, from the same seed: this twin draws the same batches.
+    """
+    assert make is not None, "the method needs a twin of the problem"
+    twin = make()
+    params = trainable(twin.network)
+    drawn = torch.get_rng_state()  # for dropout, of which twins draw the same from here on
+
+    def evaluate(point: Tensor) -> tuple[Tensor, Tensor]:
+        nonlocal drawn
+        vector_to_parameters(point, params)
+        twin.network.zero_grad()
+        with torch.enable_grad(), torch.random.fork_rng(devices=[]):
+            torch.set_rng_state(drawn)
+            loss = twin.train_loss()
+            drawn = torch.get_rng_state()
+            loss.backward()
+        return loss.detach(), flat_gradient(params)
+
+    return evaluate
+
+
+def osgm(
+    network: nn.Module, base: str, rate: float, decay: float, steps: int, make: Callable[[], Problem] | None
+) -> Tuning:
+    """Heavy ball in the place of Nesterov's momentum."""
+    optimizer = OSGM(trainable(network), oracle_of(make), rate, eta_beta=ETA_BETA if base == "Nesterov" else None)
+    return Tuning(optimizer, lambda: float(optimizer.step_size.value), observe=optimizer.observe)
+
+
+def gala(
+    network: nn.Module, base: str, rate: float, decay: float, steps: int, make: Callable[[], Problem] | None
+) -> Tuning:
+    optimizer = SGD(trainable(network))
+    tuner = GALA(optimizer, oracle_of(make), rate)
+    return Tuning(optimizer, lambda: tuner.rate)
+
+
 def rule_method(rule: str, rates: Sequence[float], cosine: bool = False) -> Method:
     """One of lightning_hd's rules, for all base optimizers."""
     return Method(functools.partial(hypergradient, rule=rule), dict.fromkeys(BASES, rates), cosine=cosine)
 
 
-def methods(rule: str) -> dict[str, Method]:
-    """All methods by name; that of the rule under test is its own."""
+def methods(rule: str, make: Callable[[], Problem] | None = None) -> dict[str, Method]:
+    """All methods by name; that of the rule under test is its own.
+
+    Args:
+        rule: The rule under test.
+        make: Makes the problem, for methods that evaluate a batch twice; they cannot start without it.
+    """
     one = dict.fromkeys(BASES, (1.0,))
     adam, sgd = {"Adam": (1.0,)}, {"SGD": (1.0,)}
     return {
@@ -175,6 +225,8 @@ def methods(rule: str) -> dict[str, Method]:
         "d-adaptation": Method(d_adaptation, one, "dadaptation"),
         "dog": Method(dog, sgd, "dog"),
         "schedule-free": Method(schedule_free, {"SGD": (1.0,), "Adam": (0.0025,)}, "schedulefree"),
+        "osgm": Method(functools.partial(osgm, make=make), {"SGD": (ETA,), "Nesterov": (ETA,)}),
+        "gala": Method(functools.partial(gala, make=make), {"SGD": (FIRST_RATE,)}),
         **({} if rule in ("additive", "multiplicative") else {rule: rule_method(rule, (RULE_RATE,))}),
         f"{rule}+decline": Method(
             functools.partial(hypergradient, rule=rule, decline=True), dict.fromkeys(BASES, (RULE_RATE,))

@@ -1,0 +1,1 @@
+"""The experiments of the paper, in a Lightning Trainer. See README.md."""

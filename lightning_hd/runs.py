@@ -1,0 +1,151 @@
+"""Reads what runs have logged: learning rates, loss and cosines, from event files and from those of CSVLogger."""
+
+import csv
+import math
+import os
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, TypeAlias
+
+from lightning_hd.tensorboard import FORMER, PREFIX
+
+Curve: TypeAlias = tuple[Sequence[float], Sequence[float]]
+"""Steps and values."""
+
+EVENTS, CSV = "events.out.tfevents.*", "metrics.csv"
+LOSSES = ("loss", "train_loss", "train/loss", "loss_step", "train_loss_step")
+
+
+class PlotError(ValueError):
+    """There is nothing to draw, or no place for it. The message is one line."""
+
+
+@dataclass(frozen=True)
+class Curves:
+    """What is drawn of one run.
+
+    Args:
+        name: What the legend calls it.
+        rates: The learning rates of each parameter group.
+        loss: The loss.
+        cosines: The cosines of each parameter group, or of each optimizer.
+        loss_name: What the axis of the loss is called, where all runs agree.
+    """
+
+    name: str
+    rates: Mapping[str, Curve]
+    loss: Curve | None = None
+    cosines: Mapping[str, Curve] = field(default_factory=dict)
+    loss_name: str = "loss"
+
+
+def load(runs: Sequence[Path | str], loss: str | None = None) -> list[Curves]:
+    """Read the runs that are found in folders, and in the folders below them.
+
+    Args:
+        runs: Folders with event files of TensorBoard or with ``metrics.csv`` of Lightning's ``CSVLogger``.
+        loss: The tag of the loss; ``None``: the first of ``loss``, ``train_loss``, ``train/loss``, ``loss_step`` and
+            ``train_loss_step``, else the first that ends in ``loss``.
+
+    Raises:
+        PlotError: A folder or the tag does not exist, or no run has logged a learning rate.
+    """
+    folders = list(dict.fromkeys(folder for run in runs for folder in _find(Path(run))))
+    logged = [_read(folder) for folder in folders]
+    if loss is not None and not any(loss in tags for tags in logged):
+        there = sorted({tag for tags in logged for tag in tags}, key=natural)
+        raise PlotError(f"no run has logged {loss!r}; the tags are: {', '.join(there)}")
+    root = os.path.commonpath([folder.parent for folder in folders]) if folders else ""
+    names = [folder.relative_to(root).as_posix() for folder in folders]
+    curves = [_select(name, tags, loss) for name, tags in zip(names, logged, strict=True)]
+    if not any(run.rates for run in curves):
+        where = ", ".join(map(str, runs))
+        raise PlotError(
+            f"no run has logged a learning rate in {where}: looked for the tags {PREFIX}lr-NAME, {FORMER}lr-NAME "
+            "(HypergradientDescent) and lr-NAME (LearningRateMonitor)"
+        )
+    return [run for run in curves if run.rates or run.loss or run.cosines]
+
+
+def _find(folder: Path) -> list[Path]:
+    """The folders of all runs in a folder, itself included, as absolute paths."""
+    if not folder.is_dir():
+        raise PlotError(f"{folder} is not a folder" if folder.exists() else f"folder does not exist: {folder}")
+    files = [file for pattern in (EVENTS, CSV) for file in folder.rglob(pattern) if file.is_file()]
+    if not files:
+        raise PlotError(f"no runs in {folder}: looked for {EVENTS} and {CSV}, in the folders below as well")
+    folders = {Path(os.path.abspath(file)).parent for file in files}  # noqa: PTH100  # symbolic links keep their names
+    return sorted(folders, key=lambda folder: natural(str(folder)))
+
+
+def natural(name: str) -> list[tuple[int, str]]:
+    """A key to sort by: ``version_2`` comes before ``version_10``."""
+    return [(int(part), "") if part.isdecimal() else (-1, part) for part in re.split(r"(\d+)", name)]
+
+
+def _read(folder: Path) -> dict[str, Curve]:
+    """All scalars of a run. Where both kinds of files hold a tag, the event files count."""
+    numbers: dict[str, Curve] = {}
+    for source in (_csv(folder), _events(folder)):
+        tags: dict[str, tuple[list[int], list[float]]] = {}
+        for tag, step, value in source:
+            steps, values = tags.setdefault(tag, ([], []))
+            while steps and steps[-1] >= step:  # the run was resumed from there
+                steps.pop()
+                values.pop()
+            steps.append(step)
+            values.append(value)
+        numbers |= tags
+    return numbers
+
+
+def _csv(folder: Path) -> Iterator[tuple[str, int, float]]:
+    file = folder / CSV
+    if not file.is_file():
+        return
+    try:
+        with file.open(newline="", encoding="utf-8") as lines:
+            for row in csv.DictReader(lines):
+                numbers = {tag: number for tag, text in row.items() if (number := _number(text)) is not None}
+                step = numbers.pop("step", math.nan)
+                if math.isfinite(step):
+                    yield from ((tag, int(step), value) for tag, value in numbers.items())
+    except (csv.Error, UnicodeDecodeError) as error:
+        raise PlotError(f"{file} cannot be read: {error}") from error
+
+
+def _number(text: Any) -> float | None:
+    try:
+        return float(text)
+    except (TypeError, ValueError):  # an empty cell, or one that the header does not name
+        return None
+
+
+def _events(folder: Path) -> Iterator[tuple[str, int, float]]:
+    from tensorboard.backend.event_processing.event_accumulator import SCALARS, EventAccumulator
+
+    if any(folder.glob(EVENTS)):
+        events = EventAccumulator(str(folder), size_guidance={SCALARS: 0}).Reload()  # 0: keeps every point
+        for tag in events.Tags()[SCALARS]:
+            for event in events.Scalars(tag):
+                yield tag, event.step, event.value
+
+
+def _select(name: str, tags: Mapping[str, Curve], loss: str | None) -> Curves:
+    rates = _named(tags, (f"{FORMER}lr-", f"{PREFIX}lr-"))
+    if not rates:
+        others = {tag: tags[tag] for tag in tags if not tag.endswith(("-momentum", "-weight_decay"))}
+        rates = _named(others, ("lr-",))
+    if loss is None:
+        there = [tag for tag in LOSSES if tag in tags] or [tag for tag in tags if tag.endswith("loss")]
+        loss = there[0] if there else "loss"
+    cosines = _named(tags, (f"{FORMER}cosine-", f"{PREFIX}cosine-"))
+    return Curves(name, rates, tags.get(loss), cosines, "loss" if loss in LOSSES else loss)
+
+
+def _named(tags: Mapping[str, Curve], prefixes: tuple[str, ...]) -> dict[str, Curve]:
+    """The curves whose tags begin so, by the rest of the tag; a later prefix takes precedence."""
+    found = {tag[len(start) :]: tags[tag] for start in prefixes for tag in tags if tag.startswith(start)}
+    return {name: found[name] for name in sorted(found, key=natural)}

@@ -1,0 +1,89 @@
+"""The examples, as users start them, in short: they learn, and the callback leaves the configured rate."""
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.test_callback import scalars
+
+EXAMPLES = Path(__file__).parent.parent / "examples"
+
+
+def start(path: Path, name: str, *arguments: str) -> str:
+    """What an example prints, run in a process of its own that reaches no model hub."""
+    process = subprocess.run(
+        [sys.executable, str(EXAMPLES / name), *arguments],
+        cwd=path,
+        env={**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert process.returncode == 0, process.stderr
+    return process.stdout
+
+
+def table(output: str) -> list[dict[str, float]]:
+    """The rows of what an example prints, with the heading of each number."""
+    head, *lines = (re.split(r"  +", line.strip()) for line in output.splitlines())
+    return [dict(zip(head, map(float, numbers), strict=True)) for _, *numbers in lines]
+
+
+def test_every_example_is_in_the_table_of_examples() -> None:
+    names = re.findall(r"^\| \[`(\w+\.py)`\]\((\w+\.py)\) \|", (EXAMPLES / "README.md").read_text(), re.MULTILINE)
+    assert sorted(names) == sorted((file.name, file.name) for file in EXAMPLES.glob("*.py"))
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ("plain.py", "--epochs", "5"),
+        ("fabric.py", "--epochs", "5"),
+        ("fine_tuning.py", "--epochs", "12"),
+        ("adapters.py", "--epochs", "12"),
+    ],
+)
+def test_digits_are_learned_from_a_rate_that_is_too_small(arguments: tuple[str, ...], tmp_path: Path) -> None:
+    *constant, tuned = table(start(tmp_path, *arguments))
+    (same,) = (row for row in constant if row["configured"] == tuned["configured"])
+    assert same["val accuracy"] < 0.5
+    assert tuned["val accuracy"] > 0.8
+    assert tuned["val loss"] < 0.5 * same["val loss"]
+    assert tuned["median lr"] > 10 * tuned["configured"]
+    assert all(row["median lr"] == row["last lr"] == row["configured"] for row in constant)
+
+
+def test_the_transformer_predicts_characters(tmp_path: Path) -> None:
+    low, high, tuned = table(start(tmp_path, "transformer.py", "--steps", "60"))
+    assert max(row["val loss"] for row in (low, high, tuned)) < 3  # nats; the logarithm of 128 is 4.9
+    assert tuned["val loss"] < low["val loss"]
+    assert tuned["median lr"] > 1.5 * tuned["configured"] == 1.5 * low["configured"]
+
+
+def test_the_command_line_takes_the_callback_from_the_file_or_leaves_it_out(tmp_path: Path) -> None:
+    pytest.importorskip("jsonargparse")
+    found = []
+    for change in (("--trainer.callbacks.max_lr", "0.01"), ("--trainer.callbacks", "null")):
+        configuration = ("fit", "--config", str(EXAMPLES / "cli.yaml"), "--trainer.max_epochs", "8")
+        output = start(tmp_path, "cli.py", *configuration, *change)
+        found.append([float(number) for number in re.findall(r"val \w+ ([\d.]+)", output)])
+    (accuracy, loss), (accuracy_without, loss_without) = found
+    assert accuracy > 0.9 > 0.5 > accuracy_without
+    assert loss < 0.5 < 2 < loss_without
+    rates = scalars(tmp_path / "runs" / "cli" / "lightning_logs" / "version_0", "hd/lr-Adam")
+    assert max(rates.values()) == pytest.approx(0.01)
+    assert min(rates.values()) < 2e-5
+
+
+def test_hugging_face_tunes_its_own_optimizer(tmp_path: Path) -> None:
+    for package in ("transformers", "accelerate"):
+        pytest.importorskip(package, reason=f"{package} is not installed")
+    *without, tuned = table(start(tmp_path, "hugging_face.py", "--epochs", "6"))
+    assert without[0]["configured"] == tuned["configured"]
+    assert without[0]["val accuracy"] < 0.5 < 0.7 < tuned["val accuracy"]
+    assert tuned["last scale"] > 10
+    assert all(row["last scale"] == 1 for row in without)
