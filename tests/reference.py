@@ -171,7 +171,6 @@ class AutoRule:
     def next_lr(self, lr: float, t: int, product: float, g_norm: float, d_norm: float) -> float:
         """The rate of step t, before what is left of a brake, from ``-g · E``, ``‖g‖`` and ``‖E‖``."""
         self.slope = 0.0
-        self._largest = max(self._largest, g_norm)
         if 0 < g_norm < 1e-6 * self._largest:
             return float(max(lr * np.exp(-0.1 * min(1.0, 100 / t)), min(lr, self.first or lr)))
         if g_norm and not d_norm:
@@ -202,6 +201,8 @@ class AutoRule:
                 excess = min(rise - usual, 1.0)
                 change = max(-excess * self.leap, min(0.0, np.log(self.first / lr)) if self.first else -np.inf)
                 self.braked.append(t)
+        if not excess:
+            self._largest = max(self._largest, g_norm)
         self._logs.append(log_norm)
         self.brake = max(0.95 * self.brake, excess)
         self.leap = max(0.5 * self.leap, excess)

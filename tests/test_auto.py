@@ -38,7 +38,6 @@ from tests.test_hypergradient import FAMILIES, observed, run, same, trajectory
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:.*does not have many workers.*"),
-    pytest.mark.filterwarnings("ignore:.*isinstance.treespec, LeafSpec.*"),
 ]
 
 METHODS: dict[str, tuple[Any, dict[str, Any], float]] = {

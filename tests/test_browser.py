@@ -37,7 +37,6 @@ pytestmark = [
         reason="This test drives a browser: apt-get install chromium chromium-driver.",
     ),
     pytest.mark.filterwarnings("ignore:.*does not have many workers.*"),
-    pytest.mark.filterwarnings("ignore:.*isinstance.treespec, LeafSpec.*"),
 ]
 
 STEPS = 150

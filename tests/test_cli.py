@@ -14,7 +14,6 @@ from tests.test_callback import Reference, make_trainer, same, scalars
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:.*does not have many workers.*"),
-    pytest.mark.filterwarnings("ignore:.*isinstance.treespec, LeafSpec.*"),
     pytest.mark.filterwarnings("ignore:LightningCLI's args parameter"),
     pytest.mark.filterwarnings("ignore:.*is smaller than the logging interval"),
 ]

@@ -18,7 +18,6 @@ from tests.test_hypergradient import BETAS
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:.*does not have many workers.*"),
-    pytest.mark.filterwarnings("ignore:.*isinstance.treespec, LeafSpec.*"),
     pytest.mark.filterwarnings("ignore:.*Dynamo does not know how to trace.*_getframe.*"),
 ]
 

@@ -21,7 +21,6 @@ from tests.test_loops import Manual
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:.*does not have many workers.*"),
-    pytest.mark.filterwarnings("ignore:.*isinstance.treespec, LeafSpec.*"),
 ]
 
 RULES = ["additive", "multiplicative", "auto"]

@@ -15,7 +15,6 @@ from tests.test_callback import LOGGED, Reference, make_trainer, same, scalars, 
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:.*does not have many workers.*"),
-    pytest.mark.filterwarnings("ignore:.*isinstance.treespec, LeafSpec.*"),
 ]
 
 RATE = "hd/lr-SGD"

@@ -22,7 +22,6 @@ from tests.test_callback import LOGGED, Digits, Observer, Reference, events, mak
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:.*does not have many workers.*"),
-    pytest.mark.filterwarnings("ignore:.*isinstance.treespec, LeafSpec.*"),
 ]
 
 EPOCH = 29

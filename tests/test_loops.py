@@ -24,7 +24,6 @@ from tests.test_package import ROOT
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:.*does not have many workers.*"),
-    pytest.mark.filterwarnings("ignore:.*isinstance.treespec, LeafSpec.*"),
     pytest.mark.filterwarnings("ignore:.*training_step. returned .None.*"),
     pytest.mark.filterwarnings("ignore:.*Trainer.barebones=True.*"),
     pytest.mark.filterwarnings("ignore:.*anomaly detection.*"),

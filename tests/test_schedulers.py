@@ -18,7 +18,6 @@ from tests.test_callback import Reference, make_trainer
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:.*does not have many workers.*"),
-    pytest.mark.filterwarnings("ignore:.*isinstance.treespec, LeafSpec.*"),
     pytest.mark.filterwarnings("ignore:.*The epoch parameter in `scheduler.step.*"),  # torch's own, in SequentialLR
 ]
 

@@ -21,7 +21,6 @@ from tests.test_callback import AfterOneEpoch, Reference, make_trainer
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:.*does not have many workers.*"),
-    pytest.mark.filterwarnings("ignore:.*isinstance.treespec, LeafSpec.*"),
 ]
 
 

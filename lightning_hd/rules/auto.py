@@ -41,7 +41,7 @@ class Auto(Rule):
     follow the steps taken, so that the rate changes in the run's own time. The first rate is a small part of the
     parameters, ``α_1 = ρ ‖θ_1‖ / ‖d_1‖``, so the configured rates only set the ratios between groups. While steps
     vanish in the rounding of the parameters, so that ``E`` is zero, ``log α`` rises by the cap. Where ``‖g_t‖`` is
-    below 1e-6 times the largest one so far, what is left of it is rounding: ``log α`` falls, no further than ``α_1``.
+    below 1e-6 times the largest one but for leaps, only rounding is left: ``log α`` falls, no further than to ``α_1``.
 
     The memory is blind to an instability: steps to and fro cancel in it. So the rule brakes where the norm of the
     gradient leaps. Where ``log ‖g_t‖`` exceeds its running mean by more than what is usual, by ``e`` (1 at most), the
@@ -184,7 +184,6 @@ class Auto(Rule):
         """``log α_t`` from ``log α_{t-1}``, the cosine, and the norm of the gradient. A zero gradient says nothing."""
         if seen.grad_norm == 0:
             return lr
-        self._largest_norm = max(self._largest_norm, seen.grad_norm)
         careful = self.careful_cap * min(1.0, self.early / step)
         if seen.grad_norm < _RESOLVED * self._largest_norm:
             return max(lr * math.exp(-careful), min(lr, self._first_lr or lr))
@@ -198,6 +197,7 @@ class Auto(Rule):
             excess = min(excess, 1.0)
             self._leap, self._brake = max(self._leap, excess), max(self._brake, excess)
             return max(lr * math.exp(-before * excess), min(lr, self._first_lr))
+        self._largest_norm = max(self._largest_norm, seen.grad_norm)
         cap = self.cap
         if lr >= self.careful_from * self._first_lr:
             cap = careful

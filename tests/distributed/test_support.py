@@ -30,7 +30,6 @@ from tests.test_callback import make_trainer
 pytestmark = [
     pytest.mark.skipif(sys.platform == "win32", reason="gloo processes are spawned with POSIX semantics"),
     pytest.mark.filterwarnings("ignore:.*does not have many workers.*"),
-    pytest.mark.filterwarnings("ignore:.*isinstance.treespec, LeafSpec.*"),
 ]
 
 ROOT = Path(__file__).resolve().parents[2]
