@@ -23,6 +23,8 @@ from torch.optim import (
     SparseAdam,
 )
 
+from lightning_hd.rules import Rule
+
 _COUPLED: tuple[type[Optimizer] | None, ...] = (SGD, Adam, ASGD, Adadelta, Adagrad, Adamax, NAdam, RAdam, RMSprop)
 """Optimizers whose ``weight_decay`` adds ``λ θ`` to the gradient, unless the group says ``decoupled_weight_decay``."""
 
@@ -114,6 +116,14 @@ def unwrap(optimizer: Optimizer) -> Optimizer:
 def is_normalized(optimizer: Optimizer) -> bool:
     """Whether the optimizer divides the gradient by its scale, as Adam does, rather than following it, as SGD does."""
     return not isinstance(optimizer, (SGD, ASGD))
+
+
+def set_rounding(rule: Rule, optimizer: Optimizer) -> None:
+    """Give a rule the relative rounding of gradients: that of float64 where all parameters are so precise."""
+    parameters = [p for settings in optimizer.param_groups for p in settings["params"]]
+    eps = max((torch.finfo(p.dtype).eps for p in parameters), default=rule.rounding)
+    if eps < rule.rounding:
+        rule.rounding = eps
 
 
 def check_optimizer(optimizer: Optimizer) -> None:

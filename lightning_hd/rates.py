@@ -9,7 +9,7 @@ from torch.optim import Optimizer
 
 from lightning_hd.checks import check_divisor, check_flag, check_number
 from lightning_hd.lr import as_held, check_lr, get_lrs, set_lr
-from lightning_hd.optimizers import is_normalized
+from lightning_hd.optimizers import is_normalized, set_rounding
 from lightning_hd.rules import Rule
 from lightning_hd.scopes import Group, Scope
 
@@ -39,7 +39,8 @@ class Rates:
         self.scopes: list[Scope] = []
         self.groups: list[Group] = []
         self.held: list[float] = []  # what each param_groups[i]["lr"] held when a step began
-        self._rule = rule
+        self._rule = rule.bind(is_normalized(optimizer))  # a copy
+        set_rounding(self._rule, optimizer)
         self._min_lr = min_lr
         self._max_lr = max_lr
         self.under_schedule = self.is_scheduled()

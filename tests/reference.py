@@ -171,7 +171,7 @@ class AutoRule:
     def next_lr(self, lr: float, t: int, product: float, g_norm: float, d_norm: float) -> float:
         """The rate of step t, before what is left of a brake, from ``-g · E``, ``‖g‖`` and ``‖E‖``."""
         self.slope = 0.0
-        if 0 < g_norm < 1e-6 * self._largest:
+        if 0 < g_norm < 10 * 2.0**-23 * self._largest:
             return float(max(lr * np.exp(-0.1 * min(1.0, 100 / t)), min(lr, self.first or lr)))
         if g_norm and not d_norm:
             return float(lr * np.exp(0.5))

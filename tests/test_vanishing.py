@@ -52,3 +52,18 @@ def test_a_network_that_fits_all_data_keeps_fitting_them(
         hd.optimizer.step()
         losses.append(loss.item())
     assert max(losses[500:]) < 1e-4
+
+
+def test_in_float64_gradients_may_vanish_further() -> None:
+    norms = {}
+    for dtype in (torch.float32, torch.float64):
+        w = nn.Parameter(torch.ones(10, dtype=dtype))
+        curvature = torch.linspace(0.1, 1, 10, dtype=dtype)
+        hd = HypergradientLR(SGD([w], lr=1e-3, momentum=0.9, nesterov=True))
+        for _ in range(1500):
+            hd.optimizer.zero_grad()
+            (curvature * w.square()).sum().backward()  # type: ignore[no-untyped-call]
+            hd.optimizer.step()
+        assert w.grad is not None
+        norms[dtype] = float(w.grad.norm())
+    assert norms[torch.float64] < 1e-10

@@ -41,7 +41,7 @@ class Auto(Rule):
     follow the steps taken, so that the rate changes in the run's own time. The first rate is a small part of the
     parameters, ``α_1 = ρ ‖θ_1‖ / ‖d_1‖``, so the configured rates only set the ratios between groups. While steps
     vanish in the rounding of the parameters, so that ``E`` is zero, ``log α`` rises by the cap. Where ``‖g_t‖`` is
-    below 1e-6 times the largest one but for leaps, only rounding is left: ``log α`` falls, no further than to ``α_1``.
+    below 10 times the rounding of the largest one, only rounding is left: ``log α`` falls, no further than to ``α_1``.
 
     The memory is blind to an instability: steps to and fro cancel in it. So the rule brakes where the norm of the
     gradient leaps. Where ``log ‖g_t‖`` exceeds its running mean by more than what is usual, by ``e`` (1 at most), the
@@ -185,7 +185,7 @@ class Auto(Rule):
         if seen.grad_norm == 0:
             return lr
         careful = self.careful_cap * min(1.0, self.early / step)
-        if seen.grad_norm < _RESOLVED * self._largest_norm:
+        if seen.grad_norm < _RESOLVED * self.rounding * self._largest_norm:
             return max(lr * math.exp(-careful), min(lr, self._first_lr or lr))
         if seen.direction_norm == 0:
             return lr * math.exp(self.cap)
@@ -299,8 +299,8 @@ _LEARNED = {
 _NONLINEAR_CAP = 0.02
 """Largest change of ``log α`` in a step where all that was learned moves along, by this part of it."""
 
-_RESOLVED = 1e-6
-"""Below this part of the largest gradient, about ten times the rounding of float32, a gradient is noise of rounding."""
+_RESOLVED = 10.0
+"""Below this many times the rounding of the largest gradient, a gradient is noise of rounding."""
 
 _RETREAT = math.log(2)
 """By how much ``log α`` goes below that of the lowest loss: where the loss was lowest it may have been too high."""

@@ -46,6 +46,7 @@ class Rule(ABC):
         picks_start: ``True``: the first learning rate comes from ``first_lr``, and the configured one sets the
             ratios between groups only. Default: ``False``.
         brakes: How often the rule has backed off from an overshoot; whoever calls ``update`` reports each rise.
+        rounding: The relative rounding of gradients, set by the engine: that of float32, or of float64.
         nonlinear: Set to ``True`` where the optimizer's step is found not to be linear in its rate, so that a change of
             the rate moves what former steps have done.
 
@@ -60,6 +61,7 @@ class Rule(ABC):
     picks_start = False
     brakes = 0
     nonlinear = False
+    rounding = 2.0**-23
 
     @abstractmethod
     def update(self, lr: float, seen: Observation, step: int) -> float:
