@@ -13,7 +13,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Run a command.
 
     Args:
-        arguments: What stands behind ``python -m lightning_hd``; ``None``: as the process was started.
+        arguments: The arguments after ``python -m lightning_hd``; ``None``: those of this process.
     """
     try:
         import matplotlib  # noqa: F401
@@ -29,14 +29,15 @@ def main(arguments: Sequence[str] | None = None) -> None:
     @app.command("plot")
     def draw(
         runs: Annotated[
-            list[Path], typer.Argument(metavar="RUN_DIR", help="Folders of runs. Those below are searched as well.")
+            list[Path],
+            typer.Argument(metavar="RUN_DIR", help="Folders of runs. The folders below are searched as well."),
         ],
         output: Annotated[
-            Path, typer.Option("--output", "-o", metavar="FILE", help="What to write: a .png, .svg or .pdf file.")
+            Path, typer.Option("--output", "-o", metavar="FILE", help="The file to write: .png, .svg or .pdf.")
         ] = Path("lightning_hd.png"),
         loss: Annotated[
             str | None,
-            typer.Option(metavar="TAG", help="Tag of the loss.  [default: the training loss, as far as it is found]"),
+            typer.Option(metavar="TAG", help="Tag of the loss.  [default: the training loss, if a run has logged it]"),
         ] = None,
         width: Annotated[float, typer.Option(metavar="INCHES", help="Width of the figure.", min=1.0, max=100.0)] = (
             plot.COLUMN

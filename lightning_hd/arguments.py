@@ -1,4 +1,4 @@
-"""What the arguments of the public classes mean, and what is wrong with them."""
+"""Checks the arguments of the public classes, and builds the objects that they stand for."""
 
 import math
 
@@ -10,7 +10,8 @@ from lightning_hd.reduction import is_flat_shard
 from lightning_hd.rules import Rule, make_rule
 
 _PART = 0.2
-"""A fifth of the run: noise averages out within it, and before it as much is learned as without it."""
+"""The default length of the decline, as a part of the run. The noise of the gradient averages out within a fifth, and
+the steps before it learn as much as without a decline."""
 
 
 def check_arguments(
@@ -22,7 +23,10 @@ def check_arguments(
     probe: int | str | None,
     stop_after: int | None,
 ) -> tuple[Rule, float, float]:
-    """The rule and the two clamps that are asked for, once all arguments are found to be in order.
+    """Check the arguments that both public classes have.
+
+    Returns:
+        The rule, and the lower and the upper clamp on the rates (infinite where there is none).
 
     Raises:
         TypeError: An argument is of the wrong type.
@@ -46,7 +50,7 @@ def check_arguments(
 
 
 def make_decline(part: float | str, total: int | None, rule: Rule) -> Decline:
-    """The decline that the arguments of the public classes name.
+    """Build the decline from the arguments ``decline`` and ``total_steps``.
 
     Raises:
         TypeError: An argument is of the wrong type.
@@ -68,7 +72,7 @@ def check_callback_arguments(
     on_mismatch: str,
     summary: bool,
 ) -> None:
-    """See that the arguments which only the callback has are in order.
+    """Check the arguments that only the callback has.
 
     Raises:
         TypeError: An argument is of the wrong type.
@@ -84,7 +88,7 @@ def check_callback_arguments(
 
 
 def check_flat_shards(optimizer: Optimizer, rule: Rule) -> None:
-    """Raise ``TypeError`` where the rule needs the directions of flat shards."""
+    """Raise ``TypeError`` if parameters are flat shards and the rule needs the direction of the last step."""
     flat = any(is_flat_shard(p) for settings in optimizer.param_groups for p in settings["params"])
     if flat and not rule.long_horizon:
         raise TypeError(

@@ -1,6 +1,7 @@
-"""The engines of a Trainer's optimizers, from when training starts until it ends."""
+"""Attaches engines to the optimizers of a Trainer when training starts, and detaches them when it ends."""
 
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from functools import partial
 from typing import Any
 
@@ -22,9 +23,9 @@ class Attachment:
     """Attaches an engine and a tracker to each optimizer that can be tuned.
 
     Args:
-        callback: The callback that does so.
-        make: Makes the engine of an optimizer, given how many steps it takes and the processes that train together.
-        scheduled: Whether the rates in the groups belong to a schedule; ``None``: found out.
+        callback: The callback that owns the engines.
+        make: Builds an engine from an optimizer, the number of its steps and the processes that train together.
+        scheduled: Whether the rates in the groups belong to a schedule; ``None``: it is detected.
     """
 
     def __init__(self, callback: Callback, make: Make, scheduled: bool | None) -> None:
@@ -33,38 +34,38 @@ class Attachment:
         self._scheduled = scheduled
         self.engines: list[HypergradientLR] = []
         self.trackers: list[Tracker] = []
-        self._optimizers: list[Optimizer] = []  # all of the Trainer's, also those that cannot be tuned
+        self._optimizers: list[Optimizer] = []  # all of the Trainer's, including those that cannot be tuned
         self._handles: list[RemovableHandle] = []
         self._alone: dist.ProcessGroup | None = None
-        self._paused: list[bool] | None = None  # while a tuner searches: whether the engines were paused before
+        self._paused: list[bool] | None = None  # whether each engine was paused before a tuner began to search
 
     def observe(self, outputs: Any) -> None:
-        """Report the loss that ``training_step`` has returned."""
+        """Report to the engines what ``training_step`` has returned."""
         loss = outputs["loss"] if isinstance(outputs, Mapping) else outputs
         for engine in self.engines if loss is not None else ():
             engine.observe(loss)
 
     def suggestion(self) -> float | dict[str, float]:
-        """The constant rates that the engines recommend: one, or one for each parameter group.
+        """The constant rate that the engines recommend, or one for each parameter group.
 
         Raises:
             RuntimeError: No step was tuned yet.
         """
         found: dict[str, float] = {}
         for tracker in self.trackers:
-            if tracker.engine.step_count:
+            with suppress(RuntimeError):  # it has taken no step
                 own = tracker.engine.suggestion()
                 lrs = own.values() if isinstance(own, dict) else [own]
                 found |= dict(zip(tracker.names(), lrs, strict=False))
         if not found:
-            raise RuntimeError("there is no suggestion: no step of an optimizer was tuned yet")
+            raise RuntimeError("there is no suggestion: no step of an optimizer was tuned yet, on this process")
         return found if len(found) > 1 else next(iter(found.values()))
 
     def attach(self, trainer: Trainer) -> None:
         """Attach to every optimizer.
 
         Raises:
-            TypeError, ValueError, RuntimeError: Something cannot be tuned.
+            TypeError, ValueError, RuntimeError: An optimizer, a module or a rate cannot be tuned.
         """
         schedulers = [config.scheduler.optimizer for config in trainer.lr_scheduler_configs]
         everyone = with_groups(trainer)
@@ -73,13 +74,13 @@ class Attachment:
         check_modules(trainer.lightning_module, optimizers)
         check_tensors(optimizers)
         if dist.is_initialized() and dist.get_world_size() > 1 and trainer.world_size == 1:
-            # The other processes train something else.
+            # This Trainer has one process only, so the others train another model.
             self._alone = dist.new_group([dist.get_rank()], use_local_synchronization=True)
         remaining = remaining_steps(trainer, whole_epochs=False)
         for optimizer, name in zip(everyone, optimizer_names(everyone), strict=True):
             if not any(optimizer is other for other in optimizers):
                 continue
-            # Lightning's tuner takes all callbacks out while it searches, with steps that are no part of the training.
+            # Lightning's tuner removes all callbacks while it searches. Its steps are no part of the training.
             self._handles.append(optimizer.register_step_pre_hook(partial(self._pause, trainer)))
             engine = self._make(optimizer, remaining, self._alone)
             self.engines.append(engine)
@@ -88,7 +89,7 @@ class Attachment:
             self.trackers.append(Tracker(engine, name))
 
     def expect(self, trainer: Trainer, whole_epochs: bool) -> None:
-        """See how long the training takes now; it may have become longer or shorter."""
+        """Set how many steps the engines expect. The training may have become longer or shorter."""
         remaining = remaining_steps(trainer, whole_epochs)
         for engine in self.engines:
             engine.total_steps = None if remaining is None else engine.step_count + remaining
@@ -104,7 +105,7 @@ class Attachment:
         return list(map(id, now)) != list(map(id, self._optimizers))
 
     def detach(self) -> None:
-        """Leave the optimizers alone. The engines' state stays, for checkpoints that are written later."""
+        """Detach all engines. Their state stays, for checkpoints that are written later."""
         for handle in self._handles:
             handle.remove()
         self._handles, self._paused = [], None
@@ -116,7 +117,7 @@ class Attachment:
         self._alone = None
 
     def forget(self) -> None:
-        """Detach, and be as if nothing had been attached."""
+        """Detach all engines, and drop them."""
         self.detach()
         self.engines, self.trackers, self._optimizers = [], [], []
 

@@ -1,4 +1,4 @@
-"""HypergradientDescent: the Lightning callback. Hooks stand in the order in which the Trainer calls them."""
+"""HypergradientDescent: the Lightning callback. Its hooks are in the order in which the Trainer calls them."""
 
 import inspect
 import time
@@ -38,7 +38,7 @@ if TYPE_CHECKING:  # matplotlib is an extra
 
 
 class _Engine(HypergradientLR):
-    """One whose messages speak of the callback, which is what the user has written."""
+    """An engine whose messages name the callback, because that is what the user has written."""
 
     _owner = "HypergradientDescent"
 
@@ -50,65 +50,65 @@ class HypergradientDescent(Callback):
 
         trainer = Trainer(callbacks=[HypergradientDescent()])
 
-    One ``HypergradientLR`` is attached to each optimizer that ``configure_optimizers`` returns when
-    training starts, in automatic and in manual optimization, and detached when training ends or an exception stops it.
-    Logged to every logger of the Trainer, against the step axis of Lightning's own metrics:
+    When training starts, one ``HypergradientLR`` is attached to each optimizer that ``configure_optimizers`` returns,
+    in automatic and in manual optimization. It is detached when training ends or an exception stops it. Every logger
+    of the Trainer gets these numbers, on the step axis of Lightning's own metrics:
 
-    - ``hd/lr-Adam``: the effective learning rate, the one that the last step used, of each group;
-    - ``hd/scale-Adam``: the learned scale, that rate over the configured or scheduled one, of each scope, as
-      are the following;
-    - ``hd/value-Adam``: the hypergradient, averaged over the steps since it was last logged;
-    - ``hd/cosine-Adam``: the cosine between new gradient and last direction, averaged likewise;
-    - ``hd/brakes-Adam``: how often the rule has backed off from an overshoot, with a rule that does.
+    - ``hd/lr-Adam``: the effective learning rate of each group, which the last step used;
+    - ``hd/scale-Adam``: the learned scale of each scope: the effective rate over the configured or scheduled one;
+    - ``hd/schedule-Adam``: the scheduled rate of each group, where there is a scheduler;
+    - ``hd/value-Adam``: the hypergradient of each scope, averaged over the steps since it was last logged;
+    - ``hd/cosine-Adam``: the cosine between the new gradient and the direction of the last step (of all remembered
+      steps with the default rule), averaged likewise, and ``hd/mean_cosine-Adam``: its mean over the last 100 steps;
+    - ``hd/brakes-Adam``: how often the rule has backed off from an overshoot, from the first time on.
 
-    The part behind the dash follows ``LearningRateMonitor``: ``Adam-1`` for a second Adam, ``Adam/pg1`` or ``Adam/``
-    and the group's ``name`` where there are several groups. The learning rates are in ``trainer.callback_metrics``
-    after every batch too, so that other callbacks can monitor them.
+    The part after the dash is what ``LearningRateMonitor`` uses: ``Adam-1`` for a second Adam; ``Adam/pg1``, or
+    ``Adam/`` and the group's ``name``, where there are several groups. After every batch, the current numbers are in
+    ``trainer.callback_metrics``, so that other callbacks can monitor them.
 
-    The source is "Online Learning Rate Adaptation with Hypergradient Descent" (Baydin et al., ICLR 2018,
-    arXiv 1703.04782).
+    Source: "Online Learning Rate Adaptation with Hypergradient Descent" (Baydin et al., ICLR 2018, arXiv 1703.04782),
+    Section 3. The default rule is this project's own.
 
     Args:
-        rule: ``"auto"``, which has nothing to tune and does not depend on the configured rate (see
-            ``Auto``); ``"additive"`` or ``"multiplicative"``, the two rules of the paper; or a
-            ``Rule`` object.
-        hypergrad_lr: ``β`` of the paper's rules; ``None``: the rule's default. With 0, training is the same, bit for
-            bit, as without the callback.
-        scope: ``"global"``: one scale for all parameter groups of an optimizer, whose ratios stay as configured;
-            ``"group"``: one for each.
+        rule: ``"auto"`` has nothing to tune and does not depend on the configured rate (see ``Auto``). ``"additive"``
+            and ``"multiplicative"`` are the paper's two rules. A ``Rule`` object serves as well.
+        hypergrad_lr: ``β`` of the paper's rules (for its unit see ``Additive``); ``None``: the rule's default. With 0,
+            training is the same as without the callback, bit for bit.
+        scope: ``"global"``: one scale for all parameter groups of an optimizer, whose ratios stay as configured.
+            ``"group"``: one scale for each group.
         min_lr: Lower clamp on the effective learning rate; ``None``: unclamped, as in the paper.
         max_lr: Upper clamp; ``None``: unclamped.
-        probe: How many coordinates of the parameters to look at; ``None``: all. ``"default"``: 2^18 with the default
-            rule, all with the paper's.
+        probe: How many coordinates of the parameters to look at; ``None``: all. ``"default"``: 2^18 at most with the
+            default rule, all with the paper's.
         log_every_n_steps: Logging interval in steps; ``None``: the Trainer's. 0: loggers get nothing.
         prog_bar: Whether to show the learning rates in the progress bar.
-        decline: Over which last part of the training the rates fall to 0, linearly; 0: none. ``"default"``: a fifth
-            with the default rule, none with the paper's. They do not fall where a scheduler sets them, in manual
-            optimization, or where the Trainer does not know how long it trains.
-        stop_after: After how many steps of each optimizer tuning stops: the learned scale stays as it is, and
-            schedules and the decline go on. ``None``: never.
-        scheduled: Whether the rates in ``param_groups`` belong to a schedule. ``True``: also where no scheduler is
-            known to the Trainer, as where ``optimizer_step`` writes them. ``None``: found out.
-        on_mismatch: What to do with a checkpoint of another rule, scope, optimizer or layout of parameter groups:
-            ``"error"``: raise, ``"restart"``: start tuning, and such an optimizer, anew, with a warning.
-        summary: Whether to say at the start what is tuned, and to show a table of the rates at the end.
+        decline: The last part of the training, from 0 to 1, over which the rates fall linearly to 0; 0: none.
+            ``"default"``: a fifth with the default rule, none with the paper's. The rates do not fall under a
+            scheduler, in manual optimization, or where the Trainer does not know how long it trains.
+        stop_after: The number of steps of each optimizer after which tuning stops. The learned scale then stays as it
+            is, and schedules and the decline go on. ``None``: never.
+        scheduled: Whether the rates in ``param_groups`` belong to a schedule; ``None``: it is detected. Pass ``True``
+            where your own code writes the schedule, in ``optimizer_step`` for example.
+        on_mismatch: What to do with a checkpoint of another rule, scope, optimizer or layout of parameter groups.
+            ``"error"``: raise an error. ``"restart"``: warn, and start tuning and such an optimizer anew.
+        summary: Whether to log what is tuned at the start, and a table of the rates at the end.
 
     Attributes:
-        engines: The ``HypergradientLR`` of each optimizer, while training and after it.
+        engines: The ``HypergradientLR`` of each optimizer, during training and after it.
         lrs: The effective learning rate of every optimizer step since training started or was resumed: a list for each
-            group, under the name that its tag ends with (``lr-Adam``). That of a group that was added later is shorter.
+            group, under the name in its tag (``lr-Adam``). The list of a group that was added later is shorter.
 
     Raises:
-        TypeError: An argument is of the wrong type; when training starts: an optimizer, a strategy or a module is not
+        TypeError: An argument is of the wrong type. When training starts: an optimizer, a strategy or a module is not
             supported.
-        ValueError: An argument or a configured learning rate is out of range; when training starts: a checkpoint holds
+        ValueError: An argument or a configured learning rate is out of range. When training starts: a checkpoint holds
             the state of another rule, scope or layout of optimizers.
         RuntimeError: When training starts: an optimizer is tuned by another instance already.
     """
 
     def __init__(
         self,
-        rule: Rule | str = "auto",  # in this order, for command lines: a class is tried first
+        rule: Rule | str = "auto",  # the class comes first, because command lines try the types in this order
         hypergrad_lr: float | None = None,
         scope: Literal["global", "group"] = "global",
         min_lr: float | None = 0.0,
@@ -139,10 +139,10 @@ class HypergradientDescent(Callback):
         self.on_mismatch = on_mismatch
         self.summary = summary
         self._attachment = Attachment(self, self._make, scheduled)
-        self._restored: dict[str, Any] | None = None  # of a checkpoint, until training starts
-        self._guards: list[RemovableHandle] = []  # until the optimizers have loaded their states
+        self._restored: dict[str, Any] | None = None  # the state of a checkpoint, until training starts
+        self._guards: list[RemovableHandle] = []  # they stay until the optimizers have loaded their states
         self._configured: dict[int, list[float]] = {}  # the rates of each optimizer before a checkpoint was loaded
-        self._since: float | None = None  # when the first step was over
+        self._since: float | None = None  # when the first step was over, in seconds
         self._began = False  # whether a batch of this training has begun
 
     def _settings(self) -> dict[str, Any]:
@@ -155,7 +155,7 @@ class HypergradientDescent(Callback):
 
     @property
     def engines(self) -> list[HypergradientLR]:
-        """The ``HypergradientLR`` of each optimizer that is tuned, while training and after it."""
+        """The ``HypergradientLR`` of each optimizer that is tuned, during training and after it."""
         return self._attachment.engines
 
     @property
@@ -168,9 +168,9 @@ class HypergradientDescent(Callback):
         return {f"lr-{name}": lrs for tracker in self._trackers for name, lrs in tracker.history()}
 
     def suggestion(self) -> float | dict[str, float]:
-        """The constant rate that the steps so far recommend for such a training without the callback.
+        """The constant rate that the steps so far suggest for a training like this one without the callback.
 
-        It is one number, or one for each parameter group by its name: see ``HypergradientLR.suggestion``.
+        It is one number, or one for each parameter group by its name. See ``HypergradientLR.suggestion``.
 
         Raises:
             RuntimeError: No step was tuned yet.
@@ -180,28 +180,28 @@ class HypergradientDescent(Callback):
     def plot(self) -> "Figure":
         """Draw the learning rates, the loss and the cosines of this training, for a notebook.
 
-        It is the figure of ``python -m lightning_hd plot``, since training started or was resumed.
+        The figure is that of ``python -m lightning_hd plot``. It begins where training started or was resumed.
 
         Raises:
             RuntimeError: No step was tuned yet.
             ModuleNotFoundError: matplotlib is not installed.
         """
-        if not any(engine.step_count for engine in self.engines):
-            raise RuntimeError("there is nothing to plot: no step of an optimizer was tuned yet")
+        if not any(tracker.has_points for tracker in self._trackers):
+            raise RuntimeError("there is nothing to plot: no step of an optimizer was tuned yet, on this process")
         return figure([tracker.curves() for tracker in self._trackers])
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Forget an earlier training, and a checkpoint that was loaded to validate or test with."""
+        """Forget an earlier training, and a checkpoint that was loaded for validation or testing."""
         if stage == "fit":
             check_alone(HypergradientDescent, trainer)
             if self.prog_bar:
                 show_small_numbers(trainer)
-            self._attachment.forget()  # where another callback's error has kept it from being done
+            self._attachment.forget()  # an error in another callback may have prevented it before
             self._began, self._restored, self._since = False, None, None
             describe(trainer, pl_module, self._settings())
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Keep the state of a checkpoint until training starts, or go on from it where that has started already."""
+        """Keep the state of a checkpoint until training starts. If it has started already, go on from that state."""
         if not isinstance(state_dict, dict) or not isinstance(state_dict.get("optimizers"), list):
             raise ValueError("the checkpoint's state of HypergradientDescent is damaged: it has no list of optimizers")
         self._restored = state_dict
@@ -209,7 +209,7 @@ class HypergradientDescent(Callback):
             self._restore()
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Before a checkpoint's optimizer states are loaded: see that what is ours in them is found."""
+        """Prepare the optimizers for loading their states from a checkpoint."""
         self._configured = configured_rates(with_groups(trainer))
         if self._restored is not None:
             classes = self._restored.get("classes", [])
@@ -219,7 +219,7 @@ class HypergradientDescent(Callback):
                 copies_of(optimizer)
 
     def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
-        """Load the engines' tensors, where Lightning does not."""
+        """Load the engines' tensors from a distributed checkpoint, because Lightning does not."""
         if "ModelParallelStrategy" in strategies(trainer) and trainer.ckpt_path and Path(trainer.ckpt_path).is_dir():
             for i, optimizer in enumerate(trainer.optimizers):
                 load_copies(pl_module, optimizer, f"optimizer_{i}", Path(trainer.ckpt_path))
@@ -234,7 +234,7 @@ class HypergradientDescent(Callback):
         self._attachment.expect(trainer, whole_epochs=False)
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
-        """Attach to other optimizers, where they were replaced."""
+        """Attach to the new optimizers if they were replaced."""
         self._began = True
         if self._attachment.is_stale(trainer):
             rank_zero_warn(
@@ -254,7 +254,7 @@ class HypergradientDescent(Callback):
         batch: Any,
         batch_idx: int,
     ) -> None:
-        """Log, where steps were taken."""
+        """Log the numbers if a step was taken."""
         if trainer.scaler is not None and pl_module.automatic_optimization:
             self._attachment.observe(outputs)  # a GradScaler gives the optimizer no closure that would return the loss
         if not trainer.barebones:
@@ -292,14 +292,14 @@ class HypergradientDescent(Callback):
         self._attachment.detach()
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Leave the optimizers alone, where training did not start."""
+        """Remove the hooks from the optimizers, in case training did not start."""
         self._drop_guards()
         for optimizer in trainer.optimizers:
             if isinstance(optimizer, Optimizer):
                 leave_copies(optimizer)
 
     def state_dict(self) -> dict[str, Any]:
-        """The learned scalars of every optimizer; the tensors are in the optimizers' own state, under keys ``hd_*``."""
+        """What every engine has learned. Tensors of the parameters' size are in the optimizers' states (``hd_*``)."""
         if self._restored is not None:  # training has not started yet
             return self._restored
         if not self.engines:
@@ -311,7 +311,7 @@ class HypergradientDescent(Callback):
         }
 
     def __getstate__(self) -> dict[str, Any]:
-        """A copy has the arguments, and no part in the training of the original."""
+        """A copy has the arguments. It has no part in the training of the original."""
         without = ("log", "log_dict", "_attachment", "_guards")  # the first two are the module's
         return {name: value for name, value in vars(self).items() if name not in without}
 

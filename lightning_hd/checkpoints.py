@@ -22,7 +22,7 @@ DIRECTION = "hd_direction"
 class Copies:
     """A tensor of the parameter's shape and dtype for each of an optimizer's parameters, saved and loaded with it.
 
-    The optimizer itself does not see them, so that they cannot be taken for a state of its own.
+    The optimizer itself does not see them, so it cannot take them for its own state.
 
     Attributes:
         tensors: The copy of each parameter that has one.
@@ -35,7 +35,7 @@ class Copies:
         self._handles: list[RemovableHandle] = []
 
     def follow(self, optimizer: Optimizer) -> None:
-        """Save and load with this optimizer from now on, and take what ``leave`` has left."""
+        """Add hooks to the state dict of an optimizer, and take back what ``leave`` has put into its state."""
         for p, state in list(optimizer.state.items()):
             if isinstance(state, dict) and DIRECTION in state:
                 self.tensors[p] = state.pop(DIRECTION)
@@ -47,12 +47,12 @@ class Copies:
         ]
 
     def leave(self, optimizer: Optimizer, keep: bool) -> None:
-        """Save and load no more.
+        """Remove the hooks.
 
         Args:
             optimizer: The optimizer.
-            keep: Put the copies into its state, for a checkpoint that is written later: but not for an optimizer of
-                others that has no state for a parameter, and may take the copy for its own.
+            keep: Whether to put the copies into its state, for a checkpoint that is written later. An optimizer that
+                is not torch's own might take a copy for its own state, so its parameters without a state get none.
         """
         for handle in self._handles:
             handle.remove()
@@ -62,7 +62,7 @@ class Copies:
         self.tensors.clear()
 
     def place_for(self, p: Tensor) -> Tensor:
-        """The copy of a parameter, to be written to."""
+        """The copy of a parameter, for the caller to write to."""
         copy = self.tensors.get(p)
         if copy is None or (copy.shape, copy.dtype, copy.device) != (p.shape, p.dtype, p.device):
             copy = self.tensors[p] = torch.zeros_like(p.detach())
@@ -72,7 +72,7 @@ class Copies:
         return {**vars(self), "_handles": []}
 
     def _save(self, optimizer: Optimizer, state_dict: dict[str, Any]) -> dict[str, Any]:
-        """Add the copies to the saved state, of which the optimizer's own are not changed."""
+        """Add the copies to the saved state. The dictionaries of the optimizer itself do not change."""
         state = dict(state_dict["state"])
         for name, p in zip(_names(state_dict), _parameters(optimizer), strict=False):
             if p in self.tensors:
@@ -84,7 +84,7 @@ class Copies:
         self.loads += 1
         self.tensors.clear()
         state = dict(state_dict["state"])
-        for name, p in zip(_names(state_dict), _parameters(optimizer), strict=False):  # torch checks their numbers
+        for name, p in zip(_names(state_dict), _parameters(optimizer), strict=False):  # torch checks the counts
             saved = state.get(name)
             if isinstance(saved, dict) and isinstance(saved.get(DIRECTION), Tensor):
                 self.tensors[p] = _placed(saved[DIRECTION], p)
@@ -105,46 +105,46 @@ def copies_of(optimizer: Optimizer) -> Copies:
 
 
 def keep_copies(optimizer: Optimizer, copies: Copies) -> None:
-    """Make these its copies."""
+    """Make these the copies of an optimizer."""
     copies.follow(optimizer)
     _copies[optimizer] = copies
 
 
 def drop_copies(optimizer: Optimizer, copies: Copies, keep: bool = False) -> None:
-    """Leave the optimizer without these; see ``Copies.leave``."""
+    """Take these copies from an optimizer; see ``Copies.leave``."""
     copies.leave(optimizer, keep)
     if _copies.get(optimizer) is copies:
         del _copies[optimizer]
 
 
 def leave_copies(optimizer: Optimizer) -> None:
-    """Put the copies, if it has any, into its state, and let it be as any other."""
+    """Put the copies of an optimizer, if it has any, into its state, and remove the hooks."""
     if optimizer in _copies:
         drop_copies(optimizer, _copies[optimizer], keep=True)
 
 
 def load_copies(model: nn.Module, optimizer: Optimizer, prefix: str, folder: Path) -> None:
-    """Load the copies from a distributed checkpoint, of which Lightning loads only what the optimizer has.
+    """Load the copies from a distributed checkpoint, because Lightning loads only what the optimizer itself has.
 
     Args:
-        model: The model, sharded.
+        model: The model, which is sharded.
         optimizer: The optimizer.
-        prefix: What the checkpoint calls it.
-        folder: The checkpoint.
+        prefix: The name of the optimizer in the checkpoint.
+        folder: The folder of the checkpoint.
     """
     saved = FileSystemReader(folder).read_metadata().state_dict_metadata
     own, copies, tensors = set(_parameters(optimizer)), copies_of(optimizer), {}
     for name, p in model.named_parameters():
-        # torch.compile adds a part to the name that the checkpoint leaves out
+        # torch.compile adds a part to the name, which the checkpoint leaves out
         path = f"{prefix}.state.{name.replace('_orig_mod.', '')}.{DIRECTION}"
         if p in own and path in saved:
             tensors[path] = copies.place_for(p)
     if tensors:
-        load(tensors, checkpoint_id=folder)  # in place
+        load(tensors, checkpoint_id=folder)  # it writes into the copies
 
 
 def _placed(tensor: Tensor, p: Tensor) -> Tensor:
-    """A saved tensor on the parameter's device, and sharded as it is."""
+    """A saved tensor on the parameter's device, sharded as the parameter is."""
     if isinstance(p, DTensor) and not isinstance(tensor, DTensor):
         tensor = distribute_tensor(tensor.to(p.device), p.device_mesh, p.placements, src_data_rank=None)
     return tensor.to(p.device, copy=True)

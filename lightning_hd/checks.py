@@ -1,4 +1,4 @@
-"""Checks of single values: what an argument or a saved number must be."""
+"""Checks of single values, which are arguments or saved numbers."""
 
 import math
 import operator
@@ -45,7 +45,7 @@ def check_count(name: str, value: int) -> int:
 
 
 def check_divisor(name: str, value: float) -> float:
-    """``value`` as a finite number that is not 0: else ``TypeError`` or ``ValueError``."""
+    """``value`` as a finite number that is not 0; raises ``TypeError`` or ``ValueError`` otherwise."""
     number = check_number(name, value)
     if not number:
         raise ValueError(f"{name} must not be 0")
@@ -53,7 +53,7 @@ def check_divisor(name: str, value: float) -> float:
 
 
 def check_flag(name: str, value: bool) -> bool:
-    """``value``, which must be ``True`` or ``False``: else ``TypeError``."""
+    """``value`` if it is ``True`` or ``False``; raises ``TypeError`` otherwise."""
     if not isinstance(value, bool):
         raise TypeError(f"{name} must be True or False, got {value!r}")
     return value

@@ -1,14 +1,14 @@
-"""The decline at the end of a run, whose length is known."""
+"""The decline of the rates at the end of a run whose length is known."""
 
 from dataclasses import dataclass
 
 
 @dataclass
 class Decline:
-    """Over the last part of the steps, rates fall in proportion to what is left of them.
+    """A linear decline: over the last part of the run, rates are proportional to the number of steps that are left.
 
     Args:
-        part: The last part of the steps, from 0 to 1.
+        part: The last part of the run, from 0 to 1.
         total: The number of steps; ``None``: it is not known, and rates do not fall.
     """
 
@@ -20,6 +20,6 @@ class Decline:
         return bool(self.part and self.total and step > self.total)
 
     def factor(self, step: int) -> float:
-        """What the rate of a step, counted from 1, is multiplied with. It stays above 0, in later steps as well."""
+        """The factor of the rate in a step, counted from 1. It stays above 0, even in steps after the last one."""
         length = self.part * (self.total or 0)
         return min(1.0, max((self.total or 0) - step + 1, 1) / length) if length else 1.0

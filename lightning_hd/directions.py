@@ -1,4 +1,4 @@
-"""Update directions: ``d_t`` of each optimizer family, so that ``∂u_t/∂α = -d_t``, as formulas on flat vectors.
+"""Update directions: ``d_t`` of each optimizer family, as formulas on flat vectors, so that ``∂u_t/∂α = -d_t``.
 
 | optimizer                   | d_t                                               | where it is found               |
 |-----------------------------|---------------------------------------------------|---------------------------------|
@@ -26,38 +26,38 @@ from torch.optim import ASGD, SGD, Adam, AdamW, Optimizer
 from lightning_hd.optimizers import is_coupled, torch_class
 
 COPY, PARAMETER = "copy", "parameter"
-"""What a direction may ask for, beside the names of the optimizer's state."""
+"""What a direction may ask for, beside the tensors of the optimizer's state by their names."""
 
 State = Callable[[str], Tensor | None]
 
 
 class Quantities(Protocol):
-    """What a direction is computed from, for one bucket."""
+    """The quantities from which a direction is computed, for one bucket."""
 
     def __call__(self, name: str) -> Tensor:
-        """A quantity by its name: flat, of 32 bits at least, not to be written to."""
+        """A quantity by its name: a flat tensor of at least 32 bits per element, which must not be written to."""
 
     def spare(self, like: Tensor) -> Tensor:
-        """A tensor of the same size to write a direction into; it holds until the next bucket."""
+        """A tensor of the same size to write a direction into. The next bucket uses it again."""
 
 
 @dataclass(frozen=True)
 class Direction(ABC):
-    """How ``d_t`` of one parameter group is found, for the hyperparameters of the step that is being taken."""
+    """How ``d_t`` of one parameter group is computed, for the hyperparameters of the current step."""
 
     copies: ClassVar[bool] = False
     """Whether a copy of the parameter's size is kept, because the optimizer's own state does not hold ``d_t``."""
     counts: ClassVar[bool] = False
-    """Whether it depends on how many steps the optimizer has taken."""
+    """Whether the direction depends on how many steps the optimizer has taken."""
 
     @property
     @abstractmethod
     def needs(self) -> tuple[str, ...]:
-        """What of each parameter must be there for ``read``."""
+        """The names of the quantities that ``read`` needs of each parameter."""
 
     @abstractmethod
     def read(self, get: Quantities, step: int) -> Tensor:
-        """``d_t`` at any time after step ``t`` and before the next: flat, not to be written to.
+        """``d_t``, at any time after step ``t`` and before the next: a flat tensor, which must not be written to.
 
         Args:
             get: Gives the quantities.
@@ -65,25 +65,27 @@ class Direction(ABC):
         """
 
     def ahead(self, g: Tensor, p: Tensor, state: State) -> Tensor | None:
-        """``d`` of the step that comes; ``None`` where it cannot be known.
+        """``d`` of the next step, before it is taken; ``None`` where it cannot be known.
+
+        All tensors belong to one parameter. They are real, and must not be written to.
 
         Args:
-            g: The gradient, of 32 bits at least; all are of one parameter, real, and not to be written to.
+            g: The gradient, of at least 32 bits per element.
             p: The parameter.
-            state: Gives a tensor of the optimizer's state by its name, or ``None``.
+            state: Returns a tensor of the optimizer's state by its name, or ``None``.
         """
         return None
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain numbers from which ``direction_from_dict`` builds it again."""
+        """Plain numbers from which ``direction_from_dict`` builds the direction again."""
         return {"family": type(self).__name__, **asdict(self)}
 
 
 @dataclass(frozen=True)
 class Gradient(Direction):
-    """SGD without momentum, SGD with Nesterov's, and ASGD: ``d_t = g_t + μ v_t + λ θ_{t-1}``.
+    """SGD without momentum, SGD with Nesterov's momentum, and ASGD: ``d_t = g_t + μ v_t + λ θ_{t-1}``.
 
-    The copy is that of ``g_t + λ θ_{t-1}``. ASGD moves by a rate that decays, ``η_t = lr / (1 + λ lr t)^power``. Its
+    The copy holds ``g_t + λ θ_{t-1}``. ASGD moves by a rate that decays, ``η_t = lr / (1 + λ lr t)^power``. Its
     direction is taken with respect to ``η_t``, which equals the learning rate while ``λ lr t`` is small.
     """
 
@@ -93,11 +95,11 @@ class Gradient(Direction):
 
     @property
     def needs(self) -> tuple[str, ...]:
-        """The copy, and Nesterov's momentum."""
+        """The copy, and the buffer of Nesterov's momentum."""
         return (COPY, "momentum_buffer") if self.nesterov else (COPY,)
 
     def read(self, get: Quantities, step: int) -> Tensor:
-        """The copy, and the momentum."""
+        """The copy plus ``μ`` times the momentum buffer."""
         g = get(COPY)
         return torch.add(g, get("momentum_buffer"), alpha=self.nesterov, out=get.spare(g)) if self.nesterov else g
 
@@ -126,7 +128,7 @@ class HeavyBall(Direction):
         return get("momentum_buffer")
 
     def ahead(self, g: Tensor, p: Tensor, state: State) -> Tensor | None:
-        """``μ v + (1-τ) g``; at first ``g``, for the dampening acts from the second step on."""
+        """``μ v + (1-τ) g``, but ``g`` in the first step: the dampening acts from the second one on."""
         v = state("momentum_buffer")
         return g if v is None else (v * self.momentum).add_(g, alpha=1 - self.dampening)
 
@@ -135,9 +137,9 @@ class HeavyBall(Direction):
 class AdaptiveMoments(Direction):
     """Adam and AdamW: ``d_t = m̂_t / (√v̂_t + ε)``, plus ``λ θ_{t-1}`` where the weight decay is decoupled.
 
-    ``θ_{t-1}`` is not kept: with ``θ_t = θ_{t-1} - α (a + λ θ_{t-1})``, ``a`` being Adam's part,
-    ``d_t = (a + λ θ_t) / (1 - α λ)``. So whoever moves the parameters between two steps (weight clipping, say) changes
-    the part that is due to weight decay.
+    ``θ_{t-1}`` is not kept. With ``θ_t = θ_{t-1} - α (a + λ θ_{t-1})``, where ``a`` is Adam's part,
+    ``d_t = (a + λ θ_t) / (1 - α λ)``. So code that moves the parameters between two steps, such as weight clipping,
+    changes the part that is due to weight decay.
     """
 
     counts: ClassVar[bool] = True
@@ -150,7 +152,7 @@ class AdaptiveMoments(Direction):
 
     @property
     def needs(self) -> tuple[str, ...]:
-        """M and v."""
+        """The optimizer's m and v."""
         return ("exp_avg", "max_exp_avg_sq" if self.amsgrad else "exp_avg_sq")
 
     def read(self, get: Quantities, step: int) -> Tensor:
@@ -165,7 +167,7 @@ class AdaptiveMoments(Direction):
         return d
 
     def ahead(self, g: Tensor, p: Tensor, state: State) -> Tensor | None:
-        """The same as ``read``, of the m and v that the step will make."""
+        """The same as ``read``, from the m and v after the next step."""
         moments = {name: state(name) for name in ("exp_avg", "exp_avg_sq", "max_exp_avg_sq", "step")}
         first, second, largest, step = moments.values()
         m = g * (1 - self.beta1) if first is None else (first * self.beta1).add_(g, alpha=1 - self.beta1)
@@ -191,10 +193,10 @@ class _Made:
 
 @dataclass(frozen=True)
 class Measured(Direction):
-    """Any optimizer whose step is linear in its rate: ``d_t = (θ_{t-1} - θ_t) / α_t``, from the step it just took.
+    """Any optimizer whose step is linear in its rate: ``d_t = (θ_{t-1} - θ_t) / α_t`` is measured from its last step.
 
-    The copy is the numerator. The measurement has the resolution of the parameter's dtype: a step that vanishes in
-    rounding has no direction.
+    The copy holds the numerator. The resolution is that of the parameter's dtype: a step that vanishes in rounding has
+    no direction.
     """
 
     copies: ClassVar[bool] = True
@@ -206,7 +208,7 @@ class Measured(Direction):
         return (COPY,)
 
     def read(self, get: Quantities, step: int) -> Tensor:
-        """The difference over ``α_t``. Without a rate there was no step."""
+        """The difference over ``α_t``. At a rate of 0 there was no step, and the difference is 0."""
         return get(COPY) / self.lr if self.lr else get(COPY)
 
 
@@ -216,10 +218,10 @@ _FAMILIES: dict[str, type[Direction]] = {
 
 
 def direction_of(optimizer: Optimizer, group: dict[str, Any], lr: float) -> Direction:
-    """How ``d_t`` is found for the step that ``optimizer`` takes next.
+    """How ``d_t`` is computed for the next step of ``optimizer``.
 
     Args:
-        optimizer: The optimizer. A subclass with a step of its own counts as unknown, whatever it is a subclass of.
+        optimizer: The optimizer. A subclass with a ``step`` of its own counts as unknown.
         group: One of its parameter groups, with the hyperparameters that the step will use.
         lr: The effective learning rate of the step.
     """

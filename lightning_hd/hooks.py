@@ -1,4 +1,4 @@
-"""StepHooks: the moments of an optimizer's step at which its gradients are there, and its parameters have moved."""
+"""StepHooks: calls back in every step of an optimizer, when its gradients are ready and when its parameters moved."""
 
 import inspect
 import weakref
@@ -15,18 +15,20 @@ _attached: "weakref.WeakSet[Optimizer]" = weakref.WeakSet()
 
 
 class StepHooks:
-    """Calls back around every step of an optimizer, whether its gradients are there before or come of a closure.
+    """Calls back around every step of an optimizer.
 
-    A step that calls the step of its parent class is one step, not two.
+    The gradients may be ready before the step, or a closure may compute them in it. A step that calls the step of its
+    parent class counts as one.
 
     Args:
         optimizer: The optimizer.
-        begin: Called where a step begins; the last one may not have come to its end. It returns whether to go on.
-        prepare: Called where the gradients are there, before the parameters move. It returns whether it is done, so
-            that an optimizer which evaluates its closure twice is prepared once.
-        hear: Called with what a closure returns, before ``prepare``.
-        pass_by: Called where a step cannot be tuned, for it moves the parameters before it evaluates its closure.
-        finish: Called when the step is over. A GradScaler that skips a step does not get there, nor does an exception.
+        begin: Called when a step begins. The step before may not have ended. It returns whether to tune this one.
+        prepare: Called when the gradients are ready, before the parameters move. It returns whether it is done. If so,
+            it is not called again where the optimizer evaluates its closure twice.
+        hear: Called with the value that a closure returns, before ``prepare``.
+        pass_by: Called for a step that cannot be tuned, because it moves the parameters before it evaluates its
+            closure.
+        finish: Called when the step is over. It is not called if a GradScaler skips the step or an exception ends it.
 
     Raises:
         RuntimeError: The optimizer has such hooks already.
@@ -51,21 +53,21 @@ class StepHooks:
         self._prepare = prepare
         self._hear = hear
         self._pass_by = pass_by
-        self.seconds = 0.0  # how long the calls have taken
-        self.proven = False  # whether a step has come to its end, so that nothing is put back any more
+        self.seconds = 0.0  # the time that all calls have taken
+        self.proven = False  # whether a step has ended: from then on an early move is passed by, not refused
         self._finish = finish
-        self._caller: FrameType | None = None  # of the step that is under way
+        self._caller: FrameType | None = None  # the frame that has called the current step
         self._handles: list[RemovableHandle] = [
             optimizer.register_step_pre_hook(self._before_step),
             optimizer.register_step_post_hook(self._after_step),
         ]
-        # Before those of others, of which one may step a scheduler, which must find its own values in the groups. torch
-        # has no public way to register a step hook before others.
+        # This hook must run before those of others: one of them may step a scheduler, which must find its own values in
+        # the groups. torch has no public way to register a step hook before others.
         optimizer._optimizer_step_post_hooks.move_to_end(self._handles[1].id, last=False)  # type: ignore[attr-defined]
         _attached.add(optimizer)
 
     def remove(self) -> None:
-        """Leave the optimizer without them."""
+        """Remove the hooks from the optimizer."""
         for handle in self._handles:
             handle.remove()
         self._caller = None
@@ -79,7 +81,7 @@ class StepHooks:
     ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
         caller = _calling_frame()
         if self._caller is not None and _is_within(caller, self._caller):
-            return None  # a subclass's step calls its parent's
+            return None  # the step of a subclass calls that of its parent class
         self._caller = None
         if not self._begin():
             return None
@@ -95,12 +97,12 @@ class StepHooks:
     def _wrap(self, closure: Callable[[], Any]) -> Callable[[], Any]:
         before, caller = self._versions(), self._caller
         parameters = [p for settings in self._optimizer.param_groups for p in settings["params"]]
-        copies = [] if self.proven else [p.detach().clone() for p in parameters]  # to put them back with the error
+        copies = [] if self.proven else [p.detach().clone() for p in parameters]  # the error puts them back
         done = False
 
         def prepare_after_backward() -> Any:
             nonlocal done
-            if done or self._caller is not caller:  # it has failed, or the hooks were removed
+            if done or self._caller is not caller:  # the step has failed, or the hooks were removed
                 return closure()
             if self._versions() != before:
                 if not copies:
@@ -112,8 +114,8 @@ class StepHooks:
                     for p, copy in zip(parameters, copies, strict=True):
                         p.copy_(copy)
                 raise TypeError(
-                    f"{type(self._optimizer).__name__} moves the parameters before it evaluates its closure, so that "
-                    "its step cannot be measured: it is not supported. Tune the optimizer inside of it, if it has one"
+                    f"{type(self._optimizer).__name__} moves the parameters before it evaluates its closure. It is not "
+                    "supported, because such a step cannot be measured. Tune the optimizer inside of it, if it has one"
                 )
             try:
                 loss = closure()
@@ -133,7 +135,7 @@ class StepHooks:
         try:
             return self._prepare()
         except BaseException:
-            self._caller = None  # it would keep the caller's variables alive
+            self._caller = None  # the frame would keep the caller's variables alive
             raise
         finally:
             self.seconds += perf_counter() - begin
@@ -145,7 +147,7 @@ class StepHooks:
         self.seconds += perf_counter() - begin
 
     def _versions(self) -> list[int]:
-        """How often each parameter was written to: torch has no public name for the counter that autograd keeps."""
+        """How often each parameter was written to. torch has no public name for the counter that autograd keeps."""
         return [p._version for settings in self._optimizer.param_groups for p in settings["params"]]
 
     def _after_step(self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -156,7 +158,7 @@ class StepHooks:
 
 
 def _calling_frame() -> FrameType | None:
-    """The frame that called the step hook that calls this."""
+    """The frame that called the step hook from which this is called."""
     frame = inspect.currentframe()
     for _ in range(2):
         frame = frame.f_back if frame is not None else None

@@ -1,4 +1,4 @@
-"""The last step: its direction, for rules that ask whether it alone should have been longer. The paper's view."""
+"""LastStep, the view of the paper's rules: it compares the new gradient with the direction of the last step."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -40,14 +40,14 @@ class Last:
 
 
 class LastStep(View):
-    """The derivative of the loss with respect to the last rate, ``h_t = -g_t · d_{t-1}``.
+    """The derivative of the loss with respect to the last rate, ``h_t = -g_t · d_{t-1}`` (Section 3 of the paper).
 
     Args:
         optimizer: The optimizer.
         budget: How many coordinates to look at; ``None``: all.
         ranks: The processes that train together.
-        notices: For what the user should know.
-        copies: What is kept of the parameters' size.
+        notices: Where warnings go.
+        copies: The tensors of the parameters' size that are kept.
     """
 
     def __init__(
@@ -56,18 +56,18 @@ class LastStep(View):
         super().__init__(optimizer, budget, ranks, notices)
         self._copies = copies
         self._last: list[Last] = []
-        self._next: list[Last] = []  # while a step is under way
-        self._steps: dict[int, int] = {}  # how many each parameter, by id, has seen, where its direction depends on it
+        self._next: list[Last] = []  # filled during a step
+        self._steps: dict[int, int] = {}  # steps taken with each parameter, by its id, if its direction depends on them
         self._loads = copies.loads
-        self._layout: Any = None  # what the buckets are made for
-        self._known: set[int] = set()  # groups of which the last direction is
-        self._youngest: dict[int, Tensor] = {}  # for groups that are alike a parameter with the most steps
+        self._layout: Any = None  # the layout that the buckets are made for
+        self._known: set[int] = set()  # groups whose last direction is known
+        self._youngest: dict[int, Tensor] = {}  # a parameter with the most steps, for the groups that are alike
         self._buckets: list[Bucket] = []
 
     # ------------------------------------------------------------------ before a step
 
     def observe(self, scopes: Sequence[int], grad_scale: Tensor | None, wide: bool = False) -> Tensor:
-        """For each scope ``-g·d``, ``‖g‖²``, ``‖d‖²`` and two flags; see ``View.observe``."""
+        """For each scope ``-g·d``, ``‖g‖²``, ``‖d‖²`` and three flags; see ``View.observe``."""
         self._last += [Last() for _ in self._optimizer.param_groups[len(self._last) :]]
         if self._loads != self._copies.loads:
             self._loads, self._steps = self._copies.loads, {}
@@ -89,16 +89,16 @@ class LastStep(View):
         return self._combine(sums, factors, scopes, {slot.group for slot in self.slots}, self._known)
 
     def is_doubtful(self, sums: Sequence[Sequence[float]]) -> bool:
-        """Whether a norm may have lost something to underflow or overflow."""
+        """Whether a norm may be wrong because of underflow or overflow."""
         return any(known and is_doubtful(*squares) for _, *squares, _, known, _ in sums)
 
     def measured(self, group: int) -> bool:
-        """Whether the direction of a group was measured, from a step that was taken."""
+        """Whether the direction of a group was measured, in a step that moved it."""
         last = self._last[group] if group < len(self._last) else Last()
         return isinstance(last.direction, Measured) and last.direction.lr * last.weight != 0
 
     def _prepare(self, scopes: Sequence[int]) -> None:
-        """Lay out the parameters that have a gradient, unless that is as it was."""
+        """Lay out the parameters that have a gradient, unless the last layout still holds."""
         alike = self._alike(scopes)
         now = [[p for p in settings["params"] if p.grad is not None] for settings in self._optimizer.param_groups]
         moved = [list(map(id, last.moved)) for last in self._last]
@@ -121,11 +121,11 @@ class LastStep(View):
         self._youngest = {alike[i]: p for i, _, p in seen if ages.get(id(p)) == 0}
         self.slots = look(seen, self._budget, self._ranks, {})
         self._buckets = pack(self.slots, lambda slot: (alike[slot.group], ages.get(id(slot.p))))
-        # It is as it was only where all that moved has a gradient now, and nothing is lost.
+        # The layout may serve again only if the last direction of every parameter with a gradient is known.
         self._layout = layout if len(steps) == len(seen) else None
 
     def _is_complete(self, now: Sequence[Sequence[Tensor]]) -> bool:
-        """Whether all that directions are computed from is there."""
+        """Whether all tensors are there from which directions are computed."""
         for last, own in zip(self._last, now, strict=True):
             for name in last.direction.needs if last.direction is not None else ():
                 if any(tensor is None for tensor in map(self._finder(name), own)):
@@ -133,7 +133,7 @@ class LastStep(View):
         return True
 
     def _finder(self, name: str) -> Callable[[Tensor], Tensor | None]:
-        """Finds what a direction needs of a parameter."""
+        """A function that returns the tensor of this name for a parameter, or ``None``."""
         state, nothing = self._optimizer.state, dict[str, Any]()
         return self._copies.tensors.get if name == COPY else lambda p: state.get(p, nothing).get(name)
 
@@ -143,20 +143,20 @@ class LastStep(View):
         return 0 if p is None else self._steps_of(self._last[group], p)
 
     def _is_there(self, last: Last, p: Tensor) -> bool:
-        """Whether all that the direction of a parameter is computed from still is."""
+        """Whether all tensors are there from which the direction of a parameter is computed; warns otherwise."""
         for name in () if last.direction is None else last.direction.needs:
             tensor = self._finder(name)(p)
             if tensor is None or tensor.shape != p.shape:
                 self._notices.warn(
                     "lost direction",
-                    "the optimizer's state has lost the last direction (was it loaded from a checkpoint written "
-                    "without it?); the learning rate stays as it is for one step",
+                    "the optimizer's state has lost the last direction, so the learning rate stays as it is for one "
+                    "step. Was the state loaded from a checkpoint that was written without tuning?",
                 )
                 return False
         return True
 
     def _steps_of(self, last: Last, p: Tensor) -> int:
-        """How many steps the optimizer has taken with a parameter: read once, counted from then on."""
+        """How many steps the optimizer has taken with a parameter. It is read once, and counted from then on."""
         if last.direction is None or not last.direction.counts:
             return 0
         if id(p) not in self._steps:
@@ -164,7 +164,7 @@ class LastStep(View):
         return self._steps[id(p)]
 
     def _alike(self, scopes: Sequence[int]) -> list[int]:
-        """For each group the first one whose directions and gradients are computed with the same numbers."""
+        """For each group, the first group whose directions and gradients are computed with the same numbers."""
         first: dict[Any, int] = {}
         numbers = [
             (last.weight, last.direction, settings.get("maximize", False), coupled_decay(self._optimizer, settings))
@@ -185,11 +185,11 @@ class LastStep(View):
     # ------------------------------------------------------------------ around the update
 
     def keep(self, group: int, lr: float, weight: float) -> None:
-        """Before the update of a group at rate ``lr``: keep what its direction will need."""
+        """Keep what the direction of a group will need. Call it before the update at rate ``lr``."""
         settings = self._optimizer.param_groups[group]
         direction = direction_of(self._optimizer, settings, lr)
         moved = [p for p in settings["params"] if p.grad is not None]
-        self._last[group].moved = []  # their directions are overwritten here, and known again once the step is done
+        self._last[group].moved = []  # the last directions are overwritten here, and known again after the step
         self._next.append(Last(weight, direction, moved))
         if not direction.copies or not moved:
             return
@@ -210,7 +210,7 @@ class LastStep(View):
             torch._foreach_add_(copies, parameters, alpha=decay)
 
     def remember(self, kept: Sequence[float | None]) -> None:
-        """The step was taken: its directions are known now."""
+        """Keep the directions of the step that was taken."""
         for last in self._next:
             if isinstance(last.direction, Measured) and last.moved:
                 copies = [local(self._copies.tensors[p]) for p in last.moved]
@@ -222,26 +222,26 @@ class LastStep(View):
         self._last, self._next = self._next, []
 
     def abandon(self) -> None:
-        """The step was not taken; what is kept of the one before may be overwritten."""
+        """Drop what was kept of a step that was not taken. The copies of the step before may be overwritten."""
         self._next = []
 
     def start(self) -> None:
-        """Forget what a former run has left; whoever goes on with it has loaded the step count as well."""
+        """Forget the copies of a former run. It is not called for a resumed run, whose step count is loaded."""
         if any(bool(local(copy).any()) for copy in self._copies.tensors.values()):
             self._notices.warn(
                 "fresh start",
-                "the optimizer has been tuned before, and no state of that tuning was loaded with its own: tuning "
-                "starts from the beginning",
+                "the optimizer has been tuned before, but the state of that tuning was not loaded. Tuning starts from "
+                "the beginning",
             )
         self._copies.tensors.clear()
 
     def pause(self) -> None:
-        """It is not known what the steps in between do to the directions."""
+        """Forget the directions, because the steps that follow may change them unseen."""
         for last in self._last:
             last.moved = []
 
     def make_room(self) -> None:
-        """Make the copies that are saved, before there are any."""
+        """Make empty copies, so that a checkpoint can be loaded into them."""
         for settings in self._optimizer.param_groups:
             if direction_of(self._optimizer, settings, 0.0).copies:
                 for p in settings["params"]:
@@ -249,7 +249,7 @@ class LastStep(View):
                         self._copies.place_for(p)
 
     def state_dict(self) -> list[dict[str, Any]]:
-        """Which parameters were moved, and how; the tensors are in the optimizer's state."""
+        """Which parameters were moved, and how. The tensors are in the optimizer's state dict."""
         groups = zip(self._last, self._optimizer.param_groups, strict=False)
         return [
             {
@@ -261,10 +261,10 @@ class LastStep(View):
         ]
 
     def load_state_dict(self, state_dict: list[dict[str, Any]]) -> None:
-        """Take over what ``state_dict`` returned.
+        """Load what ``state_dict`` returned.
 
         Raises:
-            IndexError, KeyError, TypeError, ValueError: It is damaged, or of other groups.
+            IndexError, KeyError, TypeError, ValueError: The state is damaged, or of other groups.
         """
         groups = zip(state_dict, self._optimizer.param_groups, strict=False)
         self._last = [
@@ -296,7 +296,7 @@ class _Reader:
         return widen(gather(self._bucket.views(own)))
 
     def spare(self, like: Tensor, what: str = "direction") -> Tensor:
-        """One tensor for all buckets, for the memory to stay in the cache."""
+        """A tensor to write to. All buckets use the same one, so that its memory stays in the cache."""
         known = self._spare.get((what, like.dtype, like.device))
         if known is None or len(known) < len(like):
             known = self._spare[what, like.dtype, like.device] = torch.empty_like(like)

@@ -1,4 +1,4 @@
-"""Whether the step of an optimizer is in proportion to its learning rate, found out by replaying one on a copy."""
+"""Tests whether an optimizer's step is proportional to its learning rate, by replaying a step on a copy."""
 
 import contextlib
 import copy
@@ -20,39 +20,41 @@ from lightning_hd.reduction import Ranks, as_real, local
 from lightning_hd.sums import squared_norm
 
 _LARGEST = 2**20
-"""How many coordinates the copy has, about: it is made of the smallest parameters."""
+"""About how many coordinates the copy has. It is made of the smallest parameters."""
 
 _PART = 0.05
-"""Moves are in proportion where no more than this part of them is left over; rounding has its own allowance."""
+"""Moves count as proportional if the residual is at most this part of them. Rounding has an allowance of its own."""
 
 _GROWTH = 3.5
-"""By how many moves two moves differ where the rate is in sums of former steps: by one where it is not, by three where
-the move goes with its square, by two where it is in an average."""
+"""Where the rate multiplies a sum of former steps, the moves at a rate and at twice the rate differ by more than this
+many times the first move. They differ by 1 where the step is linear, by 2 where the rate is in an average, and by 3
+where the step is quadratic in the rate."""
 
 _ADVICE = {
-    True: "the rate changes by 2 % per step at most, for each change moves what former steps have done",
+    True: "the rate changes by 2 % per step at most, because a change of it also changes what former steps have done",
     False: "the hypergradient with respect to its last rate is wrong. Use rule='auto'",
 }
-"""What follows, and what the user can do, for rules with a long horizon and for others."""
+"""The consequence, and what the user can do, for rules with a long horizon (``True``) and for others."""
 
 _DEPTH = 4
-"""How deep what an optimizer holds may be nested."""
+"""How deep the attributes of an optimizer may be nested for it to be copied."""
 
 _DUE = (2, 5, 9)
-"""After so many steps, one is replayed: the first ones show no difference where the rate is in sums of old steps."""
+"""The numbers of steps after which one is replayed. The first ones show no difference if the rate is in sums of old
+steps."""
 
 _PATIENCE = 20
-"""After so many steps an optimizer that has not moved yet is not asked again."""
+"""After so many steps, an optimizer that has not moved yet is not tested any more."""
 
 
 class Linearity:
-    """Looks at early steps of optimizers that are not torch's own.
+    """Tests early steps of optimizers that are not torch's own.
 
     Args:
         optimizer: The optimizer.
         rates: The rates of its groups.
         ranks: The processes that train together.
-        notices: For what the user should know.
+        notices: Where warnings go.
         long_horizon: Whether the rule looks at the moves of many steps.
     """
 
@@ -65,17 +67,17 @@ class Linearity:
         if any({"d", "d0"} <= settings.keys() for settings in optimizer.param_groups):
             notices.warn(
                 "own estimate",
-                "this optimizer estimates its learning rate itself, as Prodigy and D-Adaptation do, and two estimates "
-                "on top of each other fail: use it alone, or tune a plain optimizer",
+                "this optimizer estimates its learning rate itself, as Prodigy and D-Adaptation do. Two estimates on "
+                "top of each other fail. Use it alone, or tune a plain optimizer",
             )
         known = torch_class(type(optimizer))
         self._due = list(_DUE) if known is None or known is Adafactor else []
 
     def fails(self, step_count: int) -> bool:
-        """Whether the step that comes, the gradients being there, is found not to be linear in the rate.
+        """Whether the next step is found not to be linear in the rate. Call it when the gradients are ready.
 
-        For a rule that looks at the moves of many steps that matters only where another rate would have moved the
-        parameters by more than the step itself: there a change of the rate moves what former steps have done.
+        For a rule that looks at the moves of many steps, a step fails only if a change of the rate also changes what
+        former steps have done. The parameters then move by more than the step itself.
         """
         if not self._due or step_count < self._due[0]:
             return False
@@ -113,15 +115,15 @@ class Linearity:
 
 
 class _Found(NamedTuple):
-    """What two moves, at a rate and at twice the rate, have shown."""
+    """The comparison of two moves, at a rate and at twice the rate."""
 
-    left: float  # what part of the second is not twice the first
-    growth: float  # by how much they differ, over the first
+    left: float  # the part of the second move that is not twice the first
+    growth: float  # the norm of their difference over that of the first
     ignores: bool  # whether they do not differ
 
 
 def _replay(optimizer: Optimizer, rates: dict[int, float]) -> _Found | None:
-    """``None`` where nothing is found: the optimizer cannot be copied, or its moves are lost in rounding."""
+    """Compare two moves of a copy; ``None`` if the optimizer cannot be copied or its moves are lost in rounding."""
     parameters = [p for i in rates for p in optimizer.param_groups[i]["params"] if p.grad is not None]
     chosen = _smallest(parameters)
     settings = [{**group, "params": None} for group in optimizer.param_groups]
@@ -131,7 +133,7 @@ def _replay(optimizer: Optimizer, rates: dict[int, float]) -> _Found | None:
     try:
         once = _moves(optimizer, rates, chosen)
         twice = _moves(optimizer, {i: 2 * lr for i, lr in rates.items()}, chosen)
-    except Exception:  # an optimizer of others may need what the copy does not have
+    except Exception:  # such an optimizer may need what the copy does not have
         return None
     rounding = math.sqrt(
         sum(torch.finfo(p.dtype).eps ** 2 * float(squared_norm(as_real(local(p.detach())))) for p in chosen)
@@ -155,8 +157,8 @@ def _smallest(parameters: list[Tensor]) -> list[Tensor]:
 
 
 def _moves(optimizer: Optimizer, rates: dict[int, float], chosen: list[Tensor]) -> list[Tensor]:
-    """By how much a step at these rates moves some parameters, in float64."""
-    memo: dict[int, Any] = {}  # what stands in the copy for what is there
+    """The moves of some parameters in a step at these rates, in float64."""
+    memo: dict[int, Any] = {}  # the counterparts in the copy, by the ids of the originals
     for settings in optimizer.param_groups:
         for p in settings["params"]:
             memo[id(p)] = nn.Parameter(torch.empty_like(p, device="meta"), requires_grad=False)
@@ -170,7 +172,7 @@ def _moves(optimizer: Optimizer, rates: dict[int, float], chosen: list[Tensor]) 
         if i in rates:
             held = settings["lr"]
             own["lr"] = torch.full_like(held, rates[i]) if isinstance(held, Tensor) else rates[i]
-        memo[id(settings)] = own  # an optimizer inside of it may share the group
+        memo[id(settings)] = own  # an inner optimizer may share the group
         groups.append(own)
     memo[id(optimizer.param_groups)] = groups
     state = {memo[id(p)]: copy.deepcopy(dict(optimizer.state[p]), memo) for p in chosen if p in optimizer.state}
@@ -178,21 +180,22 @@ def _moves(optimizer: Optimizer, rates: dict[int, float], chosen: list[Tensor]) 
     vars(twin_optimizer).update(copy.deepcopy(_attributes(optimizer), memo))
     twin_optimizer.__setstate__({"param_groups": groups, "state": type(optimizer.state)(dict, state)})
     with _kept_random_state(chosen), torch.no_grad():
-        # without the wrapper that torch puts around it, which calls hooks that are registered for all optimizers
+        # without torch's wrapper of the step, which calls hooks that are registered for all optimizers
         inspect.unwrap(type(optimizer).step, stop=lambda step: not getattr(step, "hooked", False))(twin_optimizer)
     return [as_real(local(memo[id(p)].detach())).double() - as_real(local(p.detach())).double() for p in chosen]
 
 
 def _attributes(optimizer: Optimizer) -> dict[str, Any]:
-    """What the optimizer holds beside its groups and its state, hooks aside."""
+    """The attributes of the optimizer beside its groups, its state and its hooks."""
     without = ("param_groups", "state", "step")
     return {name: value for name, value in vars(optimizer).items() if name not in without and "_hooks" not in name}
 
 
 def _is_plain(value: Any, depth: int = 0) -> bool:
-    """Whether a copy has nothing in common with it: it holds numbers, small tensors and optimizers of such only.
+    """Whether a deep copy of a value is independent of it.
 
-    A function or a weak reference in a copy is that of the original, which it may change.
+    It is if the value holds only numbers, small tensors, and optimizers of such. A function or a weak reference in a
+    copy is that of the original, so it may change the original.
     """
     if value is None or isinstance(value, (bool, int, float, complex, str, torch.dtype, torch.device)):
         return True

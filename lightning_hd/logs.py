@@ -12,7 +12,7 @@ from lightning_hd.tensorboard import LAYOUT, former, tag
 from lightning_hd.tracker import Tracker
 
 _DISPLAY = {"log_every_n_steps", "prog_bar", "on_mismatch", "summary"}
-"""Arguments that do not change the training, so that they would only be in the way among the hyperparameters."""
+"""Arguments that do not change the training. They would only be in the way among the hyperparameters."""
 
 
 def show(trainer: Trainer, pl_module: LightningModule, trackers: Sequence[Tracker], prog_bar: bool) -> None:
@@ -26,11 +26,11 @@ def show(trainer: Trainer, pl_module: LightningModule, trackers: Sequence[Tracke
 
 
 def log(trainer: Trainer, trackers: Sequence[Tracker], step: int) -> None:
-    """Log what has come since the last time.
+    """Log the numbers that are new since the last call.
 
     Args:
         trainer: The Trainer.
-        trackers: Those of its optimizers.
+        trackers: The trackers of its optimizers.
         step: The step, on the axis of ``self.log``.
     """
     means = {key: value for tracker in trackers for key, value in tracker.collect().items()}
@@ -42,7 +42,7 @@ def log(trainer: Trainer, trackers: Sequence[Tracker], step: int) -> None:
 
 
 def _logarithms(metrics: dict[str, float]) -> dict[str, float]:
-    """Scales and schedules as they add up to the logarithm of the rate."""
+    """The logarithms of scales and schedules, which add up to that of the rate."""
     found = {}
     for quantity in ("scale", "schedule"):
         start = tag(f"{quantity}-")
@@ -53,10 +53,10 @@ def _logarithms(metrics: dict[str, float]) -> dict[str, float]:
 
 
 def log_curves(trainer: Trainer, trackers: Sequence[Tracker]) -> None:
-    """Write the rates of all steps that have come since the last time into event files."""
+    """Write the rates of all steps since the last call into event files."""
     points = [point for tracker in trackers for point in tracker.take_curve()]
     for logger in filter(_writes_events, trainer.loggers):
-        writer = getattr(logger, "experiment")  # noqa: B009  # of the subclass; on other processes it does nothing
+        writer = getattr(logger, "experiment")  # noqa: B009  # the subclass has it; on other processes it does nothing
         for name, lr, step in points:
             writer.add_scalar(tag("lr", name), lr, step)
             if lr > 0:
@@ -66,14 +66,14 @@ def log_curves(trainer: Trainer, trackers: Sequence[Tracker]) -> None:
 def describe(trainer: Trainer, pl_module: LightningModule, settings: dict[str, Any]) -> None:
     """Give loggers the settings of the callback among the hyperparameters, and event files a layout of charts.
 
-    Loggers keep the first hyperparameters that they get, so those of the module and its data come along.
+    Loggers keep the first hyperparameters that they get, so they get those of the module and its data as well.
     """
     known: dict[str, Any] = {}
     for owner in (pl_module, getattr(trainer, "datamodule", None)):
-        # Whether `save_hyperparameters` was called with `logger=True`: Lightning has no public name for it.
+        # It is whether `save_hyperparameters` was called with `logger=True`. Lightning has no public name for it.
         if getattr(owner, "_log_hyperparams", False):
             known |= dict(getattr(owner, "hparams_initial", {}))
-    known.pop("_class_path", None)  # LightningCLI puts it there for itself, and Lightning does not log it
+    known.pop("_class_path", None)  # LightningCLI keeps it there for itself, and Lightning does not log it
     own = {
         tag(name): value if isinstance(value, (bool, int, float, str)) else str(value)
         for name, value in settings.items()
@@ -86,5 +86,5 @@ def describe(trainer: Trainer, pl_module: LightningModule, settings: dict[str, A
 
 
 def _writes_events(logger: Logger) -> bool:
-    """By its name, for the package ``pytorch_lightning`` has a class of its own of the same name."""
+    """Whether a logger writes event files. Its class goes by name: the package ``pytorch_lightning`` has its own."""
     return any(base.__name__ == "TensorBoardLogger" for base in type(logger).__mro__)

@@ -1,4 +1,4 @@
-"""The rate that a parameter group of an optimizer holds: a number, or a tensor of one."""
+"""The rate that a parameter group of an optimizer holds: a number, or a tensor of one element."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -9,11 +9,11 @@ from torch import Tensor
 from lightning_hd.reduction import exact_dtype
 
 LARGEST = torch.finfo(torch.float32).max
-"""The largest rate that torch multiplies with."""
+"""The largest rate that torch can multiply a float32 tensor with."""
 
 
 def check_lr(name: str, lr: Any) -> None:
-    """Raise ``TypeError`` where it cannot be read as a rate or, being a tensor, cannot hold one."""
+    """Raise ``TypeError`` if ``lr`` cannot be read as a rate, or is a tensor that cannot hold one."""
     if isinstance(lr, Tensor):
         if lr.numel() != 1 or not lr.is_floating_point() or lr.is_meta:
             raise TypeError(
@@ -35,7 +35,7 @@ def get_lr(settings: dict[str, Any]) -> float:
 
 
 def get_lrs(groups: Sequence[dict[str, Any]]) -> list[float]:
-    """The rates that some groups hold. Where they are tensors, all are read at once."""
+    """The rates that some groups hold. Tensors on one device are read at once."""
     tensors = [settings["lr"] for settings in groups if isinstance(settings["lr"], Tensor)]
     if len({tensor.device for tensor in tensors}) != 1:
         return list(map(get_lr, groups))
@@ -46,7 +46,7 @@ def get_lrs(groups: Sequence[dict[str, Any]]) -> list[float]:
 
 
 def set_lr(settings: dict[str, Any], lr: float) -> float:
-    """Write it, in place where it is a tensor; returns what the group then holds."""
+    """Write a rate into a group, in place if that holds a tensor. Return what the group holds then."""
     held = settings["lr"]
     if isinstance(held, Tensor):
         held.fill_(lr)
@@ -56,6 +56,6 @@ def set_lr(settings: dict[str, Any], lr: float) -> float:
 
 
 def as_held(settings: dict[str, Any], lr: float) -> float:
-    """What the group holds where this rate is written, without waiting for a device."""
+    """What a group holds once this rate is written into it. It does not wait for a device."""
     held = settings["lr"]
     return float(torch.tensor(lr, dtype=held.dtype)) if isinstance(held, Tensor) else lr

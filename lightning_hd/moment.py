@@ -1,4 +1,4 @@
-"""What is known of one step of an optimizer while it is under way."""
+"""What is known of one step of an optimizer while it runs."""
 
 from dataclasses import dataclass, field
 from typing import Any
@@ -10,9 +10,9 @@ from lightning_hd.rules import Observation
 
 @dataclass
 class Step:
-    """One call of ``optimizer.step``, from when the gradients are there until the parameters have moved."""
+    """One call of ``optimizer.step``, from when the gradients are ready until the parameters have moved."""
 
-    rules: list[dict[str, Any]]  # what the rules held before
+    rules: list[dict[str, Any]]  # the states of the rules before
     restore: list[float]  # what param_groups[i]["lr"] held before
     has_gradient: list[bool] = field(default_factory=list)  # of each scope, on any rank
     seen: list[Observation | None] = field(default_factory=list)
@@ -22,10 +22,10 @@ class Step:
     finite: bool = True
     lrs: list[float] = field(default_factory=list)  # what param_groups[i]["lr"] holds during the update
     weights: list[float] = field(default_factory=list)  # derivative of the group's rate with respect to the scope's
-    trial: dict[int, float] = field(default_factory=dict)  # of groups whose direction is not known: a short rate
-    starting: dict[int, float] = field(default_factory=dict)  # scopes that get their first rate from that, and ‖θ_0‖
-    begun: set[int] = field(default_factory=set)  # scopes that have their first rate since this step
-    before: dict[Tensor, Tensor] = field(default_factory=dict)  # θ_{t-1}, on trial
+    trial: dict[int, float] = field(default_factory=dict)  # rates of short trial steps, for groups of unknown direction
+    starting: dict[int, float] = field(default_factory=dict)  # ‖θ_0‖ of scopes that get their first rate from a trial
+    begun: set[int] = field(default_factory=set)  # scopes that get their first rate in this step
+    before: dict[Tensor, Tensor] = field(default_factory=dict)  # θ_{t-1} of the groups on trial
 
     @property
     def used(self) -> list[float]:

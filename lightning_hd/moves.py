@@ -1,7 +1,8 @@
-"""Moves: where the parameters are, and were on average. The view of rules with a long horizon.
+"""Moves, the view of rules with a long horizon: where the parameters are, and where they were on average.
 
-With ``E_t = φ_{t-1} E_{t-1} + (θ_t - θ_{t-1})``, the sum of the moves, ``θ_t - E_t`` is a running mean of the iterates:
-``r_{t-1} + (1 - φ_{t-1}) (θ_{t-1} - r_{t-1})``. One vector is kept on the probe, and the optimizer need not be known.
+Let ``θ_t`` be the parameters before step ``t``. The sum of the moves is ``E_t = φ_{t-1} E_{t-1} + (θ_t - θ_{t-1})``.
+Then ``r_t = θ_t - E_t`` is a running mean of the iterates, ``r_t = r_{t-1} + (1 - φ_{t-1}) (θ_{t-1} - r_{t-1})``. So
+one vector is kept, at the coordinates of the probe, and the optimizer need not be known. Source: this project.
 """
 
 from collections.abc import Mapping, Sequence
@@ -21,7 +22,7 @@ from lightning_hd.reduction import Ranks, exact_dtype, gradient_of, is_flat_shar
 from lightning_hd.view import View
 
 _PART = 0.1
-"""Where new parameters are this part of a scope, or more, its rate starts anew: it was found without them."""
+"""If new parameters are this part of a scope or more, its rate starts anew, because it was found without them."""
 
 
 class Moves(View):
@@ -31,32 +32,32 @@ class Moves(View):
         optimizer: The optimizer.
         budget: How many coordinates to look at; ``None``: all.
         ranks: The processes that train together.
-        notices: For what the user should know.
+        notices: Where warnings go.
     """
 
     def __init__(self, optimizer: Optimizer, budget: int | None, ranks: Ranks, notices: Notices) -> None:
         super().__init__(optimizer, budget, ranks, notices)
         self._parameters: list[Tensor] = []
         self._places: list[int] = []  # where the parameters lie in memory
-        self._sizes: list[int] = []  # of this process's parts of them
+        self._sizes: list[int] = []  # how much of each parameter this process holds
         self._sharded = any(isinstance(p, DTensor) for settings in optimizer.param_groups for p in settings["params"])
         self._buckets: list[Bucket] = []
         self._pieces: list[list[Tensor]] = []  # of the parameters, for each bucket
         self._means: list[Tensor | None] = []  # r, for each bucket
-        self._moved: list[Tensor] = []  # E, for each bucket, while a step is under way
-        self._saved: dict[Key, Saved] = {}  # of a checkpoint
+        self._moved: list[Tensor] = []  # E, for each bucket, during a step
+        self._saved: dict[Key, Saved] = {}  # the state of a checkpoint
         self._updated: set[Key] = set()  # parameters that had a gradient in a remembered step
-        self._present: set[Key] | None = None  # those that have one now
-        self._joined: set[int] = set()  # scopes that many of them have joined in this step
-        self._missing: frozenset[int] = frozenset()  # the places of those that have none
+        self._present: set[Key] | None = None  # parameters that have a gradient now
+        self._joined: set[int] = set()  # scopes that many parameters have joined in this step
+        self._missing: frozenset[int] = frozenset()  # the places of parameters without a gradient
         self._apart: set[int] = set()  # groups whose last move did not follow their scope's rate
-        self._coming: set[int] = set()  # those of which the move that comes will not
+        self._coming: set[int] = set()  # groups whose next move will not follow it
 
     def __getstate__(self) -> dict[str, Any]:
         return {**vars(self), "_places": []}  # a copy's parameters lie elsewhere
 
     def observe(self, scopes: Sequence[int], grad_scale: Tensor | None, wide: bool = False) -> Tensor:
-        """For each scope ``g·E``, ``‖g‖²``, ``‖E‖²`` and two flags; see ``View.observe``."""
+        """For each scope ``g·E``, ``‖g‖²``, ``‖E‖²`` and three flags; see ``View.observe``."""
         self._prepare(scopes)
         missing = frozenset(i for i, p in enumerate(self._parameters) if p.grad is None)
         flats = [
@@ -69,7 +70,7 @@ class Moves(View):
             theta = gather(pieces or bucket.views(self._flats()))
             theta = theta.to(exact_dtype(bucket.device), copy=True)
             g = self._gradient(bucket, gather(bucket.views(flats)), theta, grad_scale)
-            if bucket.roots is not None:  # so that sums over the probe are unbiased estimates of those over everything
+            if bucket.roots is not None:  # so that sums over the probe are estimates of those over all coordinates
                 g, theta = g.mul_(bucket.roots), theta.mul_(bucket.roots)
             moved = theta if mean is None else theta.sub_(mean)
             self._moved.append(moved)
@@ -91,8 +92,8 @@ class Moves(View):
         return self._combine(sums, shares, scopes, {i for i, _ in self._present}, known, self._joined)
 
     def _joining(self, scopes: Sequence[int]) -> set[int]:
-        """Scopes of which a part to be reckoned with has a gradient for the first time, and others had one before."""
-        sizes: dict[int, list[int]] = {}  # of all, and of those that are new
+        """Scopes in which a large part of the parameters has its first gradient, while others had one before."""
+        sizes: dict[int, list[int]] = {}  # of all parameters in a scope, and of the new ones
         for slot in self.slots:
             if self._present and slot.key in self._present:
                 own = sizes.setdefault(scopes[slot.group], [0, 0])
@@ -102,26 +103,26 @@ class Moves(View):
         return {scope for scope, (size, new) in sizes.items() if _PART * size <= new and scope in known}
 
     def forget(self, scope: int) -> None:
-        """``E`` is zero, and the mean begins where the parameters are."""
+        """Set ``E`` to zero. The mean begins where the parameters are."""
         for i, (bucket, mean) in enumerate(zip(self._buckets, self._means, strict=True)):
             if bucket.key == scope and mean is not None:
                 self._moved[i].add_(mean)
                 self._means[i] = None
 
     def keep(self, group: int, lr: float, weight: float) -> None:
-        """See which groups do not follow their scopes' rates: the moves that they make now are not counted."""
+        """Note groups that do not follow their scopes' rates. The moves that they make now do not count."""
         if not weight:
             self._coming.add(group)
 
     def remember(self, kept: Sequence[float | None]) -> None:
-        """The step was taken: count the move before it in; where numbers were not finite, the memory stays."""
+        """Add the last move to the memory after a step. If numbers were not finite, the memory stays as it is."""
         for i, (bucket, moved) in enumerate(zip(self._buckets, self._moved, strict=True)):
             part, mean = kept[bucket.key], self._means[i]
             if mean is None and part is not None:
                 self._means[i] = moved
             elif mean is not None and part is not None:
                 mean.add_(moved, alpha=1 - part)
-                for start, stop in self._spans_apart(bucket):  # nothing is left of E
+                for start, stop in self._spans_apart(bucket):  # nothing of E counts there
                     mean[start:stop].add_(moved[start:stop], alpha=part)
         self._apart, self._coming = self._coming, set()
         self._updated |= self._present or set()
@@ -129,20 +130,20 @@ class Moves(View):
         self._moved = []
 
     def abandon(self) -> None:
-        """The step was not taken."""
+        """Drop what was kept of a step that was not taken."""
         self._moved, self._coming = [], set()
 
     def pause(self) -> None:
-        """What moves the parameters in between is a move as any other."""
+        """Do nothing: a move between the steps counts as any other."""
 
     def make_room(self) -> None:
-        """Nothing is saved with the optimizer."""
+        """Do nothing: nothing is saved with the optimizer."""
 
     def _spans_apart(self, bucket: Bucket) -> list[Range]:
         return [bucket.spans[group] for group in self._apart & bucket.spans.keys()]
 
     def _gradient(self, bucket: Bucket, g: Tensor, theta: Tensor, grad_scale: Tensor | None) -> Tensor:
-        """``g_t``: that of the objective which the optimizer minimizes."""
+        """``g_t``, the gradient of the objective that the optimizer minimizes."""
         g = g.to(theta.dtype, copy=True)
         if grad_scale is not None:
             g /= grad_scale.to(g.device)
@@ -156,15 +157,15 @@ class Moves(View):
         return g
 
     def _mask(self, bucket: Bucket, missing: frozenset[int]) -> Tensor:
-        """1 where a parameter has a gradient, else 0."""
+        """1 at the coordinates of parameters with a gradient, 0 at the others."""
         flags = self._tables.constant([float(place not in missing) for place in bucket.parts], bucket.device)
         lengths = self._tables.constant(bucket.lengths, bucket.device).long()
-        return flags.repeat_interleave(lengths, output_size=bucket.size)  # with the size known, nothing waits for it
+        return flags.repeat_interleave(lengths, output_size=bucket.size)  # the known size saves a wait for the device
 
     # ------------------------------------------------------------------ which parameters there are
 
     def _prepare(self, scopes: Sequence[int]) -> None:
-        """See whether parameters came, went, or lie somewhere else now."""
+        """Lay out the coordinates anew if parameters came, went, or lie somewhere else in memory."""
         groups = self._optimizer.param_groups
         parameters = [p for settings in groups for p in settings["params"] if p.requires_grad]
         tensors = [local(p) for p in parameters] if self._sharded else parameters
@@ -187,7 +188,7 @@ class Moves(View):
         return [slot.flat(slot.p.detach()) for slot in self.slots]
 
     def _views(self) -> list[list[Tensor]]:
-        """Of the parameters, to be gathered from in every step; of a bucket with copies among them none."""
+        """Views of the parameters, to gather from in every step. A bucket that would need copies has none."""
         flats = self._flats()
         still = [flat.data_ptr() == local(slot.p).data_ptr() for flat, slot in zip(flats, self.slots, strict=True)]
         return [bucket.views(flats) if all(still[place] for place in bucket.parts) else [] for bucket in self._buckets]
@@ -204,7 +205,7 @@ class Moves(View):
         return {slot.key: (slot, torch.cat(tensors)) for slot, tensors in zip(slots, parts.values(), strict=True)}
 
     def _carried(self, before: Mapping[Key, tuple[Slot, Tensor]]) -> list[Tensor | None]:
-        """``r`` for the present buckets, from that of the former ones, or of a checkpoint; else the parameters."""
+        """``r`` for the new buckets, from the old ones or from a checkpoint; else the parameters themselves."""
         known: dict[int, Tensor] = {}
         for place, slot in enumerate(self.slots):
             former, saved = before.get(slot.key), self._saved.get(slot.key)
@@ -216,7 +217,7 @@ class Moves(View):
         if not known:
             if before or self._saved:
                 self._notices.warn(
-                    "lost moves", "what is remembered is of other parameters; the memory of former steps starts anew"
+                    "lost moves", "the moves are those of other parameters, so the memory of former steps starts anew"
                 )
             return [None] * len(self._buckets)
         means: list[Tensor | None] = []
@@ -232,9 +233,9 @@ class Moves(View):
         return means
 
     def state_dict(self) -> dict[str, Any]:
-        """``r`` in the coordinates of the whole parameters, times the roots of their weights.
+        """``r`` at the coordinates of the whole parameters, times the square roots of their weights.
 
-        Where parameters are sharded, it is to be called on every process.
+        If parameters are sharded, call it on every process.
         """
         if not self.slots or all(mean is None for mean in self._means):
             wholes = [saved.mean for saved in self._saved.values()]
@@ -267,10 +268,10 @@ class Moves(View):
         }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Take over what ``state_dict`` returned, in the next step.
+        """Load what ``state_dict`` returned. It takes effect in the next step.
 
         Raises:
-            KeyError, TypeError, ValueError: It is damaged.
+            KeyError, TypeError, ValueError: The state is damaged.
         """
         entries = [
             ([check_count("parameters", number) for number in numbers], check_flag("parameters", updated))
@@ -292,7 +293,7 @@ class Moves(View):
 
 @dataclass
 class Saved:
-    """What a checkpoint has of one parameter: its size, how many coordinates are looked at, and ``r`` at those."""
+    """What a checkpoint holds of one parameter: its size, how many coordinates are in the probe, and ``r`` there."""
 
     size: int
     count: int
@@ -301,10 +302,10 @@ class Saved:
 
 
 def flat_offsets(parameters: Sequence[Tensor], ranks: Ranks) -> dict[Tensor, Range]:
-    """For parameters that are flat shards, where this process's part begins, and the size of the whole.
+    """For each parameter that is a flat shard, the offset of this process's part and the size of the whole.
 
     Raises:
-        TypeError: Several processes hold the same elements, which cannot be told from shards.
+        TypeError: Several processes hold the same elements.
     """
     flat = [p for p in parameters if is_flat_shard(p)]
     if not flat:

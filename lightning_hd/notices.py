@@ -1,4 +1,4 @@
-"""Warnings, each kind once, and log messages, on the first of the processes that train together."""
+"""Warnings, one of each kind, and log messages, on the first of the processes that train together."""
 
 import logging
 import warnings
@@ -9,10 +9,10 @@ _log = logging.getLogger("lightning_hd.hypergradient")
 
 
 class Notices:
-    """What was said of one optimizer.
+    """Warnings and log messages about one optimizer.
 
     Args:
-        name: What the messages begin with.
+        name: The name that messages begin with.
         ranks: The processes.
     """
 
@@ -22,7 +22,7 @@ class Notices:
         self._given: set[str] = set()
 
     def warn(self, kind: str, message: str) -> None:
-        """Warn, unless that kind of thing was said before."""
+        """Warn, unless there was a warning of that kind before."""
         if kind not in self._given and self._ranks.is_first:
             warnings.warn(f"{self._name}: {message}", RuntimeWarning, stacklevel=3)
         self._given.add(kind)

@@ -1,4 +1,4 @@
-"""What is known of optimizers by their class: which can be tuned, and what their steps do with a gradient."""
+"""What follows from the class of an optimizer: whether it can be tuned, and what its step does with a gradient."""
 
 import inspect
 from collections.abc import Callable, Iterable
@@ -26,7 +26,7 @@ from torch.optim import (
 from lightning_hd.rules import Rule
 
 _COUPLED: tuple[type[Optimizer] | None, ...] = (SGD, Adam, ASGD, Adadelta, Adagrad, Adamax, NAdam, RAdam, RMSprop)
-"""Optimizers whose ``weight_decay`` adds ``λ θ`` to the gradient, unless the group says ``decoupled_weight_decay``."""
+"""Optimizers whose ``weight_decay`` adds ``λ θ`` to the gradient, unless the group sets ``decoupled_weight_decay``."""
 
 _REFUSED = {
     LBFGS: "its step is the outcome of a line search, not a multiple of the learning rate",
@@ -39,7 +39,7 @@ def torch_class(optimizer_class: type[Optimizer]) -> type[Optimizer] | None:
     """The class of torch.optim whose ``step`` this class uses; ``None`` where it has a step of its own."""
     for base in optimizer_class.__mro__:
         if issubclass(base, Optimizer) and base.__module__.startswith("torch.optim.") and base is not Optimizer:
-            # torch wraps the step of each class that is instantiated, to run the hooks
+            # torch wraps the step of each class that is instantiated, in order to run the hooks
             return base if inspect.unwrap(optimizer_class.step) is inspect.unwrap(base.step) else None
     return None
 
@@ -47,7 +47,7 @@ def torch_class(optimizer_class: type[Optimizer]) -> type[Optimizer] | None:
 def is_coupled(optimizer: Optimizer, group: dict[str, Any]) -> bool:
     """Whether the group's ``weight_decay`` is an L2 penalty in the objective rather than a part of the step.
 
-    The weight decay of classes with a step of their own is taken for a part of the step, as it is in all recent ones.
+    In classes with a ``step`` of their own it counts as a part of the step, as it is in most recent optimizers.
     """
     coupled = torch_class(type(optimizer)) in _COUPLED
     return coupled and not group.get("decoupled_weight_decay", False)
@@ -67,8 +67,8 @@ def objective_gradient(
     Args:
         optimizer: The optimizer.
         group: The parameter group.
-        g: The gradient as backpropagation has left it, not to be written to.
-        p: Gives the parameters, in the shape of ``g``.
+        g: The gradient from backpropagation. It must not be written to.
+        p: Returns the parameters, in the shape of ``g``.
         grad_scale: The factor that a GradScaler has left in the gradient, or ``None``.
     """
     if grad_scale is not None:
@@ -80,13 +80,13 @@ def objective_gradient(
 
 
 def device_of(optimizer: Optimizer) -> torch.device:
-    """The device of the first parameter, where sums are made."""
+    """The device of the first parameter, on which sums are computed."""
     device: torch.device = next(p.device for group in optimizer.param_groups for p in group["params"])
     return device
 
 
 def follow_rate(optimizer: Optimizer, group: dict[str, Any], lr: float) -> None:
-    """Let the step that comes be taken at ``lr``: ASGD has derived its own rate at the end of the step before."""
+    """Make the next step use ``lr``, also in ASGD, which has derived its rate at the end of the step before."""
     if torch_class(type(optimizer)) is ASGD:
         for p in group["params"]:
             state = optimizer.state.get(p, {})
@@ -96,17 +96,17 @@ def follow_rate(optimizer: Optimizer, group: dict[str, Any], lr: float) -> None:
 
 
 def check_gradients(parameters: Iterable[Tensor]) -> None:
-    """Raise ``TypeError`` where a gradient is sparse."""
+    """Raise ``TypeError`` if a gradient is sparse."""
     for p in parameters:
         if p.grad is not None and p.grad.layout != torch.strided:
             raise TypeError(
                 f"a parameter of shape {tuple(p.shape)} has a gradient of layout {p.grad.layout}: sparse gradients are "
-                "not supported; build the embedding with sparse=False"
+                "not supported. Please build the embedding with sparse=False"
             )
 
 
 def unwrap(optimizer: Optimizer) -> Optimizer:
-    """The optimizer inside of a wrapper that imitates its class, as Lightning and Fabric make them."""
+    """The optimizer inside a wrapper that imitates its class, as the wrappers of Lightning and Fabric do."""
     inner = getattr(optimizer, "optimizer", None)
     if isinstance(inner, Optimizer) and isinstance(optimizer, type(inner)) and type(optimizer) is not type(inner):
         return inner
@@ -119,19 +119,21 @@ def is_normalized(optimizer: Optimizer) -> bool:
 
 
 def set_rounding(rule: Rule, optimizer: Optimizer) -> None:
-    """Give a rule the relative rounding of gradients: that of float64 where all parameters are so precise."""
+    """Give a rule the relative rounding of gradients, which is that of float64 if all parameters are so precise."""
     parameters = [p for settings in optimizer.param_groups for p in settings["params"]]
-    eps = max((torch.finfo(p.dtype).eps for p in parameters), default=rule.rounding)
+    exact = [p.dtype for p in parameters if p.is_floating_point() or p.is_complex()]
+    eps = max((torch.finfo(dtype).eps for dtype in exact), default=rule.rounding)
     if eps < rule.rounding:
         rule.rounding = eps
 
 
 def check_optimizer(optimizer: Optimizer) -> None:
-    """Raise where no direction can be had from this optimizer.
+    """Check that this optimizer can be tuned.
 
     Raises:
-        TypeError: It is not a ``torch.optim.Optimizer``, its step is not linear in its rate, it is a wrapper that
-            was not initialized, or its parameters are flat (FullyShardedDataParallel without ``use_orig_params``).
+        TypeError: It is not a ``torch.optim.Optimizer``, it has no learning rate to tune (LBFGS, Rprop, SparseAdam), it
+            is a wrapper whose steps cannot be seen or that was not initialized, or its parameters are flat
+            (FullyShardedDataParallel without ``use_orig_params``).
         ValueError: It has no parameter group, a group without ``lr``, or one with a parameter twice.
     """
     if not isinstance(optimizer, Optimizer):
@@ -146,7 +148,7 @@ def check_optimizer(optimizer: Optimizer) -> None:
             raise TypeError(
                 f"optimizer {name} has no learning rate to tune: {reason}. Use SGD, Adam, AdamW or the like"
             )
-    # By its name, for the import alone makes torch warn.
+    # The class goes by its name, because its import makes torch warn.
     if any(base.__name__ == "ZeroRedundancyOptimizer" for base in type(optimizer).__mro__):
         raise TypeError(
             f"optimizer {name} is not supported: its checkpoints lack what is not its own. Shard the model with "
@@ -173,7 +175,7 @@ def check_optimizer(optimizer: Optimizer) -> None:
 
 
 def _check_initialized(optimizer: Optimizer) -> None:
-    """Raise ``TypeError`` where the base class knows nothing of this object, so that its hooks do not work."""
+    """Raise ``TypeError`` if the base class was not initialized, because the hooks would not work."""
     try:
         for register in (
             optimizer.register_step_pre_hook,
@@ -193,7 +195,7 @@ def _check_initialized(optimizer: Optimizer) -> None:
 
 
 def inner_optimizers(optimizer: Optimizer) -> str:
-    """Advice to tune the optimizers that are attributes of this one; empty where there is none."""
+    """Advice to tune the optimizers that are attributes of this one; empty if there are none."""
     inner = {name: value for name, value in vars(optimizer).items() if isinstance(value, Optimizer)}
     return " ".join(
         f"Tune the optimizer inside of it, {type(value).__name__}: its attribute {name!r}"

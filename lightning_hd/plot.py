@@ -16,7 +16,7 @@ if TYPE_CHECKING:  # matplotlib is an extra
     from matplotlib.figure import Figure
 
 SUFFIXES = (".png", ".svg", ".pdf")
-INSTALL = 'pip install "lightning-hd[plot]"'
+INSTALL = "pip install matplotlib typer"
 
 # The colours of Okabe and Ito, dark and light in turn, and a grey. 5 and 8 have no common divisor, so that 40 lines
 # differ without colour as well.
@@ -30,12 +30,12 @@ LINE_CHARACTERS = 48  # of SMALL, in a column
 
 
 def plot(runs: Sequence[Path | str], loss: str | None = None) -> "Figure":
-    """Draw the runs that are found in folders, and in the folders below them.
+    """Draw the runs in some folders, and in the folders below them.
 
     Args:
         runs: Folders with event files of TensorBoard or with ``metrics.csv`` of Lightning's ``CSVLogger``.
         loss: The tag of the loss; ``None``: the first of ``loss``, ``train_loss``, ``train/loss``, ``loss_step`` and
-            ``train_loss_step``, else the first that ends in ``loss``.
+            ``train_loss_step`` that a run has logged, else the first tag that ends in ``loss``.
 
     Raises:
         PlotError: A folder or the tag does not exist, or there is nothing to draw.
@@ -46,16 +46,16 @@ def plot(runs: Sequence[Path | str], loss: str | None = None) -> "Figure":
 
 @dataclass
 class _Panel:
-    """Lines that share a vertical axis. The key of a line, run and label, decides on its style."""
+    """Lines that share a vertical axis. The key of a line is its run and its label. It decides on the style."""
 
     label: str
     log: bool = False
-    smooth_from: float = math.inf  # how many points a line needs to get a running mean
+    smooth_from: float = math.inf  # lines with so many points get a running mean
     signed: bool = False  # from -1 to 1, with a line at 0
     lines: list[tuple[tuple[int, str], Any, Any]] = field(default_factory=list)
 
     def add(self, key: tuple[int, str], curve: Curve) -> None:
-        """Add a line: with gaps where it cannot be drawn, and not at all where it can be drawn nowhere."""
+        """Add a line, with gaps where it cannot be drawn. A line that can be drawn nowhere is left out."""
         steps, values = (np.asarray(numbers, dtype=float) for numbers in curve)
         visible = np.isfinite(values) & ((values > 0) | (not self.log))
         if visible.any():
@@ -66,13 +66,13 @@ def figure(curves: Sequence[Curves], width: float = COLUMN) -> "Figure":
     """Draw curves: a panel each for learning rates, losses and cosines, with the legend below.
 
     The thick lines of the cosines, and of losses with 100 points or more, are running means over a twentieth of the
-    points, five at least; the thin lines below are the numbers themselves. Rates that are not above 0, and numbers that
-    are not finite, are gaps. The axis of the losses is logarithmic where all are above 0. Lines have the labels of the
-    legend, but for the thin ones.
+    points, five at least. The thin lines below are the numbers themselves. Rates that are not above 0, and numbers that
+    are not finite, are gaps. The axis of the losses is logarithmic if all are above 0. Lines have the labels of the
+    legend, except for the thin ones.
 
     Args:
-        curves: What to draw, run by run. They need not come from files.
-        width: In inches.
+        curves: The curves of each run. They need not come from files.
+        width: The width of the figure, in inches.
 
     Raises:
         PlotError: There is nothing to draw.
@@ -149,7 +149,7 @@ def _style(i: int, label: str) -> dict[str, Any]:
 
 
 def _wrapped(label: str) -> str:
-    """A label on as many lines as it needs. Those that begin with an underscore would not be shown."""
+    """A label on as many lines as it needs. matplotlib does not show labels that begin with an underscore."""
     words = (label.lstrip("_") or label.replace("_", "-")).replace("/", "/ ")
     return "\n".join(line.replace("/ ", "/") for line in textwrap.wrap(words, LINE_CHARACTERS))
 
@@ -179,7 +179,7 @@ def _fill(axes: "Axes", panel: _Panel, styles: Mapping[tuple[int, str], dict[str
 
 
 def _tick(axes: "Axes") -> None:
-    """Label the powers of ten of a logarithmic axis and, where these are few, twice and five times as much."""
+    """Label the powers of ten of a logarithmic axis and, if they are few, also twice and five times these."""
     from matplotlib.ticker import LogLocator, NullFormatter
 
     low, high = (math.log10(bound) for bound in axes.get_ylim())
@@ -190,16 +190,18 @@ def _tick(axes: "Axes") -> None:
 
 
 def _running_mean(values: Any) -> Any:
-    """Of the finite values in a window around each, which is cut at the ends."""
+    """The mean of the finite values in a window around each value. The window is cut off at the ends."""
     half = max(5, len(values) // 20) // 2
-    means = np.full(len(values), np.nan)
-    for i in np.flatnonzero(np.isfinite(values)):
-        means[i] = np.nanmean(values[max(i - half, 0) : i + half + 1])
-    return means
+    there = np.isfinite(values)
+    sums = np.concatenate(([0.0], np.cumsum(np.where(there, values, 0.0))))
+    counts = np.concatenate(([0], np.cumsum(there)))
+    low = np.maximum(np.arange(len(values)) - half, 0)
+    high = np.minimum(np.arange(len(values)) + half + 1, len(values))
+    return np.divide(sums[high] - sums[low], counts[high] - counts[low], out=np.full(len(values), np.nan), where=there)
 
 
 def _marked(values: Any, phase: float, markers: int = 6) -> list[bool]:
-    """Which points get a marker: some, at other places than those of other lines, and all that have no neighbour."""
+    """Which points get a marker: some, at other places than in other lines, and all without a neighbour."""
     there = np.isfinite(values)
     padded = np.concatenate(([False], there, [False]))
     marked = there & ~padded[:-2] & ~padded[2:]
@@ -212,7 +214,7 @@ def _marked(values: Any, phase: float, markers: int = 6) -> list[bool]:
 
 
 def check_file(path: Path) -> None:
-    """Raise where ``save`` could not write."""
+    """Raise ``PlotError`` if ``save`` could not write there."""
     if path.suffix.lower() not in SUFFIXES:
         raise PlotError(f"cannot write {path}: its name must end in {', '.join(SUFFIXES[:-1])} or {SUFFIXES[-1]}")
     if not path.parent.is_dir():
@@ -220,7 +222,12 @@ def check_file(path: Path) -> None:
 
 
 def save(drawn: "Figure", path: Path | str) -> None:
-    """Write a figure as PNG (300 dpi), SVG or PDF. The text of the latter two stays text."""
+    """Write a figure as PNG (300 dpi), SVG or PDF. In SVG and PDF, text stays text.
+
+    Raises:
+        PlotError: The name does not end in one of these, or the folder does not exist.
+        OSError: The file cannot be written.
+    """
     import matplotlib
 
     check_file(Path(path))

@@ -1,7 +1,7 @@
 """The probe: which coordinates of the parameters are looked at, and how they are gathered into flat vectors.
 
-Coordinates are those of the whole parameter, whatever part of it a process holds, so that they are the same on any
-number of processes. They are chosen by a fixed seed, in contiguous blocks spread evenly over each parameter.
+Coordinates are those of the whole parameter, whatever part of it a process holds. So they are the same on any number of
+processes. They are chosen by a fixed seed, in contiguous blocks that are spread evenly over each parameter.
 """
 
 import math
@@ -19,17 +19,17 @@ from torch.distributed.tensor import DTensor
 from lightning_hd.reduction import Ranks, as_real, exact_dtype, local
 
 PROBE = 2**18
-"""How many coordinates a probe has by default: more do not change what is learned, fewer than some thousands do."""
+"""The number of coordinates of a probe by default. More do not change what is learned; fewer than some thousands do."""
 
 _BLOCK = 2**12
-"""Coordinates in a block: some kilobytes, for few and long reads of the memory."""
+"""The number of coordinates in a block. Its size is some kilobytes, so that reads of the memory are few and long."""
 
 _CACHED, _LAUNCHED = 2**20, 2**24
-"""Coordinates in a bucket: on a CPU for it to stay in the cache, elsewhere for few launches."""
+"""The numbers of coordinates in a bucket. On a CPU it should stay in the cache, elsewhere launches should be few."""
 
 Range = tuple[int, int]
 Key = tuple[int, int]
-"""A parameter: its group, and its place in it."""
+"""A parameter: its group, and its place in that."""
 
 
 @dataclass(frozen=True)
@@ -40,12 +40,12 @@ class Slot:
         group: The index of its parameter group.
         index: Its place in the group.
         p: The parameter.
-        size: Its number of real coordinates, over all processes.
-        blocks: The coordinates looked at, in ascending order.
-        runs: The places of those that this process holds, in its own part.
-        copies: On how many processes the same elements are.
-        order: The dimensions by descending stride, where the parameter does not lie in memory row by row.
-        offset: Of a flat shard, where it begins in the whole, and the size of that.
+        size: The number of its real coordinates, over all processes.
+        blocks: The coordinates to look at, in ascending order.
+        runs: The places of these coordinates in the part that this process holds.
+        copies: The number of processes that hold the same elements.
+        order: The dimensions by descending stride; ``None``: the parameter lies in memory row by row.
+        offset: For a flat shard, its offset in the whole and the size of the whole; else ``None``.
     """
 
     group: int
@@ -60,17 +60,17 @@ class Slot:
 
     @cached_property
     def key(self) -> Key:
-        """Which parameter it is."""
+        """The group and the place of the parameter."""
         return self.group, self.index
 
     @property
     def weight(self) -> float:
-        """For how many coordinates each one that is looked at stands."""
+        """The number of coordinates for which each one of the probe stands."""
         return self.size / self.count
 
     @cached_property
     def count(self) -> int:
-        """How many coordinates are looked at, over all processes."""
+        """The number of its coordinates in the probe, over all processes."""
         return sum(stop - start for start, stop in self.blocks)
 
     @cached_property
@@ -80,18 +80,18 @@ class Slot:
 
     @cached_property
     def is_plain(self) -> bool:
-        """Whether its tensors are real, not sharded, and lie in memory row by row."""
+        """Whether its tensors are real, whole, and lie in memory row by row."""
         return self.order is None and not isinstance(self.p, DTensor) and not self.p.is_complex()
 
     def flat(self, tensor: Tensor) -> Tensor:
-        """This process's part of a tensor of the parameter's shape, in one dimension: a view where there can be one."""
+        """This process's part of a tensor of the parameter's shape, in one dimension: a view if possible."""
         if self.is_plain:
             return tensor.reshape(-1)
         tensor = as_real(local(tensor))
         return (tensor if self.order is None else tensor.permute(self.order)).reshape(-1)
 
     def positions(self) -> Tensor:
-        """For each number of ``runs``, its place among the parameter's coordinates that are looked at."""
+        """For each number of ``runs``, its place among the parameter's coordinates in the probe."""
         own = coordinates(self.p, self.offset)
         ids = torch.cat([own[start:stop] for start, stop in self.runs]) if self.runs else own[:0]
         starts = torch.tensor([start for start, _ in self.blocks], dtype=torch.int64)
@@ -105,13 +105,13 @@ class Bucket:
     """Coordinates of several parameters, gathered into one flat vector.
 
     Args:
-        key: What its parameters have in common.
-        device: Where they are.
-        copies: On how many processes.
-        size: How many there are.
-        parts: For each parameter the place of its slot, and the ranges of this process's part of it.
-        wholes: The places of those that are in it with all that this process holds.
-        spans: Where the numbers of each parameter group are.
+        key: What the parameters have in common.
+        device: The device of the parameters.
+        copies: The number of processes that hold the same elements.
+        size: The number of coordinates.
+        parts: For each parameter, the place of its slot and the ranges in this process's part of it.
+        wholes: The places of the parameters of which the bucket has all that this process holds.
+        spans: The range of the coordinates of each parameter group.
         roots: The square roots of the weights; ``None``: all are 1.
     """
 
@@ -126,16 +126,16 @@ class Bucket:
 
     @property
     def lengths(self) -> list[int]:
-        """How many numbers of each parameter it has."""
+        """The number of coordinates of each parameter."""
         return [sum(stop - start for start, stop in runs) for runs in self.parts.values()]
 
     @property
     def weights(self) -> Tensor | None:
-        """For how many coordinates each number stands; ``None``: for one each."""
+        """The number of coordinates for which each one stands; ``None``: all stand for one."""
         return None if self.roots is None else self.roots.square()
 
     def add(self, place: int, slot: Slot, run: Range) -> None:
-        """Take in a range of one parameter."""
+        """Add a range of one parameter."""
         self.parts.setdefault(place, []).append(run)
         if run == (0, slot.numel):
             self.wholes.add(place)
@@ -144,7 +144,7 @@ class Bucket:
         self.spans[slot.group] = (begin, self.size)
 
     def views(self, flats: Sequence[Tensor] | Mapping[int, Tensor]) -> list[Tensor]:
-        """Its pieces of the flat tensors of all slots."""
+        """The pieces of the bucket, as views of the flat tensors of all slots."""
         if len(self.wholes) == len(self.parts):
             return [flats[place] for place in self.parts]
         pieces: list[Tensor] = []
@@ -157,7 +157,7 @@ class Bucket:
 
     @cached_property
     def cuts(self) -> list[tuple[int, int, int, list[int] | None]]:
-        """For each parameter the place of its slot, where its pieces begin and end, and the gaps and pieces between."""
+        """For each parameter the place of its slot, where its pieces begin and end, and the sizes in between."""
         cuts: list[tuple[int, int, int, list[int] | None]] = []
         for place, runs in self.parts.items():
             ends = [0, *(end for run in runs for end in run)]
@@ -172,10 +172,10 @@ def look(
     """Choose the coordinates.
 
     Args:
-        parameters: Each with its group and its place in it.
-        budget: How many to look at; ``None``: all.
+        parameters: The group, the place and the tensor of each parameter.
+        budget: How many coordinates to look at; ``None``: all.
         ranks: The processes.
-        offsets: For the parameters that are flat shards, where this process's part begins, and the size of the whole.
+        offsets: For each parameter that is a flat shard, the offset of this process's part and the size of the whole.
     """
     sizes = [_size(p, offsets) for _, _, p in parameters]
     slots = []
@@ -190,8 +190,8 @@ def look(
 def allot(sizes: Sequence[int], budget: int | None) -> list[int]:
     """How many coordinates of each parameter to look at.
 
-    Half of the budget goes evenly to all parameters, half in proportion to their sizes, none gets more than it has: so
-    small ones are looked at as a whole, and what most of the coordinates do is known best.
+    Half of the budget goes evenly to all parameters, so that small ones are looked at as a whole. The other half goes
+    to them in proportion to their sizes, so that most of it goes to where most of the coordinates are.
     """
     total = sum(sizes)
     if budget is None or total <= budget:
@@ -206,10 +206,10 @@ def allot(sizes: Sequence[int], budget: int | None) -> list[int]:
 
 
 def choose(size: int, count: int, seed: str) -> tuple[Range, ...]:
-    """Blocks of ``count`` coordinates of ``size``, one at random in each of as many equal parts."""
+    """Blocks with ``count`` of ``size`` coordinates. There is one at a random place in each of as many equal parts."""
     if count >= size:
         return ((0, size),) if size else ()
-    generator = random.Random(f"{seed} {size} {count}")  # of a string, the same in every process and version
+    generator = random.Random(f"{seed} {size} {count}")  # a string gives the same numbers everywhere
     parts = math.ceil(count / _BLOCK)
     blocks = []
     for i in range(parts):
@@ -221,7 +221,7 @@ def choose(size: int, count: int, seed: str) -> tuple[Range, ...]:
 
 
 def pack(slots: Sequence[Slot], key: Callable[[Slot], Hashable]) -> list[Bucket]:
-    """Buckets for slots in the order of their groups, each for one key and device."""
+    """Pack slots, in the order of their groups, into buckets for one key, device and number of copies each."""
     buckets: list[Bucket] = []
     filling: dict[Hashable, Bucket] = {}
     for place, slot in enumerate(slots):
@@ -246,7 +246,7 @@ def pack(slots: Sequence[Slot], key: Callable[[Slot], Hashable]) -> list[Bucket]
 
 
 def gather(pieces: Sequence[Tensor]) -> Tensor:
-    """The pieces of a bucket as one vector: a view where there is one piece only."""
+    """The pieces of a bucket as one vector; a view if there is only one piece."""
     return pieces[0] if len(pieces) == 1 else torch.cat(list(pieces))
 
 
@@ -256,7 +256,7 @@ def _size(p: Tensor, offsets: Mapping[Tensor, Range]) -> int:
 
 
 def _order(tensor: Tensor) -> tuple[int, ...] | None:
-    """The dimensions by descending stride, where that is not their own order."""
+    """The dimensions by descending stride; ``None`` if that is their own order."""
     if tensor.is_contiguous():
         return None
     strides = tensor.stride()
@@ -264,7 +264,7 @@ def _order(tensor: Tensor) -> tuple[int, ...] | None:
 
 
 def _runs(p: Tensor, blocks: Sequence[Range], offset: Range | None) -> tuple[Range, ...]:
-    """Which places of this process's part of a parameter the blocks are."""
+    """The places of the blocks in this process's part of a parameter."""
     own = _range(p, offset)
     if own is not None:
         low, high = own
@@ -283,14 +283,14 @@ def _runs(p: Tensor, blocks: Sequence[Range], offset: Range | None) -> tuple[Ran
 
 def _chunk(p: DTensor) -> tuple[list[int], list[int], list[int]]:
     """The shape of a sharded parameter, and the offsets and the sizes of this process's part of it, as real numbers."""
-    # What torch.distributed.checkpoint asks of every sharded tensor; it has no types.
+    # torch.distributed.checkpoint calls this method of every sharded tensor; it has no types.
     (chunk,) = p.__create_chunk_list__()  # type: ignore[no-untyped-call]
     tail = [2] if p.is_complex() else []
     return [*p.shape, *tail], [*chunk.offsets, *([0] if tail else [])], [*chunk.sizes, *tail]
 
 
 def _range(p: Tensor, offset: Range | None) -> Range | None:
-    """The coordinates that this process holds, where they are a range."""
+    """The coordinates that this process holds; ``None`` if they are not one range."""
     if offset is not None:
         return offset[0], offset[0] + p.numel()
     if not isinstance(p, DTensor):
@@ -306,7 +306,7 @@ def _range(p: Tensor, offset: Range | None) -> Range | None:
 
 
 def coordinates(p: Tensor, offset: Range | None) -> Tensor:
-    """The coordinate of each number that this process holds, in the order of memory for parameters that lie in rows."""
+    """The coordinate of each number that this process holds, in the order of memory if that is row by row."""
     own = _range(p, offset)
     if own is not None:
         return torch.arange(*own)

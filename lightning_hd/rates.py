@@ -1,4 +1,4 @@
-"""Rates: the learning rate of every parameter group, what is configured or scheduled times what is learned."""
+"""Rates: the learning rate of every parameter group is the configured or scheduled rate times a learned scale."""
 
 import math
 from collections.abc import Container, Sequence
@@ -15,27 +15,27 @@ from lightning_hd.scopes import Group, Scope
 
 
 class Rates:
-    """Effective learning rates of an optimizer's parameter groups: what is configured or scheduled times a scale.
+    """Effective learning rates of an optimizer's parameter groups: the configured or scheduled rates times a scale.
 
-    The learned rate ``α`` of a scope is the scale times a reference: the largest rate that is configured in the scope
-    or, where it is higher, the largest that its schedule has reached. With a rule that picks its own first rate, it is
-    the largest that the schedule has reached since the first step.
+    The learned rate ``α`` of a scope is the scale times a reference. The reference is the largest rate that is
+    configured in the scope, or the largest that its schedule has reached if that is higher. With a rule that picks its
+    own first rate, it is the largest that the schedule has reached since the first step.
 
     Args:
         optimizer: The optimizer.
-        rule: The rule, of which each scope gets a copy.
+        rule: The rule. Each scope gets a copy.
         kind: ``"global"``: one scope; ``"group"``: one for each parameter group.
         min_lr: Lower clamp on the effective rates.
         max_lr: Upper clamp.
 
     Raises:
-        ValueError: A configured rate is out of range, or groups that shall differ share one tensor.
+        ValueError: A configured rate is out of range, or groups with rates of their own share one tensor.
     """
 
     def __init__(self, optimizer: Optimizer, rule: Rule, kind: str, min_lr: float, max_lr: float) -> None:
         self.optimizer = optimizer
         self.kind = kind
-        self.scheduled: bool | None = None  # what the user says; None: see under_schedule
+        self.scheduled: bool | None = None  # set by the user; None: it is detected
         self.scopes: list[Scope] = []
         self.groups: list[Group] = []
         self.held: list[float] = []  # what each param_groups[i]["lr"] held when a step began
@@ -47,12 +47,12 @@ class Rates:
         self.sync()
 
     def sync(self) -> None:
-        """Take over what others did since the last step: rates written, groups added, a scheduler built or stepped."""
+        """Take over changes since the last step: rates written, groups added, a scheduler built or stepped."""
         settings = self.optimizer.param_groups
         if len(settings) < len(self.groups):
             raise RuntimeError(
-                f"{type(self.optimizer).__name__} has {len(settings)} parameter groups, {len(self.groups)} at its last "
-                "step: groups can be added but not removed while its learning rate is tuned"
+                f"{type(self.optimizer).__name__} has {len(settings)} parameter groups, but it had {len(self.groups)} "
+                "in its last step: groups can be added but not removed while its learning rate is tuned"
             )
         scheduled = self.is_scheduled()
         self.check()
@@ -88,9 +88,9 @@ class Rates:
         return range(scope, scope + 1) if self.kind == "group" else range(len(self.groups))
 
     def follow_schedule(self, index: int) -> float:
-        """Let a scope's reference, and its rate, rise with the schedule: the rule works on the rate at its peak.
+        """Let a scope's reference and its rate rise with the schedule. The rule works on the rate at the peak.
 
-        The rate of a rule that picks its own does not rise along: it is right for where the schedule was.
+        If the rule picks its own first rate, the rate does not rise: it was learned where the schedule was before.
 
         Returns:
             The factor by which the rate rose.
@@ -112,7 +112,7 @@ class Rates:
         self.scopes[index].restart(self._rule.bind(is_normalized(self.optimizer)), step_count)
 
     def scheduled_part(self, index: int) -> float:
-        """What the schedule says for a scope, over the highest that it has said."""
+        """The scheduled rate of a scope over the highest one so far; 1 without a schedule."""
         if not self.under_schedule:
             return 1.0
         return self._scheduled(index) / abs(self.scopes[index].reference)
@@ -122,13 +122,11 @@ class Rates:
         return max(abs(self.groups[i].unscaled) for i in self.members(index))
 
     def effective(self, used: Sequence[float], begun: Container[int] = ()) -> list[tuple[float, float]]:
-        """For each group its rate, and the derivative of that with respect to the scope's, which is ``used[scope]``.
+        """For each group its rate, and the derivative of that with respect to the scope's rate, ``used[scope]``.
 
-        Those in ``begun`` take their first step.
-
-        A group that is clamped does not follow its scope: the derivative is 0. But where all groups of a scope are
-        clamped, it is taken without the clamps, so that the scope can come back, as it is where the rule has yet to
-        pick the rate.
+        Scopes in ``begun`` take their first step. A group that is clamped does not follow its scope, so the derivative
+        is 0. But if all groups of a scope are clamped, it is taken without the clamps, so that the scope can come back.
+        It is taken without them, too, as long as the rule has not picked the first rate.
         """
         rates, clamped = [], []
         for group in self.groups:
@@ -148,9 +146,10 @@ class Rates:
         ]
 
     def clamp(self, index: int, lr: float) -> float:
-        """A scope's rate, no further out than where all of its groups are clamped.
+        """Clamp a scope's rate to the range outside of which all of its groups are clamped.
 
-        Under a schedule only the way there is barred: a schedule that leaves the clamps must not move the scale.
+        Under a schedule, a rate that is outside may stay there: a schedule that leaves the range must not move the
+        scale.
         """
         scope = self.scopes[index]
         members = [self.groups[i] for i in self.members(index)]
@@ -164,31 +163,32 @@ class Rates:
         return min(max(lr, low), high)
 
     def suggestions(self) -> list[float] | None:
-        """For each group a constant rate, at the ratios of now; ``None``: no step has shown one."""
+        """A constant rate for each group, or its present one if it never moved; ``None`` if none did."""
+        suggested = [scope.trajectory.suggestion() for scope in self.scopes]
         found = []
-        for group in self.groups:
-            suggested = self.scopes[group.scope].trajectory.suggestion()
-            if suggested is None:
-                return None
-            highest = self._scheduled(group.scope)
-            found.append(suggested * (group.unscaled / highest if highest else 1.0))
-        return [min(max(lr, self._min_lr), self._max_lr) for lr in found]
+        for i, group in enumerate(self.groups):
+            lr, highest = suggested[group.scope], self._scheduled(group.scope)
+            configured = [abs(self._configured(j)) for j in self.members(group.scope)]
+            ratio = group.unscaled / highest if highest else abs(self._configured(i)) / (max(configured) or 1.0)
+            frozen = lr is None or (group.zero and group.base == 0)
+            found.append(group.lr if frozen else min(max((lr or 0.0) * ratio, self._min_lr), self._max_lr))
+        return None if all(lr is None for lr in suggested) else found
 
     def put_back(self, before: Sequence[float], during: Sequence[float]) -> bool:
-        """After a step that raised: what the groups held before, where they hold what they held during the step.
+        """Restore the rates in the groups after a step that raised, except for those that were changed in between.
 
         Returns:
-            Whether all of them did.
+            Whether all were restored.
         """
         groups = self.optimizer.param_groups
-        holding = get_lrs(groups)  # first of all, for groups may share a tensor
+        holding = get_lrs(groups)  # before any is written, because groups may share a tensor
         for settings, held, lr, rate in zip(groups, holding, during, before, strict=False):
             if held == lr:
                 set_lr(settings, rate)
         return all(held == lr for held, lr in zip(holding, during, strict=False))
 
     def give_back(self, before: Sequence[float], during: Sequence[float]) -> None:
-        """After a step: what the scheduler says; less by as much as the optimizer has lowered its rate, if it has."""
+        """Restore the scheduled rates after a step. If the optimizer has lowered its rate, lower them in proportion."""
         groups = self.optimizer.param_groups
         holding = get_lrs(groups)
         for settings, held, lr, rate in zip(groups, holding, during, before, strict=True):
@@ -196,7 +196,7 @@ class Rates:
             set_lr(settings, rate * lowered if 0 <= lowered < 1 else rate)
 
     def is_scheduled(self) -> bool:
-        """Whether the rates in the groups belong to a schedule, as far as it is known now."""
+        """Whether the rates in the groups belong to a schedule: set by the user, or detected."""
         if self.scheduled is not None:
             return self.scheduled
         return any("initial_lr" in settings for settings in self.optimizer.param_groups)
@@ -206,18 +206,18 @@ class Rates:
         return float(settings["initial_lr"]) if self.under_schedule and "initial_lr" in settings else self.held[index]
 
     def _anchor(self, index: int) -> None:
-        """Start a scope from the rates that its groups are configured with now."""
+        """Start a scope from the rates that its groups are configured with."""
         scope = self.scopes[index]
         configured = []
         for i in self.members(index):
             group = self.groups[i]
-            # a scheduler that comes in mid-training goes on from the rate that is there, whatever it calls its own
+            # a scheduler that is added in mid-training goes on from the present rate, whatever its own initial one is
             configured.append((scope.started and self.held[i]) or self._configured(i))
             group.lr = group.base = self.held[i]
             group.join = 1.0
             group.zero = configured[-1] == 0
         reference = max(configured, key=abs)
-        # a group at 0 is frozen, unless all are: then the rule starts from there, as in the paper
+        # a group at 0 is frozen; but if all are at 0, the rule starts from there, as in the paper
         scope.from_zero = reference == 0 and not any(map(self._configured, range(len(self.groups))))
         scope.reference = reference or 1.0
         scope.lr = scope.used = scope.reference
@@ -231,9 +231,9 @@ class Rates:
     def _join(self, group: Group) -> bool:
         """Let a group that was added in mid-training join its scope; ``False``: the scope must start from scratch.
 
-        It joins at its configured rate, except that a scope which stands at 0, held there by the clamp, takes it along
-        from there. Where the rule has picked the rate, neither the optimizer's default nor a scheduled rate is one that
-        steps are taken with: a group that has it joins in proportion to the others.
+        The group joins at its configured rate, unless the clamp holds its scope at 0. If the rule has picked the first
+        rate, the optimizer's default rate or a scheduled rate is not the size of a step. A group with such a rate joins
+        in proportion to the others.
         """
         scope = self.scopes[group.scope]
         group.base = group.lr
@@ -246,16 +246,16 @@ class Rates:
             return True
         if scope.used:
             group.join = scope.reference / scope.used
-            self._grow(scope, max(1.0, abs(group.unscaled / scope.reference)))  # α is the largest rate
+            self._grow(scope, max(1.0, abs(group.unscaled / scope.reference)))  # because α is the largest rate
         return self.under_schedule or not (scope.from_zero and scope.used == 0)
 
     def _write(self, group: Group, lr: float) -> None:
-        """Take over a rate that was written into some groups of a scope: the others keep theirs."""
+        """Take over a rate that was written into one group of a scope. The other groups keep theirs."""
         scope = self.scopes[group.scope]
         group.zero = lr == 0
         if scope.used:
             group.base, group.join = lr / scope.scale, 1.0
-        elif group.base:  # at 0, held there by the clamp, there is no ratio to tell: the scope comes back as a whole
+        elif group.base:  # the clamp held the scope at 0, so the ratio is not known: the whole scope comes back
             scope.lr = scope.used = scope.reference * (lr / group.unscaled)
         else:
             group.base, scope.lr, scope.used = lr, scope.reference, scope.reference
@@ -270,7 +270,7 @@ class Rates:
         scope.used *= factor
 
     def check(self) -> None:
-        """Read what the groups of the optimizer hold; raise ``TypeError`` or ``ValueError`` for no rate."""
+        """Read the rates in the optimizer's groups. Raise ``TypeError`` or ``ValueError`` if one is out of order."""
         settings = self.optimizer.param_groups
         scheduled = self.is_scheduled()
         names = [f"lr of {type(self.optimizer).__name__} param_groups[{i}]" for i in range(len(settings))]
@@ -293,7 +293,7 @@ class Rates:
             )
 
     def state_dict(self) -> dict[str, Any]:
-        """All of it, as plain numbers."""
+        """The rates of all scopes and groups, as plain numbers."""
         return {
             "scheduled": self.under_schedule,
             "scopes": [scope.state_dict() for scope in self.scopes],
@@ -304,16 +304,16 @@ class Rates:
         }
 
     def written(self) -> list[bool]:
-        """For each group whether it holds another rate than that of the last step."""
+        """Whether each group holds another rate than that of the last step."""
         held = get_lrs(self.optimizer.param_groups)
         return [lr != group.lr for group, lr in zip(self.groups, held, strict=False)]
 
     def load_state_dict(self, state_dict: dict[str, Any], keep: Sequence[bool]) -> None:
-        """Take over what ``state_dict`` returned, for the same groups.
+        """Load what ``state_dict`` returned, for the same groups.
 
         Args:
             state_dict: The state.
-            keep: For each group whether what it holds now was written, and shall stay.
+            keep: For each group, whether the rate that it holds now stays, because it was written.
 
         Raises:
             KeyError, TypeError, ValueError: The state is damaged, or of other groups.
@@ -342,7 +342,7 @@ class Rates:
             raise
         self.scopes, self.groups, self.under_schedule = scopes, groups, under_schedule
         if self.under_schedule and not self.is_scheduled():
-            self.scheduled = True  # said by the user then, for a scheduler that leaves no mark
+            self.scheduled = True  # the user had set it, for a scheduler that cannot be detected
         if not self.under_schedule:
             for group, settings, lr, stays in zip(groups, self.optimizer.param_groups, holding, keep, strict=True):
                 group.lr = as_held(settings, group.lr)

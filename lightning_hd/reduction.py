@@ -1,4 +1,4 @@
-"""One collective per step: sums over the processes that train together, each holding a copy or a shard."""
+"""One collective per step: sums over the processes that train together. Each of them holds a copy or a shard."""
 
 import math
 from collections.abc import Iterable, Sequence
@@ -12,7 +12,7 @@ from torch.distributed.tensor import DTensor
 
 
 def as_real(tensor: Tensor) -> Tensor:
-    """A complex tensor as the real one of twice the size that the optimizers see; any other tensor as it is."""
+    """A complex tensor as the real one of twice the size, as optimizers see it; any other tensor as it is."""
     return torch.view_as_real(tensor.resolve_conj()) if tensor.is_complex() else tensor
 
 
@@ -43,7 +43,7 @@ def gradient_of(p: Tensor) -> Tensor:
 def is_flat_shard(p: Tensor) -> bool:
     """Whether a parameter is a slice of a flat one (``FullyShardedDataParallel`` with ``use_orig_params=True``).
 
-    torch marks them by this attribute, and has no public name for it.
+    torch marks such parameters by this attribute. It has no public name for it.
     """
     return getattr(p, "_fsdp_flattened", False) and not isinstance(p, DTensor)
 
@@ -52,10 +52,10 @@ class Ranks:
     """The processes that train together: those of a process group, or this one alone.
 
     Args:
-        group: ``None``: the default process group, once ``torch.distributed`` is initialized.
+        group: The process group; ``None``: the default one, once ``torch.distributed`` is initialized.
 
     Raises:
-        TypeError: It is no process group.
+        TypeError: ``group`` is not a process group.
         ValueError: This process is not in it.
     """
 
@@ -68,12 +68,12 @@ class Ranks:
 
     @property
     def count(self) -> int:
-        """How many there are."""
+        """The number of processes."""
         return dist.get_world_size(self._group) if dist.is_initialized() else 1
 
     @property
     def rank(self) -> int:
-        """The place of this process among them."""
+        """The rank of this process among them."""
         return dist.get_rank(self._group) if self.count > 1 else 0
 
     @property
@@ -82,7 +82,7 @@ class Ranks:
         return self.rank == 0
 
     def copies(self, p: Tensor) -> float:
-        """On how many ranks the same elements of a parameter are."""
+        """The number of ranks that hold the same elements of a parameter."""
         if is_flat_shard(p):
             return 1.0
         if not isinstance(p, DTensor):
@@ -103,7 +103,7 @@ class Ranks:
         )
 
     def check_meshes(self, parameters: Iterable[Tensor]) -> None:
-        """Raise ``ValueError`` where a parameter has shards, or copies, on processes that are not of these."""
+        """Raise ``ValueError`` if a parameter has shards or copies on other processes than these."""
         meshes = {p.device_mesh for p in parameters if isinstance(p, DTensor)}
         for mesh in meshes if self._group is not None else ():
             missing = set(mesh.mesh.flatten().tolist()) - set(dist.get_process_group_ranks(self._group))
@@ -114,7 +114,7 @@ class Ranks:
                 )
 
     def sum(self, tensor: Tensor) -> Tensor:
-        """The sum over all ranks, equal on all of them bit for bit; one collective, or none for a single rank."""
+        """The sum over all ranks, equal on all of them bit for bit. It takes one collective, or none for one rank."""
         if self.count > 1:
             dist.all_reduce(tensor, group=self._group)
         return tensor
@@ -127,7 +127,7 @@ class Ranks:
         return values
 
     def check_agreement(self, owner: str, step: int, lrs: Sequence[float]) -> None:
-        """Raise ``RuntimeError`` on every rank where they are not at the same step, at the same rates."""
+        """Raise ``RuntimeError`` on every rank if not all are at the same step and the same rates."""
         everyone = self.gather((step, lrs))
         if any(other != everyone[0] for other in everyone):
             held = "; ".join(f"rank {rank}: step {step}, {lrs}" for rank, (step, lrs) in enumerate(everyone))

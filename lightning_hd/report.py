@@ -1,4 +1,4 @@
-"""What is said when training starts and ends: one line, then a short table and what seems wrong."""
+"""Reports: one line when training starts, a short table and remarks on what seems wrong when it ends."""
 
 import io
 import math
@@ -13,34 +13,34 @@ from lightning_hd.hypergradient import HypergradientLR
 from lightning_hd.tracker import Tracker
 
 _SHORT = 100
-"""In fewer steps, the climb to the useful range may not come to its end."""
+"""In fewer steps, the climb to the useful range may not end."""
 
 _PINNED = 0.5
-"""A rate is held by a clamp where this part of the steps, or more, is taken at it."""
+"""A clamp holds the rate if at least this part of the steps is taken at it."""
 
 _RISING = 0.3
-"""The mean cosine of the last steps above which the rate is still too small."""
+"""If the mean cosine of the last steps is above this, the rate is still too small."""
 
 _ONE_SIGN = 0.95
-"""Cosines of one sign in this part of the steps say that the rate never came near the useful range."""
+"""If more than this part of the cosines has one sign, the rate never came near the useful range."""
 
 _VARIED = 4.0
-"""A schedule by whose range, highest over lowest, it can be seen whether the scale undoes it."""
+"""If the highest scheduled rate is this many times the lowest, it shows whether the scale undoes the schedule."""
 
 _UNDONE = 0.7
-"""By which power of the schedule the scale falls where it rises, and the other way round, if it undoes it."""
+"""The scale undoes a schedule if it follows a power of the schedule whose exponent is below minus this number."""
 
 _UNSEEN = 0.05
-"""A GradScaler skips a few steps; more than this part of them is worth a word."""
+"""A GradScaler skips a few steps. A larger part of them than this is reported."""
 
 _BRAKED = 0.1
-"""Brakes come in series where there are more of them than this part of the steps."""
+"""If the rule brakes in more than this part of the steps, brakes come in series."""
 
 _HEAD = ("optimizer", "configured", "first lr", "median", "highest", "last", "brakes", "skipped", "seconds", "share")
 
 
 def say_what_is_missing(trainer: Trainer, engines: Sequence[HypergradientLR], restored: dict[str, Any] | None) -> None:
-    """Say so where there is no optimizer, no logger, or a checkpoint without a state of the callback."""
+    """Report if there is no optimizer, no logger, or no state of the callback in the checkpoint."""
     if not engines:
         rank_zero_warn("HypergradientDescent: the Trainer has no optimizer, so there is no learning rate to tune.")
         return
@@ -51,23 +51,23 @@ def say_what_is_missing(trainer: Trainer, engines: Sequence[HypergradientLR], re
         )
     if not trainer.loggers:
         rank_zero_info(
-            "HypergradientDescent: the Trainer has no logger, so the learning rates are tuned but not logged; after "
+            "HypergradientDescent: the Trainer has no logger, so the learning rates are tuned but not logged. After "
             "training they are in the callback's `lrs`."
         )
 
 
 def check_tuned(trackers: Sequence[Tracker]) -> None:
-    """Warn of optimizers of which no step was tuned."""
+    """Warn of optimizers without a tuned step."""
     for tracker in trackers:
         if not (tracker.engine.step_count or tracker.engine.paused):
             rank_zero_warn(
-                f"HypergradientDescent: no step of {tracker.name} was tuned: its `step` was not called, or replaced, "
-                "or there was no gradient. The parameters have moved, if at all, at the configured learning rate."
+                f"HypergradientDescent: no step of {tracker.name} was tuned. Its `step` was replaced or not called, or "
+                "there was no gradient. If the parameters have moved, it was at the configured learning rate."
             )
 
 
 def announce(trackers: Sequence[Tracker], rule: str) -> None:
-    """Say what is tuned, by which rule, and how much of each model is looked at: after the first steps."""
+    """Report what is tuned, by which rule, and how much of each model is looked at. Call it after a first step."""
     parts = []
     for tracker in trackers:
         seen, count = tracker.engine.probe
@@ -81,8 +81,8 @@ def summarize(trackers: Sequence[Tracker], seconds: float) -> None:
     """Show the table and the remarks, on the first process.
 
     Args:
-        trackers: Those of the optimizers.
-        seconds: How long training took.
+        trackers: The trackers of the optimizers.
+        seconds: The time that training took.
     """
     body = rows(trackers, seconds)
     if body:
@@ -90,7 +90,7 @@ def summarize(trackers: Sequence[Tracker], seconds: float) -> None:
 
 
 def rows(trackers: Sequence[Tracker], seconds: float) -> list[tuple[str, ...]]:
-    """For each parameter group its rates, how often its rule braked, which steps were not finite, and what it took."""
+    """For each parameter group its rates, the numbers of brakes and of steps that were not finite, and the time."""
     found = []
     for tracker in trackers:
         engine = tracker.engine
@@ -114,36 +114,39 @@ def remarks(trackers: Sequence[Tracker]) -> list[str]:
             found.append(f"{tracker.name}: {count} steps may be too few for the rate to reach its range.")
         if not count >= _SHORT:
             continue
+        held = False
         for name, lrs in history:
             for argument, bound in zip(("min_lr", "max_lr"), engine.limits, strict=True):
                 if bound and lrs.count(bound) >= _PINNED * len(lrs):
+                    held = True
                     found.append(f"{name}: the rate was held by {argument}={bound:g} in most steps.")
         for name, scales, cosines, schedule in tracker.scopes():
+            many = len(cosines) >= _SHORT
             positive = sum(cosine > 0 for cosine in cosines) / (len(cosines) or math.nan)
-            if positive > _ONE_SIGN or positive < 1 - _ONE_SIGN:
+            if many and not 1 - _ONE_SIGN <= positive <= _ONE_SIGN:
                 sign, size = ("positive", "small") if positive > _ONE_SIGN else ("negative", "large")
                 part = max(positive, 1 - positive)
                 found.append(
-                    f"{name}: the cosine was {sign} in {part:.0%} of the steps, so the rate was too {size} throughout."
+                    f"{name}: the cosine was {sign} in {part:.0%} of the steps, so the rate was always too {size}."
                 )
-            elif cosines and fmean(cosines[-_SHORT:]) > _RISING:
-                found.append(f"{name}: the rate was still too small at the end, so the run is short for it.")
-            if _fights(scales, schedule):
+            elif many and fmean(cosines[-_SHORT:]) > _RISING:
+                found.append(f"{name}: the rate was still too small at the end, so the run was too short.")
+            if not held and _fights(scales, schedule):
                 found.append(
-                    f"{name}: the learned scale undid most of what the scheduler did. Leave the scheduler out, or keep "
-                    "the scale after some steps with stop_after=."
+                    f"{name}: the learned scale undid most of what the scheduler did. Leave the scheduler out, or pass "
+                    "stop_after= to keep the scale after some steps."
                 )
         if sum(engine.brakes) > _BRAKED * count:
-            found.append(f"{tracker.name}: the rule braked {sum(engine.brakes)} times; is the loss very noisy?")
+            found.append(f"{tracker.name}: the rule braked {sum(engine.brakes)} times. Is the loss very noisy?")
         if tracker.untuned > _UNSEEN * count:
             found.append(f"{tracker.name}: {tracker.untuned} steps of the optimizer were not tuned.")
         if engine.nonfinite_steps:
-            found.append(f"{tracker.name}: in {engine.nonfinite_steps} steps, numbers were not finite.")
+            found.append(f"{tracker.name}: numbers were not finite in {engine.nonfinite_steps} steps.")
     return found
 
 
 def _fights(scales: Sequence[float], schedule: Sequence[float]) -> bool:
-    """Whether, in the second half, the scale has undone most of what the schedule did."""
+    """Whether the scale has undone most of what the schedule did in the second half of the run."""
     pairs = [(math.log(a), math.log(b)) for a, b in zip(scales, schedule, strict=False) if a > 0 < b]
     ours, theirs = (list(numbers)[len(pairs) // 2 :] for numbers in zip(*pairs, strict=True)) if pairs else ([], [])
     if not theirs or max(theirs) - min(theirs) < math.log(_VARIED):
@@ -152,7 +155,7 @@ def _fights(scales: Sequence[float], schedule: Sequence[float]) -> bool:
 
 
 def _table(body: Sequence[tuple[str, ...]]) -> str:
-    """With ``rich``, where it is installed."""
+    """The table as text, drawn by ``rich`` if that is installed."""
     try:
         from rich.console import Console
         from rich.table import Table

@@ -1,4 +1,4 @@
-"""Reads what runs have logged: learning rates, loss and cosines, from event files and from those of CSVLogger."""
+"""Reads learning rates, losses and cosines of runs, from event files of TensorBoard and from files of CSVLogger."""
 
 import csv
 import math
@@ -19,19 +19,19 @@ LOSSES = ("loss", "train_loss", "train/loss", "loss_step", "train_loss_step")
 
 
 class PlotError(ValueError):
-    """There is nothing to draw, or no place for it. The message is one line."""
+    """There is nothing to draw, or the figure cannot be written. The message is one line."""
 
 
 @dataclass(frozen=True)
 class Curves:
-    """What is drawn of one run.
+    """What is drawn of one run. Each curve is a pair of sequences of equal length, which are steps and values.
 
     Args:
-        name: What the legend calls it.
-        rates: The learning rates of each parameter group.
+        name: The name of the run in the legend.
+        rates: The learning rates of each parameter group, by its name.
         loss: The loss.
-        cosines: The cosines of each parameter group, or of each optimizer.
-        loss_name: What the axis of the loss is called, where all runs agree.
+        cosines: The cosines of each parameter group, or of each optimizer, by its name.
+        loss_name: The name of the axis of the loss, if it is the same for all runs.
     """
 
     name: str
@@ -42,12 +42,15 @@ class Curves:
 
 
 def load(runs: Sequence[Path | str], loss: str | None = None) -> list[Curves]:
-    """Read the runs that are found in folders, and in the folders below them.
+    """Read the runs in some folders, and in the folders below them.
 
     Args:
         runs: Folders with event files of TensorBoard or with ``metrics.csv`` of Lightning's ``CSVLogger``.
         loss: The tag of the loss; ``None``: the first of ``loss``, ``train_loss``, ``train/loss``, ``loss_step`` and
-            ``train_loss_step``, else the first that ends in ``loss``.
+            ``train_loss_step`` that a run has logged, else the first tag that ends in ``loss``.
+
+    Returns:
+        The curves of each run.
 
     Raises:
         PlotError: A folder or the tag does not exist, or no run has logged a learning rate.
@@ -70,7 +73,7 @@ def load(runs: Sequence[Path | str], loss: str | None = None) -> list[Curves]:
 
 
 def _find(folder: Path) -> list[Path]:
-    """The folders of all runs in a folder, itself included, as absolute paths."""
+    """The folders of all runs in a folder and below it, as absolute paths."""
     if not folder.is_dir():
         raise PlotError(f"{folder} is not a folder" if folder.exists() else f"folder does not exist: {folder}")
     files = [file for pattern in (EVENTS, CSV) for file in folder.rglob(pattern) if file.is_file()]
@@ -86,7 +89,7 @@ def natural(name: str) -> list[tuple[int, str]]:
 
 
 def _read(folder: Path) -> dict[str, Curve]:
-    """All scalars of a run. Where both kinds of files hold a tag, the event files count."""
+    """All scalars of a run. If both kinds of files hold a tag, the event files count."""
     numbers: dict[str, Curve] = {}
     for source in (_csv(folder), _events(folder)):
         tags: dict[str, tuple[list[int], list[float]]] = {}
@@ -119,7 +122,7 @@ def _csv(folder: Path) -> Iterator[tuple[str, int, float]]:
 def _number(text: Any) -> float | None:
     try:
         return float(text)
-    except (TypeError, ValueError):  # an empty cell, or one that the header does not name
+    except (TypeError, ValueError):  # the cell is empty, or has no name in the header
         return None
 
 
@@ -146,6 +149,6 @@ def _select(name: str, tags: Mapping[str, Curve], loss: str | None) -> Curves:
 
 
 def _named(tags: Mapping[str, Curve], prefixes: tuple[str, ...]) -> dict[str, Curve]:
-    """The curves whose tags begin so, by the rest of the tag; a later prefix takes precedence."""
+    """The curves whose tags have one of these prefixes, by the rest of the tag. A later prefix takes precedence."""
     found = {tag[len(start) :]: tags[tag] for start in prefixes for tag in tags if tag.startswith(start)}
     return {name: found[name] for name in sorted(found, key=natural)}

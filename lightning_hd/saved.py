@@ -1,4 +1,4 @@
-"""What is saved of the tuning of one optimizer, and what is wrong with what shall be loaded."""
+"""Saves and loads the state of the tuning of one optimizer, and checks what is loaded."""
 
 from typing import Any
 
@@ -10,12 +10,12 @@ from lightning_hd.step import Tuning
 _COUNTS = ("step_count", "nonfinite_steps")
 
 _WAY_OUT = (
-    "go on with the same, or start tuning anew: with on_mismatch='restart' in the callback, else by not loading it"
+    "Go on with the same, or start tuning anew: pass on_mismatch='restart' to the callback, or do not load the state"
 )
 
 
 def save(tuning: Tuning) -> dict[str, Any]:
-    """Plain numbers, and a vector of the coordinates that are looked at."""
+    """The state: plain numbers, and what the view remembers."""
     return {
         "optimizer": type(tuning.optimizer).__name__,
         "rule": type(tuning.rule).__name__,
@@ -27,14 +27,23 @@ def save(tuning: Tuning) -> dict[str, Any]:
     }
 
 
+def _is_former(state_dict: dict[str, Any]) -> bool:
+    """Whether a state is of a version before this one."""
+    if "last" in state_dict and "view" not in state_dict:
+        return True
+    rates = state_dict.get("rates")
+    scopes = rates.get("scopes") if isinstance(rates, dict) else None
+    return isinstance(scopes, list) and any(isinstance(s, dict) and s and "trajectory" not in s for s in scopes)
+
+
 def load(tuning: Tuning, state_dict: dict[str, Any], loaded: bool) -> None:
-    """Take over what ``save`` returned; where that fails, all is as it was.
+    """Load what ``save`` returned. If that fails, the tuning stays as it was.
 
     Args:
         tuning: The tuning.
         state_dict: The state.
-        loaded: Whether the optimizer has loaded its state already, so that the rates that it holds shall stay. Else
-            only those that were written do.
+        loaded: Whether the optimizer has loaded its state already. Then the rates that it holds stay. Otherwise only
+            rates stay that were written.
 
     Raises:
         ValueError: The state is of another optimizer class, rule, scope or layout of parameter groups, of a former
@@ -44,25 +53,25 @@ def load(tuning: Tuning, state_dict: dict[str, Any], loaded: bool) -> None:
     tuning.rates.sync()
     keep += [loaded] * (len(tuning.optimizer.param_groups) - len(keep))
     own = save(tuning)
-    if isinstance(state_dict, dict) and "last" in state_dict and "view" not in state_dict:
-        raise ValueError(f"the saved state is of a former version of lightning-hd: {_WAY_OUT}")
+    if isinstance(state_dict, dict) and _is_former(state_dict):
+        raise ValueError(f"the saved state is of a former version of lightning-hd. {_WAY_OUT}")
     if not isinstance(state_dict, dict) or not own.keys() <= state_dict.keys():
-        raise ValueError("this is not what HypergradientLR.state_dict() returned")
+        raise ValueError("the state is not what HypergradientLR.state_dict() returned")
     for key in ("optimizer", "rule", "scope"):
         if state_dict[key] != own[key]:
             saved, now = (rule_name(d[key]) if key == "rule" else d[key] for d in (state_dict, own))
-            raise ValueError(f"the saved state has {key}={saved!r}, now it is {now!r}: {_WAY_OUT}")
+            raise ValueError(f"the saved state has {key}={saved!r}, now it is {now!r}. {_WAY_OUT}")
     try:
         groups = state_dict["rates"]["groups"]
         if isinstance(groups, list) and len(groups) != len(own["rates"]["groups"]):
             raise ValueError(
                 f"the saved state has {len(groups)} parameter groups, the optimizer {len(own['rates']['groups'])}"
             )
-        Losses().load_state_dict(state_dict["losses"])  # whether it can be loaded
+        Losses().load_state_dict(state_dict["losses"])  # raises before anything is changed
         counts = {name: check_count(name, state_dict[name]) for name in _COUNTS}
         scheduled = tuning.rates.under_schedule
         tuning.view.load_state_dict(state_dict["view"])
-        tuning.rates.load_state_dict(state_dict["rates"], keep)  # the last that can fail, and it fails as a whole
+        tuning.rates.load_state_dict(state_dict["rates"], keep)  # the last that can fail; it changes all or nothing
     except (KeyError, IndexError, TypeError, ValueError, AttributeError) as error:
         tuning.view.load_state_dict(own["view"])
         raise ValueError(f"the saved state is damaged, or of other parameter groups: {error!r}. {_WAY_OUT}") from error

@@ -1,4 +1,4 @@
-"""What is known of one learned rate, and of the groups that follow it."""
+"""Scopes and groups: a learned rate, and the rates that follow it."""
 
 import math
 from dataclasses import dataclass, field
@@ -9,7 +9,7 @@ from lightning_hd.rules import Observation, Rule
 from lightning_hd.trajectory import Trajectory
 
 _LOW = 0.5
-"""The part of its peak below which a schedule is low."""
+"""A schedule is low below this part of its peak."""
 
 
 _NUMBERS = ("lr", "used", "reference", "peak")
@@ -26,26 +26,26 @@ class Scope:
     lr: float = 0.0  # α_t
     used: float = 0.0  # γ_t, the rate of the last step: α_t itself but for rules with a transition
     reference: float = 1.0  # what α would be without learning
-    from_zero: bool = False  # configured at 0: there is no ratio to keep, the groups count as equal, the reference is 1
-    started: bool = False  # whether a step has been taken at a rate of its own
-    moved: bool = False  # whether the last step was one, and not at a rate of 0
+    from_zero: bool = False  # all groups are configured at 0: they count as equal, and the reference is 1
+    started: bool = False  # whether a step was taken at the learned rate
+    moved: bool = False  # whether the last step was such a step, and not at a rate of 0
     peak: float = math.inf  # α where the schedule was last near its own peak
-    low: bool = False  # whether it is not now
-    since: int = 0  # the steps that were taken before its rate started, or started anew
-    vanished: int = 0  # how many steps on trial have left no trace
-    trajectory: Trajectory = field(default_factory=Trajectory)  # α_t, times what the schedule says over its peak
+    low: bool = False  # whether the schedule is low now
+    since: int = 0  # the number of steps before the rate started, or started anew
+    vanished: int = 0  # how many trial steps have left no trace
+    trajectory: Trajectory = field(default_factory=Trajectory)  # α_t times the scheduled part of the peak
     last: Observation | None = None
 
     def state_dict(self) -> dict[str, Any]:
-        """All of it but what the last step has shown, as plain numbers."""
+        """All of it as plain numbers, except for the last observation."""
         numbers = {name: getattr(self, name) for name in (*_NUMBERS, *_FLAGS, *_COUNTS)}
         return numbers | {"rule": self.rule.state_dict(), "trajectory": self.trajectory.state_dict()}
 
     def loaded(self, saved: dict[str, Any]) -> "Scope":
-        """A scope with what ``state_dict`` returned; its rule is this one's, which has yet to load its own.
+        """A scope from what ``state_dict`` returned. It has the rule of this one, whose state is loaded apart.
 
         Raises:
-            KeyError, TypeError, ValueError: It is damaged.
+            KeyError, TypeError, ValueError: The state is damaged.
         """
         scope = Scope(self.rule)
         for name in _NUMBERS:
@@ -60,24 +60,24 @@ class Scope:
         return scope
 
     def restart(self, rule: Rule, step_count: int) -> None:
-        """Let the rule pick the first rate again, after so many steps."""
+        """Let a new rule pick the first rate again, after ``step_count`` steps."""
         rule.brakes, rule.nonlinear, self.rule = self.rule.brakes, self.rule.nonlinear, rule
         self.started, self.moved, self.low, self.vanished, self.since = False, False, False, 0, step_count
         self.trajectory = Trajectory()
 
     def at_peak(self, lr: float, part: float) -> float:
-        """``α_t``, no higher than it was at the last peak of a schedule that has been low and comes back.
+        """``α_t``. Where a schedule was low and rises again, it is at most what it was at the last peak.
 
-        Where a schedule is low, nothing shows what is too high at its peak.
+        While a schedule is low, no step shows whether ``α`` is too high for its peak.
 
         Args:
-            lr: What the rule asks for.
-            part: What the schedule says, over the highest that it has said.
+            lr: The rate from the rule.
+            part: The scheduled rate over the highest one so far.
         """
         return min(lr, self.peak) if self.low and part >= _LOW else lr
 
     def mark(self, part: float) -> None:
-        """A step was taken where the schedule says this part of its peak."""
+        """Record a step that was taken at this part of the schedule's peak."""
         self.low = part < _LOW
         self.peak = self.peak if self.low else self.lr
         if self.started:
@@ -100,9 +100,9 @@ class Group:
 
     scope: int
     lr: float  # effective learning rate of the last step
-    base: float = 0.0  # what the configuration, or the scheduler, gives the group
-    join: float = 1.0  # for a group added in mid-training: what makes it join at its configured rate
-    zero: bool = False  # configured at 0, so that no clamp shall move it
+    base: float = 0.0  # the configured or scheduled rate of the group
+    join: float = 1.0  # the factor by which a group that is added in mid-training joins at its configured rate
+    zero: bool = False  # whether it is configured at 0: then no clamp moves it
 
     @property
     def unscaled(self) -> float:

@@ -1,4 +1,4 @@
-"""What only the first steps need: agreement of the processes, dry steps, and the first rate."""
+"""What only the first steps need: agreement of the processes, dry steps, and measures for the first rate."""
 
 import inspect
 import math
@@ -22,11 +22,11 @@ from lightning_hd.rules import Rule
 from lightning_hd.sums import squared_norm
 
 _TRIAL = 2.0**-13
-"""The length of a step on trial over that of the parameters: about that of a first step, so that what an optimizer
-makes of the rate in its own state does no harm, and visible in float32."""
+"""The length of a trial step over the norm of the parameters. It is about that of a first step, so an optimizer may
+keep the rate in its own state without harm. And it is long enough to be visible in float32."""
 
 _PATIENCE = 3
-"""After so many steps on trial that left no trace a longer one may be tried."""
+"""After so many trial steps that left no trace, a longer one may be tried."""
 
 
 @dataclass(frozen=True)
@@ -37,7 +37,7 @@ class Outlook:
         param_norm: ``‖θ_0‖``.
         grad_norm: ``‖g_1‖``.
         count: The number of coordinates.
-        direction_norm: ``‖d_1‖``; ``None``: not known before the step.
+        direction_norm: ``‖d_1‖``; ``None``: it is not known before the step.
         is_zero: Whether all gradients are zero.
     """
 
@@ -49,18 +49,18 @@ class Outlook:
 
     @property
     def is_finite(self) -> bool:
-        """Whether a first rate can be had from these numbers."""
+        """Whether a first rate can be computed from these numbers."""
         return all(map(math.isfinite, (self.param_norm, self.grad_norm, self.direction_norm or 0.0)))
 
     def trial_lr(self, rounding: float, vanished: int) -> float:
-        """A rate at which a step is short, whether the optimizer follows the gradient or normalizes it.
+        """A rate at which a step is short, whether its length follows the gradient's or not.
 
-        A step at it vanishes in rounding where the optimizer follows a gradient that is tiny. Only there a longer one
-        is tried after some steps without a trace: an optimizer that idles at first is waited for.
+        The step vanishes in rounding if it follows a tiny gradient. Only then a longer one is tried after some steps
+        without a trace. An optimizer may also leave no trace because it does not move in its first steps.
 
         Args:
             rounding: The relative rounding of the parameters.
-            vanished: How many steps on trial have left no trace.
+            vanished: How many trial steps have left no trace.
         """
         length = max(_TRIAL, 4 * rounding) * (self.param_norm or 1.0)
         if not math.isfinite(length):
@@ -91,8 +91,11 @@ class Start:
     def is_dry(self, fresh: bool) -> bool:
         """Whether this is the dry step by which ``torch.distributed.checkpoint`` makes an optimizer's state.
 
-        That is one with all rates and all gradients set to 0, before the first step or where there is no state yet.
-        One rank may take it alone, unless it has shards.
+        In a dry step all rates and all gradients are 0. It comes before the first step, or while there is no state.
+        One rank may take it alone, unless the parameters are sharded.
+
+        Args:
+            fresh: Whether no step was taken yet.
         """
         if not fresh and self._optimizer.state:
             return False
@@ -100,7 +103,7 @@ class Start:
         shared = any(isinstance(p, DTensor) for p in parameters)
         try:
             live = any(map(get_lr, self._optimizer.param_groups))
-        except (RuntimeError, TypeError, ValueError):  # an error that is raised in its turn
+        except (RuntimeError, TypeError, ValueError):  # a later check raises a clear error
             live = True
         if live and not (fresh and shared):
             return False
@@ -112,7 +115,7 @@ class Start:
         return not live
 
     def check(self, rates: Rates, rule: Rule, step_count: int) -> None:
-        """Before the first step: raise where something is wrong, on all ranks where they do not tune the same."""
+        """Raise before the first step if something is wrong. All ranks raise if they do not tune the same."""
         error: Exception | None = None
         try:
             rates.check()
@@ -141,7 +144,7 @@ class Start:
             raise error
 
     def check_gradients(self) -> None:
-        """Raise ``TypeError`` where a gradient is sparse."""
+        """Raise ``TypeError`` if a gradient is sparse."""
         check_gradients(self._parameters())
 
     def _compare(self, own: Mapping[str, Any]) -> None:
@@ -155,7 +158,7 @@ class Start:
                     )
 
     def outlooks(self, scopes: Mapping[int, Mapping[int, float]], grad_scale: Tensor | None) -> dict[int, Outlook]:
-        """What is known before the first steps of some scopes: one collective.
+        """What is known of some scopes before their first steps. It takes one collective.
 
         Args:
             scopes: For each scope its groups, with the derivative of the group's rate with respect to the scope's.
@@ -188,7 +191,7 @@ class Start:
         return None if tensor is None else widen(as_real(local(tensor)))
 
     def measure(self, before: Mapping[Tensor, Tensor], groups: Sequence[Mapping[int, float]]) -> list[float]:
-        """``‖θ_0 - θ_1‖`` for some scopes, each difference weighted as its group: one collective."""
+        """``‖θ_0 - θ_1‖`` for some scopes, where each group has its weight. It takes one collective."""
         sums = self._zeros(len(groups))
         for s, own in enumerate(groups):
             for i, weight in own.items():
@@ -209,7 +212,7 @@ class Start:
 
 
 def shorten(p: Tensor, before: Tensor, part: float) -> None:
-    """Leave of a parameter's move only a part; of 0, nothing."""
+    """Shorten the move of a parameter to a part of it; a part of 0 restores the parameter."""
     if part:
         p_real, start = as_real(p), widen(as_real(before))
         p_real.copy_(start + (widen(p_real) - start) * part)
@@ -218,7 +221,7 @@ def shorten(p: Tensor, before: Tensor, part: float) -> None:
 
 
 def _plain(value: Any) -> Any:
-    """What can be compared between processes: tensors by their numbers, functions by name, other objects by class."""
+    """A value that can be compared between processes: tensors as numbers, functions as names, objects as classes."""
     if isinstance(value, dict):
         return {key: _plain(item) for key, item in value.items()}
     if isinstance(value, (list, tuple)):

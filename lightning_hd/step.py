@@ -1,4 +1,4 @@
-"""One step of an optimizer that is tuned, from top to bottom: gather, sum, reduce, decide, set, remember."""
+"""One step of a tuned optimizer, from top to bottom: gather, sum, reduce, decide, set, remember."""
 
 import math
 
@@ -28,13 +28,13 @@ class Tuning:
 
     Args:
         optimizer: The optimizer.
-        rule: The rule, of which each scope has a copy.
+        rule: The rule. Each scope has a copy.
         rates: The rates of its groups and scopes.
-        view: What the rule looks at.
+        view: The view of the model that the rule needs.
         ranks: The processes that train together.
-        notices: For what the user should know.
-        decline: How rates fall at the end.
-        stop_after: After how many steps what is learned stays as it is; ``None``: never.
+        notices: Where warnings and log messages go.
+        decline: The decline of the rates at the end.
+        stop_after: The number of steps after which the learned scale stays as it is; ``None``: never.
     """
 
     def __init__(
@@ -65,17 +65,17 @@ class Tuning:
         self.paused = False
         self.step_count = 0
         self.nonfinite_steps = 0
-        self.loss: float | None = None  # of the last step, as far as it is known
-        self.lost_schedule = False  # whether a state was loaded that knew of none, where there is one
-        self._checked = False  # whether all is in order, and the same on all ranks
+        self.loss: float | None = None  # the loss of the last step, if it is known
+        self.lost_schedule = False  # whether there is a schedule, but there was none in the state that was loaded
+        self._checked = False  # whether the checks before the first step were passed
         self._dry = False
         self._step: Step | None = None
-        self._passed: tuple[list[float], list[float]] | None = None  # rates before and during a step without tuning
+        self._passed: tuple[list[float], list[float]] | None = None  # rates before and during a step that is not tuned
 
     # ------------------------------------------------------------------ called by the optimizer's hooks
 
     def begin(self) -> bool:
-        """A step begins: whether it is to be tuned."""
+        """Begin a step. Return whether to tune it."""
         self.watch.end()
         self.abandon()
         self._dry = False
@@ -85,7 +85,7 @@ class Tuning:
 
     @torch.no_grad()
     def prepare(self) -> bool:
-        """The gradients are there: set the rates of the update, or leave all as it was. Returns which."""
+        """Set the rates of the update when the gradients are ready. Return whether they were set."""
         self._dry = self.start.is_dry(fresh=not self.step_count)
         if self._dry:
             return False
@@ -99,7 +99,7 @@ class Tuning:
 
     @torch.no_grad()
     def finish(self) -> None:
-        """The step is over: the parameters have moved."""
+        """Finish a step, after the parameters have moved."""
         if self._passed is not None:
             self.rates.give_back(*self._passed)
             self._passed = None
@@ -110,7 +110,7 @@ class Tuning:
             self.view.make_room()
 
     def pass_by(self) -> None:
-        """A step that cannot be tuned: it is taken at the rate of the last one, or what a schedule makes of it."""
+        """Let a step that cannot be tuned use the rate of the last one, or what a schedule makes of it."""
         self.view.pause()
         if self.rates.under_schedule:
             self.rates.sync()
@@ -119,12 +119,12 @@ class Tuning:
             self._passed = list(self.rates.held), held
         self.notices.warn(
             "early move",
-            f"step {self.step_count + 1} moves the parameters before it evaluates its closure, as those of "
-            "sharpness-aware optimizers do: such steps are taken at the rate as it is, without tuning",
+            f"step {self.step_count + 1} moves the parameters before it evaluates its closure, as sharpness-aware "
+            "optimizers do. Such steps are not tuned: they use the present rate",
         )
 
     def abandon(self) -> None:
-        """Forget a step that began and raised: the rate stays as it was."""
+        """Forget a step that began but raised an error. The rate stays as it was."""
         step, self._step = self._step, None
         if self._passed is not None:
             self.rates.put_back(*self._passed)
@@ -137,21 +137,21 @@ class Tuning:
         if not self.rates.put_back(step.restore, step.lrs) and self.rates.under_schedule:
             self.notices.warn(
                 "schedule",
-                "a step raised an error, and the scheduler went on from the rate of that step: its values may be off "
-                "from here on",
+                "a step raised an error, and the scheduler went on from the rate of that step. From here on its values "
+                "may be off",
             )
 
     # ------------------------------------------------------------------ before the update
 
     def _check(self) -> None:
-        """Before the first step: what only serves a clear error."""
+        """Check before the first step what would fail later, with a clear error."""
         self.start.check(self.rates, self.rule, self.step_count)
         if not self.step_count:
             self.view.start()
         self._checked = True
 
     def _tune(self) -> bool:
-        """``False`` where no rank has a gradient, or a GradScaler has the optimizer skip the step."""
+        """Set the rates; ``False`` if no rank has a gradient, or a GradScaler makes the optimizer skip the step."""
         groups = self.optimizer.param_groups
         parameters = [p for settings in groups for p in settings["params"]]
         if not parameters or (self.ranks.count == 1 and all(p.grad is None for p in parameters)):
@@ -161,12 +161,12 @@ class Tuning:
         if not any(has_gradient for *_, has_gradient, _, _ in sums):
             return False
         for i, (*_, joined) in enumerate(sums):
-            # on one process alone they may only have had no gradient there before
+            # parameters that are new on a few processes may only have had no gradient there before
             if joined > self.ranks.count / 2 and self.rates.scopes[i].started and self.rates.scopes[i].rule.picks_start:
                 self.rates.restart(i, self.step_count)
                 self.view.forget(i)
                 self.notices.log(
-                    f"step {self.step_count + 1}: parameters have joined, so the learning rate starts anew"
+                    f"step {self.step_count + 1}: new parameters have gradients, so the learning rate starts anew"
                 )
         if self.linearity.fails(self.step_count):
             for scope in self.rates.scopes:
@@ -180,7 +180,7 @@ class Tuning:
         if self.rates.under_schedule and all(scope.from_zero for scope in self.rates.scopes):
             self.notices.warn(
                 "zero schedule",
-                "the scheduled learning rate is 0, and no scale changes that: unless it rises, nothing is learned",
+                "the scheduled learning rate is 0, and no scale changes that. Nothing is learned unless it rises",
             )
         self.takeoff.prepare(step)
         step.kept = [self._discount(step, i) for i in range(len(sums))]
@@ -193,7 +193,7 @@ class Tuning:
         return True
 
     def _sync(self) -> None:
-        """Take over what others did since the last step."""
+        """Take over changes of the rates and groups since the last step."""
         before = [group.lr for group in self.rates.groups]
         self.rates.sync()
         if self.step_count and not self.rates.under_schedule:
@@ -201,15 +201,15 @@ class Tuning:
         if self.lost_schedule and self.rates.under_schedule:
             self.notices.warn(
                 "new schedule",
-                "the saved state is of a training without a scheduler: the learned scale starts anew from what the "
-                "scheduler says",
+                "the saved state is of a training without a scheduler: the learned scale starts anew from the "
+                "scheduled rate",
             )
         self.lost_schedule = False
 
     def _sum(self) -> tuple[list[list[float]], float | None]:
-        """What there is to see, for each scope, and the loss: one collective and one host read.
+        """The observed sums of each scope and the loss, by one collective and one host read.
 
-        Nothing where the step is skipped.
+        There are no sums if the step is skipped.
         """
         scopes = [group.scope for group in self.rates.groups]
         grad_scale = getattr(self.optimizer, "grad_scale", None)
@@ -220,8 +220,8 @@ class Tuning:
             except RuntimeError:
                 self.start.check_gradients()
                 raise
-            # A fused optimizer under a GradScaler unscales inside of its step, and skips it where an inf was found: the
-            # scaler reports it by these two attributes, which exist during the step only.
+            # A fused optimizer under a GradScaler unscales inside its step, and skips the step if it finds an inf. The
+            # scaler reports both by these two attributes, which exist during the step only.
             found_inf = getattr(self.optimizer, "found_inf", None)
             skips = sums.new_zeros(1) if found_inf is None else found_inf.to(sums).view(1)
             losses = self.losses.take(sums) if losses is None else losses
@@ -243,7 +243,7 @@ class Tuning:
         known: float,
         joined: float,
     ) -> Observation | None:
-        """What a step shows of a scope; nothing where no step came before, or it was put back."""
+        """What a step shows of a scope; ``None`` if there was no step before, or it was undone."""
         scope = self.rates.scopes[index]
         if not known or scope.waits:
             return None
@@ -255,15 +255,15 @@ class Tuning:
                 self.notices.warn(
                     "vanished step",
                     "the last step left no trace in the parameters, so its direction is unknown and the learning rate "
-                    "stays as it is. Either the optimizer does not move in its first steps, and tuning begins once it "
-                    "does, or the rate is too small for the precision of the parameters",
+                    "stays as it is. Either the optimizer does not move in its first steps (tuning begins once it "
+                    "does), or the rate is too small for the precision of the parameters",
                 )
         if d_squared == 0 and not scope.moved:
             return None
         return Observation(derivative, math.sqrt(g_squared), math.sqrt(d_squared))
 
     def _decide(self, step: Step, index: int) -> tuple[float, float]:
-        """``α_t`` and ``γ_t`` of a scope; the last ones where a number is not finite."""
+        """``α_t`` and ``γ_t`` of a scope. If a number is not finite, they are the last ones."""
         scope, seen, number = self.rates.scopes[index], step.seen[index], self.step_count + 1
         lr, brakes, time = scope.lr, scope.rule.brakes, number - scope.since
         factor = self._factor()
@@ -274,12 +274,12 @@ class Tuning:
             leapt = scope.rule.brakes > brakes
             if scope.rule.long_horizon:
                 lr = scope.at_peak(lr, self.rates.scheduled_part(index))
-                lr = min(lr, scope.lr) if factor < 1 else lr  # moves made at higher rates ask for them again
+                lr = min(lr, scope.lr) if factor < 1 else lr  # old moves at higher rates would ask for them
             if step.loss is not None and math.isfinite(lr):
                 lr = returned(scope.rule.watch(lr, step.loss, time), scope.rule, "watch")
         lr *= self.rates.follow_schedule(index)
         if not finite:
-            return self._stay(step, scope, f"(hypergradient, ‖g‖, ‖d‖) = {tuple(seen or ())}")
+            return self._stay(step, scope, f"one of (hypergradient, ‖g‖, ‖d‖) = {tuple(seen or ())}")
         if abs(lr) <= LARGEST:
             lr = self.rates.clamp(index, lr)
             used = lr if stopped else returned(scope.rule.used(lr, time), scope.rule, "used")
@@ -292,14 +292,14 @@ class Tuning:
         return self._stay(step, scope, f"the rate that {type(scope.rule).__name__} made of {seen}")
 
     def _factor(self) -> float:
-        """What the decline makes of the rates; a schedule stands in its place."""
+        """The factor of the rates in the decline. There is no decline under a schedule."""
         if self.rates.under_schedule:
             return 1.0
         if self.decline.is_over(self.step_count + 1):
             self.notices.warn(
                 "longer",
-                f"training goes on after the {self.decline.total} steps that it was to take, at the rate at which the "
-                "decline has ended",
+                f"training goes on after the {self.decline.total} steps that it was to take. It keeps the rate of the "
+                "last one",
             )
         return self.decline.factor(self.step_count + 1)
 
@@ -307,7 +307,7 @@ class Tuning:
         step.finite = False
         self.notices.warn(
             "not finite",
-            f"step {self.step_count + 1}: not a finite number in {what}; the learning rate stays at {scope.used:g}. "
+            f"step {self.step_count + 1}: {what} is not a finite number; the learning rate stays at {scope.used:g}. "
             "Further such steps are counted in nonfinite_steps",
         )
         return scope.lr, scope.used
@@ -324,7 +324,7 @@ class Tuning:
     # ------------------------------------------------------------------ after the update
 
     def _remember(self, step: Step) -> None:
-        """The parameters have moved: take over the rates and what the view has kept."""
+        """Take over the rates, and what the view has kept, after the parameters have moved."""
         try:
             self.takeoff.measure(step)
         except BaseException:

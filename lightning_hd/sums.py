@@ -1,4 +1,4 @@
-"""Dot products and norms of flat vectors, with the digits of float32 at least, whatever their size and scale."""
+"""Dot products and norms of flat vectors of any size and scale, at least as precise as float32."""
 
 import torch
 from torch import Tensor
@@ -7,10 +7,10 @@ from torch.nn import functional as F  # noqa: N812
 from lightning_hd.reduction import exact_dtype, widen
 
 _ROW = 2**10
-"""Numbers that are added in their own dtype; the sums of rows are added in float64."""
+"""The length of a row. The numbers in a row are added in their own dtype, the sums of rows in float64."""
 
 _SAFE = (1e-30, 1e30)
-"""Squared norms between these have lost nothing to underflow or overflow in float32."""
+"""A squared norm between these has lost nothing to underflow or overflow in float32."""
 
 
 def products(
@@ -19,11 +19,11 @@ def products(
     """``g·d``, ``‖g‖²`` and ``‖d‖²``, as one tensor of shape (3,) in float64 (float32 on devices without it).
 
     Args:
-        g: Gradient, flat.
-        d: Direction, of the same length; ``None``: zero.
-        weights: How much each number counts; ``None``: all alike.
-        wide: Whether to compute in float64. In float32, numbers whose squares are out of its range are lost.
-        spare: A tensor of the length and dtype of ``g`` to write products into; ``None``: one is made.
+        g: The gradient, of shape (n,).
+        d: The direction, of shape (n,); ``None``: zero.
+        weights: The weight of each number, of shape (n,); ``None``: all weights are 1.
+        wide: Whether to compute in float64. In float32, numbers are lost whose squares are out of range.
+        spare: A tensor of the shape and dtype of ``g`` to write products into; ``None``: one is made.
     """
     exact = exact_dtype(g.device)
     g_rows, d_rows, w_rows = (None if x is None else _rows(x, exact if wide else None) for x in (g, d, weights))
@@ -40,13 +40,13 @@ def products(
 
 
 def is_doubtful(g_squared: float, d_squared: float) -> bool:
-    """Whether norms must be computed once more in float64."""
+    """Whether norms must be computed again in float64."""
     low, high = _SAFE
     return not (low < g_squared < high and low < d_squared < high)
 
 
 def squared_norm(tensor: Tensor) -> Tensor:
-    """``‖tensor‖²``, accumulated in the widest dtype, as a 0-dim tensor."""
+    """``‖tensor‖²``, accumulated in the widest dtype of the device, as a 0-dim tensor."""
     norm: Tensor = torch.linalg.vector_norm(tensor, dtype=exact_dtype(tensor.device))
     return norm.square()
 

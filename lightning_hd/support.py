@@ -1,4 +1,4 @@
-"""What the callback takes: strategies, optimizers and modules of a Trainer."""
+"""What the callback needs of a Trainer: checks of its strategy, optimizers and modules, and its counts of steps."""
 
 import contextlib
 import math
@@ -18,21 +18,21 @@ from lightning_hd.lr import get_lrs, set_lr
 from lightning_hd.optimizers import check_optimizer, unwrap
 
 _SUPPORTED = {"SingleDeviceStrategy", "DDPStrategy", "FSDPStrategy", "ModelParallelStrategy"}
-_REFUSED = {"DeepSpeedStrategy", "XLAStrategy", "SingleDeviceXLAStrategy"}  # though they are subclasses of those
-"""By their names, for the package ``pytorch_lightning`` has classes of its own of the same names."""
+_REFUSED = {"DeepSpeedStrategy", "XLAStrategy", "SingleDeviceXLAStrategy"}  # though they are subclasses of the former
+"""Strategies go by their names, because the package ``pytorch_lightning`` has its own classes of these names."""
 
 
 def strategies(trainer: Trainer) -> set[str]:
-    """The names of the strategy's class and of those that it is a subclass of."""
+    """The names of the strategy's class and of its base classes."""
     return {base.__name__ for base in type(trainer.strategy).__mro__}
 
 
 def remaining_steps(trainer: Trainer, whole_epochs: bool) -> int | None:
-    """How many steps the training still takes; ``None`` where that is not known.
+    """How many steps the training still takes; ``None`` if that is not known.
 
     Args:
         trainer: The Trainer.
-        whole_epochs: Whether an epoch begins: then it is seen how many batches it has and accumulates.
+        whole_epochs: Whether an epoch begins. If so, its own batches and accumulation are counted.
     """
     if not trainer.lightning_module.automatic_optimization:
         return None
@@ -49,11 +49,11 @@ def remaining_steps(trainer: Trainer, whole_epochs: bool) -> int | None:
 
 
 def tunable(optimizers: Sequence[Optimizer]) -> list[Optimizer]:
-    """Those of some optimizers that can be tuned; a warning names the others.
+    """The optimizers that can be tuned. A warning names the others.
 
     Raises:
-        TypeError: None of them can.
-        ValueError: One is not in order.
+        TypeError: None of them can be tuned.
+        ValueError: One has no parameter group, a group without ``lr``, or one with a parameter twice.
     """
     found, reasons = [], list[str]()
     for optimizer in optimizers:
@@ -73,15 +73,16 @@ def tunable(optimizers: Sequence[Optimizer]) -> list[Optimizer]:
 
 
 def guard_states(optimizers: Sequence[Optimizer], classes: Sequence[str], restart: bool) -> list[RemovableHandle]:
-    """See, when optimizers load their states from a checkpoint, that these belong to them.
+    """Check that states belong to their optimizers when these load them from a checkpoint.
 
     Args:
         optimizers: The optimizers.
-        classes: The names of the classes of the saved ones.
-        restart: Whether to start such an optimizer anew, with a warning, rather than to raise ``ValueError``.
+        classes: The class names of the optimizers in the checkpoint.
+        restart: Whether to warn and start an optimizer anew if its state is another's. Otherwise ``ValueError`` is
+            raised.
 
     Returns:
-        What removes this again.
+        Handles that remove the checks.
     """
 
     def check(saved_class: str, optimizer: Optimizer, state_dict: dict[str, Any]) -> dict[str, Any] | None:
@@ -94,7 +95,7 @@ def guard_states(optimizers: Sequence[Optimizer], classes: Sequence[str], restar
         found = f"optimizer={saved_class!r} with {counts[0]}, now it is {now!r} with {counts[1]}"
         if not restart:
             raise ValueError(
-                f"HypergradientDescent: the saved state has {found}: go on with the same, or start anew with "
+                f"HypergradientDescent: the saved state has {found}. Go on with the same, or start anew with "
                 "on_mismatch='restart'"
             )
         rank_zero_warn(f"HypergradientDescent: the saved state has {found}, so this optimizer starts anew.")
@@ -117,12 +118,12 @@ def restore(
 
     Args:
         engines: The engines.
-        saved: Their states.
-        configured: The rates that their optimizers' groups were configured with.
-        restart: Whether to warn and start from these rates, rather than to raise, where a state is of something else.
+        saved: The states.
+        configured: The rates that the groups of each optimizer were configured with.
+        restart: Whether to warn and start from these rates if a state does not fit. Otherwise ``ValueError`` is raised.
 
     Raises:
-        ValueError: A state is of something else.
+        ValueError: A state does not fit.
     """
     errors, failed = list[str](), list(range(len(engines)))
     if len(saved) != len(engines):
@@ -147,7 +148,7 @@ def restore(
 
 
 def configured_rates(optimizers: Sequence[Optimizer]) -> dict[int, list[float]]:
-    """The rates that the groups of some optimizers hold, by the id of the optimizer; nothing where one is no rate."""
+    """The rates in the groups of each optimizer, by its id. Optimizers with something else than rates are left out."""
     rates = {}
     for optimizer in optimizers:
         with contextlib.suppress(KeyError, TypeError, ValueError, RuntimeError):
@@ -156,14 +157,14 @@ def configured_rates(optimizers: Sequence[Optimizer]) -> dict[int, list[float]]:
 
 
 def check_alone(kind: type[Callback], trainer: Trainer) -> None:
-    """Raise ``RuntimeError`` where the Trainer has two such callbacks."""
+    """Raise ``RuntimeError`` if the Trainer has several such callbacks."""
     count = sum(isinstance(callback, kind) for callback in trainer.callbacks)  # type: ignore[attr-defined]
     if count > 1:
-        raise RuntimeError(f"the Trainer has {count} {kind.__name__} callbacks, each for all optimizers: give it one")
+        raise RuntimeError(f"the Trainer has {count} {kind.__name__} callbacks: use one, which tunes all optimizers")
 
 
 def show_small_numbers(trainer: Trainer) -> None:
-    """Let a RichProgressBar show three digits of a number that is below 0.001, unless it has a format of its own."""
+    """Let a RichProgressBar show three digits of numbers below 0.001, unless it has its own format."""
     bar = trainer.progress_bar_callback
     theme = getattr(bar, "theme", None)
     if theme is not None and theme.metrics_format == ".3f":
@@ -173,8 +174,8 @@ def show_small_numbers(trainer: Trainer) -> None:
 def axis(trainer: Trainer) -> int:
     """The step on the axis of ``self.log``.
 
-    Lightning offers nothing public for it: ``global_step`` counts the steps of all optimizers, so that it differs in
-    manual optimization. ``LearningRateMonitor`` reads the same attribute.
+    Lightning has no public name for it. ``global_step`` is not the same in manual optimization, because it counts the
+    steps of all optimizers. ``LearningRateMonitor`` reads the same attribute.
     """
     return int(trainer.fit_loop.epoch_loop._batches_that_stepped)
 
@@ -189,7 +190,7 @@ def is_due(trainer: Trainer, every: int | None, batch_idx: int) -> bool:
     """
     if every is None:
         every = int(trainer.log_every_n_steps)  # type: ignore[attr-defined]  # public, but set without an annotation
-    # The axis stands still while gradients are accumulated.
+    # The axis does not move while gradients are accumulated.
     moves = (batch_idx + 1) % trainer.accumulate_grad_batches == 0 or trainer.is_last_batch
     return bool(moves and every and (axis(trainer) + 1) % every == 0)
 
@@ -200,7 +201,7 @@ def with_groups(trainer: Trainer) -> list[Optimizer]:
 
 
 def check_tensors(optimizers: list[Optimizer]) -> None:
-    """Raise ``ValueError`` where two share a rate: each would take what the other learns for a written one."""
+    """Raise ``ValueError`` if two optimizers share a rate: each would take what the other learns for a written rate."""
     tensors = [
         {id(group["lr"]) for group in optimizer.param_groups if isinstance(group["lr"], Tensor)}
         for optimizer in optimizers
@@ -214,18 +215,18 @@ def check_tensors(optimizers: list[Optimizer]) -> None:
 
 
 def check_strategy(trainer: Trainer) -> None:
-    """Raise ``TypeError`` where the Trainer's strategy is not supported."""
+    """Raise ``TypeError`` if the Trainer's strategy is not supported."""
     names = strategies(trainer)
     if not names & _SUPPORTED or names & _REFUSED:
         raise TypeError(
             f"HypergradientDescent does not support {type(trainer.strategy).__name__}: its dot products would see a "
-            "part of the parameters only. Use strategy='ddp', 'fsdp', ModelParallelStrategy (fully_shard) or a single "
-            "device"
+            "part of the parameters only. Use strategy='ddp' or 'fsdp', ModelParallelStrategy (fully_shard) or a "
+            "single device"
         )
 
 
 def check_modules(pl_module: LightningModule, optimizers: Sequence[Optimizer]) -> None:
-    """Raise ``TypeError`` where a module that one of these optimizers trains has sparse gradients."""
+    """Raise ``TypeError`` if one of these optimizers trains a module with sparse gradients."""
     trained = {p for optimizer in optimizers for settings in optimizer.param_groups for p in settings["params"]}
     for name, module in pl_module.named_modules():
         if isinstance(module, (nn.Embedding, nn.EmbeddingBag)) and module.sparse and module.weight in trained:

@@ -1,4 +1,4 @@
-"""Small tables on the device, without a copy from the host in every step."""
+"""Small tables on the device, which are not copied from the host in every step."""
 
 from collections.abc import Callable, Hashable, Sequence
 
@@ -8,11 +8,11 @@ from torch import Tensor
 from lightning_hd.reduction import exact_dtype
 
 _KEPT = 16
-"""How many tables are kept: a step needs a few, which change seldom."""
+"""How many tables are kept. A step needs a few, which seldom change."""
 
 
 class Tables:
-    """Constants of the steps, made when their numbers change."""
+    """Constants of the steps. They are made anew only when their numbers change."""
 
     def __init__(self) -> None:
         self._known: dict[Hashable, Tensor] = {}
@@ -29,16 +29,16 @@ class Tables:
         flags: Sequence[tuple[bool, bool, bool]],
         device: torch.device,
     ) -> Tensor:
-        """Sum what buckets found, by scope.
+        """Sum the numbers of the buckets by scope.
 
         Args:
-            sums: Three numbers for each bucket.
-            factors: The scope of each bucket, and what its numbers are multiplied with.
-            flags: Three for each scope.
-            device: Where the sums go.
+            sums: The numbers of each bucket, of shape (3,).
+            factors: The scope of each bucket, and the factors of its numbers.
+            flags: Three flags for each scope.
+            device: The device for the sums.
 
         Returns:
-            The three sums and the flags of each scope, of shape (scopes, 6).
+            The three sums and the three flags of each scope, of shape (scopes, 6).
         """
 
         def spread() -> Tensor:

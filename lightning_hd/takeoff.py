@@ -1,4 +1,4 @@
-"""First rates that a rule picks, and first steps of optimizers whose direction is not known: short, on trial."""
+"""First rates that a rule picks, and short trial steps of optimizers whose direction is not known."""
 
 import math
 from collections.abc import Callable
@@ -14,16 +14,18 @@ from lightning_hd.rules import returned
 from lightning_hd.scopes import Scope
 from lightning_hd.start import Start, shorten
 
+_NORMS = "the norm of parameters, gradient or direction, without which no first step is taken,"
+
 
 class TakeOff:
-    """First rates.
+    """Finds the first rates of scopes whose rule picks them.
 
     Args:
         optimizer: The optimizer.
         rates: The rates of its groups and scopes.
-        start: What is known before the first steps.
-        long_horizon: Whether the rule needs no direction.
-        stay: Called where a number is not finite, with the step, the scope, and what it is in.
+        start: Measures the model before the first steps.
+        long_horizon: Whether the rule does without the direction of the last step.
+        stay: Called if a number is not finite, with the step, the scope, and the name of the number.
     """
 
     def __init__(
@@ -41,7 +43,7 @@ class TakeOff:
         self._stay = stay
 
     def prepare(self, step: Step) -> None:
-        """The first rates of scopes that pick their own; a short step on trial where a direction must be measured."""
+        """Let rules pick first rates. If a direction must be measured first, prepare a short trial step."""
         groups = self._optimizer.param_groups
         weights: dict[int, dict[int, float]] = {}
         for i, (lr, weight) in enumerate(self._rates.effective(step.used, step.begun)):
@@ -54,7 +56,7 @@ class TakeOff:
         for index, outlook in self._start.outlooks(weights, getattr(self._optimizer, "grad_scale", None)).items():
             scope = self._rates.scopes[index]
             if scope.waits and not outlook.is_finite:
-                self._stay(step, scope, "the first direction, so this step is not taken")
+                self._stay(step, scope, _NORMS)
             elif scope.waits and outlook.direction_norm and not outlook.is_zero:
                 self._begin(step, index, outlook.param_norm, outlook.direction_norm)
                 continue
@@ -78,7 +80,7 @@ class TakeOff:
         step.begun.add(index)
 
     def measure(self, step: Step) -> None:
-        """The first rates that steps on trial have shown."""
+        """Let rules pick first rates from the directions that trial steps have shown."""
         groups = [
             {i: step.weights[i] for i in self._rates.members(index) if i in step.trial} for index in step.starting
         ]
@@ -88,12 +90,12 @@ class TakeOff:
             if math.isfinite(d_norm) and d_norm:
                 self._begin(step, index, param_norm, d_norm)
             elif d_norm:
-                self._stay(step, scope, "the first direction, so this step is not taken")
+                self._stay(step, scope, _NORMS)
             else:
                 scope.vanished += 1
 
     def put_right(self, step: Step) -> None:
-        """Shorten what was moved on trial to what the group's own rate would have moved; without one, to nothing."""
+        """Shorten trial steps to the steps at the groups' own rates. Without a rate, the step is undone."""
         for i, (lr, weight) in enumerate(self._rates.effective(step.used, step.begun)):
             settings = self._optimizer.param_groups[i]
             if i in step.trial:

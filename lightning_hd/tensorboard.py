@@ -1,4 +1,4 @@
-"""Tags of the logged numbers, spelled as ``LearningRateMonitor`` spells its own."""
+"""Tags of the logged numbers. They are spelled as those of ``LearningRateMonitor``."""
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -7,7 +7,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 PREFIX, FORMER = "hd/", "hypergradient/"
-"""What tags begin with, now and in the version before."""
+"""The prefixes of tags, now and in the version before."""
 
 LAYOUT = {
     "learning rate": {
@@ -19,19 +19,19 @@ LAYOUT = {
         "brakes": ["Multiline", ["hd/brakes"]],
     }
 }
-"""The charts of the tab of custom scalars; each shows the tags whose beginning matches one of the expressions."""
+"""The charts in the tab "Custom scalars". Each shows the tags whose beginning matches one of its expressions."""
 
 
 def tag(quantity: str, name: str = "") -> str:
     """The tag of a quantity (``lr``, ``scale``, ``value``, ``cosine``, ``brakes``): ``hd/lr-Adam``.
 
-    It is short, for TensorBoard cuts the titles of its cards.
+    It is short, because TensorBoard cuts off the titles of its cards.
     """
     return f"{PREFIX}{quantity}-{name}" if name else f"{PREFIX}{quantity}"
 
 
 def former(metrics: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The same numbers under the tags of the version before, for what monitors them."""
+    """The same numbers under the tags of the version before, for callbacks that monitor them."""
     return {FORMER + key.removeprefix(PREFIX): value for key, value in metrics.items()}
 
 
@@ -49,7 +49,7 @@ def optimizer_names(optimizers: Sequence[Optimizer]) -> list[str]:
 def group_names(optimizer_name: str, optimizer: Optimizer) -> list[str]:
     """A name for each parameter group: the optimizer's, then ``/`` and the group's ``name``, or ``pg1``, ``pg2``, ….
 
-    A single group without a name is called as its optimizer. Names that are not unique are passed over.
+    A single group without a name has the name of its optimizer. If names are not unique, they do not count.
     """
     groups = optimizer.param_groups
     if len(groups) == 1 and "name" not in groups[0]:

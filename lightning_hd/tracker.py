@@ -1,4 +1,4 @@
-"""What there is to log of one optimizer: its trajectory, and means over the steps since they were last logged."""
+"""Records what is logged of one optimizer: every step, and means over the steps since they were last logged."""
 
 import math
 from array import array
@@ -15,7 +15,7 @@ from lightning_hd.runs import Curve, Curves
 from lightning_hd.tensorboard import group_names, tag
 
 _WINDOW = 100
-"""Over how many steps the running mean of the cosine is taken."""
+"""The number of steps in the running mean of the cosine."""
 
 
 class Tracker:
@@ -23,7 +23,7 @@ class Tracker:
 
     Args:
         engine: The engine.
-        name: What its optimizer is called in tags.
+        name: The name of its optimizer in tags.
     """
 
     def __init__(self, engine: HypergradientLR, name: str) -> None:
@@ -31,14 +31,14 @@ class Tracker:
         self.name = name
         self._names: list[str] = []
         self._configured = get_lrs(engine.optimizer.param_groups)
-        self._lrs: list[array[float]] = []  # of each group, as are the next two; those that came later are shorter
-        self._leaders: list[int] = []  # the first group that has had the same rate in every step
-        self._written: list[int] = []  # how many points are in event files
-        self._scales: list[array[float]] = []  # of each scope, as is the next one
-        self._cosines: list[array[float]] = []
+        self._lrs: list[array[float]] = []  # of each group; those of groups that were added later are shorter
+        self._leaders: list[int] = []  # for each group, the first group that has had the same rate in every step
+        self._written: list[int] = []  # for each group, how many points are in event files
+        self._scales: list[array[float]] = []  # of each scope
+        self._cosines: list[array[float]] = []  # of each scope
         self._losses = array("d")
-        self._axis = array("q")  # where each step belongs on the axis of loggers
-        self._seen: dict[tuple[str, int], list[float]] = {}  # of each scope, since it was last logged
+        self._axis = array("q")  # the place of each step on the axis of loggers
+        self._seen: dict[tuple[str, int], list[float]] = {}  # of each scope, since they were last logged
         self._step_count = engine.step_count
         self.untuned = 0  # steps of the optimizer that the engine did not tune
         self.has_news = False
@@ -48,7 +48,7 @@ class Tracker:
         ]
 
     def detach(self) -> None:
-        """Record no more."""
+        """Stop recording."""
         for handle in self._handles:
             handle.remove()
 
@@ -56,7 +56,7 @@ class Tracker:
         self._step_count = self.engine.step_count
 
     def _record(self, *_: Any) -> None:
-        """Called after every call of ``optimizer.step``, which need not have been a step of the engine."""
+        """Record a step, after any call of ``optimizer.step``. The engine may not have tuned it."""
         engine = self.engine
         if engine.step_count == self._step_count:
             self.untuned += not engine.paused
@@ -86,12 +86,12 @@ class Tracker:
         return self._configured[group] if group < len(self._configured) else math.nan
 
     def scopes(self) -> list[tuple[str, list[float], list[float], list[float]]]:
-        """For each scope its name, its scales, its cosines as far as they are known, and what a scheduler has said."""
+        """For each scope its name, its scales, its known cosines, and its scheduled rates."""
         found = []
         for i, (name, scales, cosines) in enumerate(zip(self._scopes(), self._scales, self._cosines, strict=False)):
             lrs = self._lrs[i if self.engine.scope == "group" else 0][-len(scales) :]
             schedule = [lr / scale if scale else math.nan for lr, scale in zip(lrs, scales, strict=True)]
-            known = [cosine for cosine in cosines if not math.isnan(cosine)]
+            known = [cosine for cosine in cosines if cosine and not math.isnan(cosine)]  # 0: there was no gradient
             found.append((name, scales.tolist(), known, schedule if self.engine.under_schedule else []))
         return found
 
@@ -99,23 +99,29 @@ class Tracker:
         return _mean(cosine for cosine in self._cosines[scope][-_WINDOW:] if not math.isnan(cosine))
 
     def names(self) -> list[str]:
-        """The name of each group: it stays, though groups are added since."""
+        """The name of each group. A name stays when groups are added."""
         if len(self._names) < len(self.engine.optimizer.param_groups):
             self._names += group_names(self.name, self.engine.optimizer)[len(self._names) :]
         return self._names
 
     def go_on(self, names: Sequence[str]) -> None:
-        """Call the groups as a former run of the same optimizer has called them."""
+        """Use the names that a former run of the same optimizer has given to the groups."""
         own = all(name.partition("/")[0] == self.name for name in names)
         if own and len(names) <= len(self.engine.optimizer.param_groups):
             self._names = list(names)
+            self._leaders = list(range(len(self._names)))  # each goes on with the card that it had
+
+    @property
+    def has_points(self) -> bool:
+        """Whether there is something to draw."""
+        return len(self._axis) > 0
 
     def mark(self, step: int) -> None:
-        """A batch is over: steps that are new belong there on the axis of loggers."""
+        """Place new steps at ``step`` on the axis of loggers, after a batch."""
         self._axis.extend([step] * (len(self._losses) - len(self._axis)))
 
     def skip(self) -> None:
-        """Nothing is logged: what waits for it is dropped."""
+        """Drop the numbers that wait to be logged."""
         self._seen.clear()
         self._written = [len(self._axis)] * len(self._written)
 
@@ -133,7 +139,7 @@ class Tracker:
         return points
 
     def _points(self, numbers: Sequence[float], start: int = 0) -> tuple[list[int], list[float]]:
-        """Steps on the axis of loggers from the place ``start`` on, and the last number of each, where there is one."""
+        """Steps on the axis of loggers, from place ``start`` on, and the last number in each, if there is one."""
         late = len(self._losses) - len(numbers)
         axis = self._axis
         places = range(max(start, late), len(axis))
@@ -142,7 +148,7 @@ class Tracker:
         return [axis[i] for i in known], [numbers[i - late] for i in known]
 
     def curves(self) -> Curves:
-        """What is drawn of it."""
+        """The curves to draw."""
 
         def named(names: Sequence[str], histories: Sequence[Sequence[float]]) -> dict[str, Curve]:
             short = [name.removeprefix(f"{self.name}/") for name in names]
@@ -160,7 +166,7 @@ class Tracker:
         return {tag("lr", name): lr for name, lr in zip(self.names(), self.engine.lrs, strict=True)}
 
     def current(self) -> dict[str, float]:
-        """All that is logged, as the last step has left it."""
+        """The current values of all that is logged."""
         metrics = self.lr_metrics()
         for name, scale, n, seen in zip(
             self._scopes(), self.engine.scales, self.engine.brakes, self.engine.last, strict=False
@@ -174,7 +180,7 @@ class Tracker:
         return self.names() if self.engine.scope == "group" else [self.name]
 
     def collect(self) -> dict[str, float]:
-        """All that is logged now beside the rates; the means start anew."""
+        """All numbers to log now, except for the rates. The means start anew."""
         names = self._scopes()
         metrics = {tag("scale", name): scale for name, scale in zip(names, self.engine.scales, strict=False)}
         if self.engine.under_schedule:
@@ -192,7 +198,7 @@ class Tracker:
 
 
 def _append(histories: "list[array[float]]", numbers: Sequence[float]) -> None:
-    """A number to each history; those of groups that were added begin here."""
+    """Append a number to each history. Histories of groups that were added begin here."""
     histories.extend(array("d") for _ in numbers[len(histories) :])
     for history, number in zip(histories, numbers, strict=True):
         history.append(number)

@@ -1,4 +1,4 @@
-"""A rate's way through the training, thinned out, and the constant rate that it suggests."""
+"""The course of a rate through the training, thinned out, and the constant rate that it suggests."""
 
 import math
 from collections.abc import Sequence
@@ -10,16 +10,16 @@ import numpy as np
 from lightning_hd.checks import check_count, check_number
 
 _POINTS = 256
-"""At most so many points are kept: then every second one is dropped, and from there half as many come in."""
+"""The largest number of points. When it is exceeded, every second one is dropped, and half as many are added later."""
 
 _FIRST = 0.5
-"""The part of the run that counts. Later, rates fall where only noise is left, or rise as the loss vanishes."""
+"""The first part of the run counts. Later, rates fall when only noise is left, or rise as the loss vanishes."""
 
 _QUANTILE = 0.8
-"""Which of its rates is looked at: a high one, which the run has kept up for a while."""
+"""This quantile of the rates is a high one, which the run has kept up for a while."""
 
 _SAFETY = 0.6
-"""Which part of that is suggested: a rate that varies may be too high at times, a constant one may not."""
+"""This part of the quantile is suggested. A rate that varies may be too high at times; a constant one may not."""
 
 
 @dataclass
@@ -31,7 +31,7 @@ class Trajectory:
     steps: int = 0
 
     def add(self, lr: float) -> None:
-        """A step was taken at this rate."""
+        """Add a step that was taken at this rate."""
         if self.steps % self.stride == 0:
             self.points.append(lr)
         self.steps += 1
@@ -40,9 +40,9 @@ class Trajectory:
             self.stride *= 2
 
     def suggestion(self) -> float | None:
-        """The constant rate for a training of the same length; ``None``: no step was taken.
+        """The constant rate for a training of the same length; ``None`` if no step was taken.
 
-        It is 0.6 times the 0.8-quantile of the rates in the first half of the run. The source is this project.
+        It is 0.6 times the 0.8-quantile of the rates in the first half of the run. Source: this project.
         """
         if not self.points:
             return None
@@ -50,15 +50,15 @@ class Trajectory:
         return _SAFETY * float(np.quantile(first, _QUANTILE))
 
     def state_dict(self) -> dict[str, Any]:
-        """All of it."""
+        """The points, the stride and the number of steps."""
         return {"points": list(self.points), "stride": self.stride, "steps": self.steps}
 
     @staticmethod
     def loaded(saved: dict[str, Any]) -> "Trajectory":
-        """What ``state_dict`` returned.
+        """A trajectory from what ``state_dict`` returned.
 
         Raises:
-            KeyError, TypeError, ValueError: It is damaged.
+            KeyError, TypeError, ValueError: The state is damaged.
         """
         points: Sequence[Any] = saved["points"]
         numbers = [check_number("points", lr) for lr in points]

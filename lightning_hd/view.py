@@ -1,4 +1,4 @@
-"""What a view is: how an engine sees, before each step, what the rule asks for."""
+"""View: the base class of what an engine sees of the model before each step."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Container, Sequence
@@ -15,13 +15,13 @@ from lightning_hd.tables import Tables
 
 
 class View(ABC):
-    """What is looked at around every step of an optimizer: its moves, or the direction of its last step.
+    """What an engine sees of the model around every step: its moves, or the direction of the last step.
 
     Args:
         optimizer: The optimizer.
         budget: How many coordinates to look at; ``None``: all.
         ranks: The processes that train together.
-        notices: For what the user should know.
+        notices: Where warnings go.
     """
 
     def __init__(self, optimizer: Optimizer, budget: int | None, ranks: Ranks, notices: Notices) -> None:
@@ -46,55 +46,61 @@ class View(ABC):
         known: set[int],
         joined: Container[int] = (),
     ) -> Tensor:
-        """The sums of buckets by scope, with three flags: see ``observe``. ``joined`` are scopes, not groups."""
+        """The sums of buckets by scope, with three flags; see ``observe``. ``joined`` has scopes, the others groups."""
         flagged = [{scopes[i] for i in groups} for groups in (with_gradient, known)]
         flags = [(scope in flagged[0], scope in flagged[1], scope in joined) for scope in range(max(scopes) + 1)]
         return self._tables.combine(sums, factors, flags, device_of(self._optimizer))
 
     @abstractmethod
     def observe(self, scopes: Sequence[int], grad_scale: Tensor | None, wide: bool = False) -> Tensor:
-        """This rank's part of what there is to see before a step.
+        """What this rank sees before a step. The sums over all ranks are what counts.
 
         Args:
             scopes: The scope of each parameter group.
             grad_scale: The factor that a GradScaler has left in the gradients, or ``None``.
-            wide: Whether to compute products in float64, where they are not anyway.
+            wide: Whether to compute products in float64, if the view does not do so anyway.
 
         Returns:
-            For each scope the derivative, ``‖g‖²``, the square of what ``g`` is multiplied with, whether there is a
-            gradient, whether there is something to multiply it with, and whether parameters have joined that are a
-            part of the scope to be reckoned with: of shape (scopes, 6).
+            Six numbers for each scope, of shape (scopes, 6). The first are the derivative, ``‖g‖²``, and the squared
+            norm of the direction or the sum of moves. The others are flags: whether there is a gradient, whether there
+            is a direction or move, and whether a large part of the parameters is new.
         """
 
     @abstractmethod
     def keep(self, group: int, lr: float, weight: float) -> None:
-        """Before the update: the rate of a group, and its derivative with respect to the rate of its scope."""
+        """Prepare for the update of a group.
+
+        Args:
+            group: The parameter group.
+            lr: Its rate.
+            weight: The derivative of its rate with respect to the rate of its scope.
+        """
 
     @abstractmethod
     def remember(self, kept: Sequence[float | None]) -> None:
-        """The step was taken.
+        """Remember a step that was taken.
 
         Args:
-            kept: For each scope, which part of former moves counts on; ``None``: what it saw was not finite.
+            kept: For each scope, the part of former moves that is kept; ``None``: what it saw was not finite.
         """
 
     def forget(self, scope: int) -> None:  # noqa: B027
-        """What is remembered of a scope does not count any more: its rate starts anew in the step that comes."""
+        """Forget the moves of a scope, whose rate starts anew in the next step."""
 
     @abstractmethod
     def abandon(self) -> None:
-        """The step was not taken."""
+        """Drop what was kept of a step that was not taken."""
 
     def start(self) -> None:  # noqa: B027
-        """The first step comes, and no state was loaded."""
+        """Prepare for a first step. It is not called if a state was loaded."""
 
     @abstractmethod
     def pause(self) -> None:
-        """Steps follow that are not seen."""
+        """Prepare for steps that are not seen."""
 
     @abstractmethod
     def make_room(self) -> None:
-        """Make the tensors that are saved with the optimizer, before there are any."""
+        """Make the tensors that are saved with the optimizer, before the first step."""
 
     @abstractmethod
     def state_dict(self) -> Any:
@@ -102,10 +108,10 @@ class View(ABC):
 
     @abstractmethod
     def load_state_dict(self, state_dict: Any) -> None:
-        """Take over what ``state_dict`` returned; it raises an error of any kind where that is damaged."""
+        """Load what ``state_dict`` returned. It raises an error of any kind if the state is damaged."""
 
     def is_doubtful(self, sums: Sequence[Sequence[float]]) -> bool:
-        """Whether what was observed must be computed once more, in float64."""
+        """Whether these sums must be computed again in float64."""
         return False
 
     def measured(self, group: int) -> bool:

@@ -1,4 +1,4 @@
-"""Sees where gradients come and go while no step of the optimizer is seen."""
+"""Detects gradients that come and go while no step of the optimizer is seen."""
 
 import weakref
 from typing import Any
@@ -11,15 +11,16 @@ from lightning_hd.notices import Notices
 from lightning_hd.reduction import is_flat_shard
 
 _GRADIENTS, _PASSES = 20, 1000
-"""After so many gradients, each a new tensor, or so many backward passes: more than are accumulated, as a rule."""
+"""The warning comes after so many gradients, each a new tensor, or so many backward passes. Gradients are seldom
+accumulated for so long."""
 
 
 class Watch:
-    """Warns once where an optimizer is stepped in a way that no hook sees.
+    """Warns once if an optimizer seems to be stepped in a way that no hook sees.
 
     Args:
         optimizer: The optimizer.
-        notices: For what the user should know.
+        notices: Where warnings go.
     """
 
     def __init__(self, optimizer: Optimizer, notices: Notices) -> None:
@@ -34,7 +35,7 @@ class Watch:
                     self._handle = p.register_post_accumulate_grad_hook(self._count)
 
     def end(self) -> None:
-        """A step was seen, or none is to be expected."""
+        """Stop watching: a step was seen, or none is expected."""
         if self._handle is not None:
             self._handle.remove()
             self._handle = None
@@ -52,6 +53,6 @@ class Watch:
             self.end()
             self._notices.warn(
                 "no step",
-                "gradients came and went, but no step was seen: call the `step` of this very optimizer. Until then its "
+                "gradients came and went, but no step was seen. Call the `step` of this very optimizer. Until then its "
                 "learning rate is not tuned",
             )

@@ -1,21 +1,21 @@
-"""Learning rates that others write into the parameter groups between steps, one after another."""
+"""Detects learning rates that are written into the parameter groups again and again, as a schedule would be."""
 
 from collections.abc import Sequence
 
 from lightning_hd.notices import Notices
 
 _IN_A_ROW = 12
-"""So many steps in a row before which a rate was written are no accident."""
+"""Rates that are written before so many steps in a row are no accident."""
 
 _CUTS = 3
-"""So many times the same factor below 1 is what ReduceLROnPlateau does."""
+"""Cuts by the same factor, so many times, are the work of ReduceLROnPlateau."""
 
 
 class Writes:
-    """Counts them, and warns where they look like a schedule.
+    """Counts written rates, and warns if they look like a schedule.
 
     Args:
-        notices: For what the user should know.
+        notices: Where warnings go.
     """
 
     def __init__(self, notices: Notices) -> None:
@@ -25,7 +25,7 @@ class Writes:
         self._cuts = 0
 
     def see(self, before: Sequence[float], held: Sequence[float]) -> None:
-        """Before a step: the rates of the last one, and those that the groups hold now."""
+        """Compare the rates of the last step with those that the groups hold before the next one."""
         factors = [after / lr for lr, after in zip(before, held, strict=False) if lr and after != lr]
         if not factors:
             self._row = 0
@@ -38,6 +38,6 @@ class Writes:
             self._notices.warn(
                 "written rates",
                 "learning rates are written into the parameter groups again and again, and tuning goes on from each of "
-                "them. If they are a schedule, of your loop or of ReduceLROnPlateau, say so by `scheduled = True`: "
-                "then they are multiplied by what is learned",
+                "them. If they are a schedule, of your loop or of ReduceLROnPlateau, set `scheduled = True`. Then they "
+                "are multiplied by the learned scale",
             )

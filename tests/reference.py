@@ -172,7 +172,7 @@ class AutoRule:
         """The rate of step t, before what is left of a brake, from ``-g · E``, ``‖g‖`` and ``‖E‖``."""
         self.slope = 0.0
         if 0 < g_norm < 10 * 2.0**-23 * self._largest:
-            return float(max(lr * np.exp(-0.1 * min(1.0, 100 / t)), min(lr, self.first or lr)))
+            return lr
         if g_norm and not d_norm:
             return float(lr * np.exp(0.5))
         if g_norm == 0:

@@ -98,7 +98,7 @@ def test_a_bad_gradient_and_a_return_to_before_it_cost_one_step(
 
     saved: list[Any] = []
     hd, module = HypergradientDescent(rule), Spoiled(cls, **settings)
-    with pytest.warns(RuntimeWarning, match="step 9: not a finite number in .*; the learning rate stays at"):
+    with pytest.warns(RuntimeWarning, match="step 9: .* is not a finite number; the learning rate stays at"):
         fit(tmp_path, module, hd)
     lrs = rates(hd)
     assert lrs[8] == lrs[7]
@@ -113,7 +113,7 @@ def test_a_loss_of_inf_from_the_start_leaves_the_configured_rate(rule: str, tmp_
     hd, module = HypergradientDescent(rule, decline=0), Network(factor=lambda _: math.inf)
     before = copy.deepcopy(module)
     step = 1 if rule == "auto" else 2
-    with pytest.warns(RuntimeWarning, match=f"step {step}: not a finite number in"):
+    with pytest.warns(RuntimeWarning, match=f"step {step}: .* is not a finite number"):
         fit(tmp_path, module, hd)
     assert set(rates(hd)) == {0.01}
     assert hd.engines[0].nonfinite_steps == 21 - step

@@ -680,7 +680,7 @@ class Plain(Optimizer):
                 p.sub_(group["lr"] * p.grad)
 
 
-@pytest.mark.filterwarnings("ignore:.*the first direction, so this step is not taken.*")
+@pytest.mark.filterwarnings("ignore:.*without which no first step is taken.*")
 def test_a_trial_that_overflows_is_followed_by_shorter_ones() -> None:
     p = nn.Parameter(torch.full((3,), 100.0, dtype=torch.float16))
     hd = HypergradientLR(Plain([p], 0.1))
@@ -1140,3 +1140,12 @@ def test_a_step_without_gradients_forgets_nothing() -> None:
     assert hd.step_count == 2
     alternate(p, optimizer, [1.0])
     assert hd.lrs == [pytest.approx(0.1 * 1.1**2)]
+
+
+def test_whole_numbers_among_the_parameters_change_nothing() -> None:
+    codes = nn.Parameter(torch.zeros(3, dtype=torch.uint8), requires_grad=False)
+    w = nn.Parameter(torch.ones(3))
+    hd = HypergradientLR(SGD([codes, w], lr=0.01), rule="additive")
+    w.sum().backward()  # type: ignore[no-untyped-call]
+    hd.optimizer.step()
+    assert hd.step_count == 1

@@ -82,3 +82,15 @@ def test_a_remark_says_where_the_scale_undoes_the_schedule(tmp_path: Path) -> No
         hd = HypergradientDescent(rule)
         make_trainer(tmp_path, hd, limit_train_batches=150).fit(Reference(configure))
         assert any("undid most of what the scheduler did" in remark for remark in remarks(hd._trackers)) == fights
+
+
+def test_steps_without_a_gradient_are_no_sign_of_a_large_rate(tmp_path: Path) -> None:
+    class Settled(Reference):
+        """Has nothing to learn after its 20th batch."""
+
+        def training_step(self, batch: Any, batch_idx: int) -> Any:
+            return super().training_step(batch, batch_idx) * (batch_idx < 20)
+
+    hd = HypergradientDescent()
+    make_trainer(tmp_path, hd).fit(Settled())
+    assert not [remark for remark in remarks(hd._trackers) if "cosine" in remark]

@@ -9,6 +9,7 @@ import torch
 from lightning.pytorch.loggers import CSVLogger
 from torch import nn
 from torch.optim import SGD, Adam
+from torch.optim.lr_scheduler import LambdaLR
 
 from lightning_hd import HypergradientDescent, HypergradientLR
 from lightning_hd.trajectory import Trajectory
@@ -47,7 +48,7 @@ def test_an_engine_suggests_one_rate_or_one_for_each_group_and_goes_on_from_a_ch
             hd.optimizer.step()
 
     one = engine({}, rule="additive", hypergrad_lr=1e-4)
-    with pytest.raises(RuntimeError, match=r"HypergradientLR\(SGD\): there is no suggestion before a step was tuned"):
+    with pytest.raises(RuntimeError, match=r"HypergradientLR\(SGD\): no suggestion before a step has moved"):
         one.suggestion()
     train(one, 20)
     lr = one.suggestion()
@@ -65,6 +66,21 @@ def test_an_engine_suggests_one_rate_or_one_for_each_group_and_goes_on_from_a_ch
         assert list(lrs) == ["SGD/body", "SGD/head"]
         ratio = lrs["SGD/head"] / lrs["SGD/body"]
         assert ratio == pytest.approx(3, rel=1e-9) if scope == "global" else 1 < ratio < 2
+    frozen = engine({}, {"lr": 0.0}, rule="additive", scope="group", min_lr=1e-4)
+    train(frozen, 20)
+    lrs = frozen.suggestion()
+    assert isinstance(lrs, dict)
+    assert lrs["SGD/pg1"] > 0 == lrs["SGD/pg2"]
+
+    ending = engine({}, {"lr": 1e-4}, rule="additive", hypergrad_lr=1e-9)
+    scheduler = LambdaLR(ending.optimizer, lambda step: max(0.0, 1 - step / 19))
+    for _ in range(20):
+        train(ending, 1)
+        scheduler.step()
+    lrs = ending.suggestion()
+    assert isinstance(lrs, dict)
+    assert lrs["SGD/pg2"] == pytest.approx(0.01 * lrs["SGD/pg1"])
+
     held = engine({}, rule="additive", hypergrad_lr=1.0, max_lr=0.02)
     train(held, 20)
     assert held.suggestion() == pytest.approx(0.6 * 0.02)

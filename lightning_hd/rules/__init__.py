@@ -1,4 +1,4 @@
-"""Rules, and which of them a name means."""
+"""Rules, and the names by which they are chosen."""
 
 from lightning_hd.rules.auto import Auto
 from lightning_hd.rules.base import Observation, Rule, returned
@@ -18,17 +18,17 @@ __all__ = [
 
 
 def rule_name(class_name: str) -> str:
-    """What the rule of a class is called where it is chosen: its name, or the class of a rule object."""
+    """The name by which a rule is chosen: ``"auto"`` for example, or the class name of a rule of the user's own."""
     names = {"Auto": "auto"} | {rule.__name__: name for name, rule in PAPER_RULES.items()}
     return names.get(class_name, class_name)
 
 
 def make_rule(rule: Rule | str, hypergrad_lr: float | None) -> Rule:
-    """The rule that the arguments of the public classes name.
+    """The rule for the arguments ``rule`` and ``hypergrad_lr`` of the public classes.
 
     Raises:
         TypeError: ``rule`` is neither a name nor a ``Rule``.
-        ValueError: No rule has that name, or ``hypergrad_lr`` comes beside a rule that has none or carries its own.
+        ValueError: No rule has that name, or the rule takes no ``hypergrad_lr``.
     """
     if isinstance(rule, Rule):
         if hypergrad_lr is not None:

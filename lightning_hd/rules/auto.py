@@ -1,4 +1,4 @@
-"""The rule auto, this project's own: it has nothing to tune."""
+"""The rule ``"auto"``, which is this project's own and has nothing to tune."""
 
 import math
 import sys
@@ -12,12 +12,12 @@ from lightning_hd.rules.guard import LossGuard
 
 @dataclass
 class Auto(Rule):
-    r"""The default, which has nothing to tune: a long memory, steps on the logarithm of the rate, and two brakes.
+    r"""The default rule, which has nothing to tune: a long memory, steps on the logarithm of the rate, and two brakes.
 
-    The paper's hypergradient says whether the last step alone should have been longer. Gradient noise makes it shrink
-    the rate too soon. This rule looks at all steps that it remembers. Had their rates been larger by a common factor,
-    then the parameters ``θ_t``, where they are before step ``t``, would be further from where they were by that factor.
-    So the derivative of the loss with respect to the logarithm of the rate is the gradient times the sum of the moves:
+    The paper's hypergradient shows whether the last step alone was too short. With noisy gradients it shrinks the rate
+    too soon. This rule looks at all steps that it remembers. Let ``θ_t`` be the parameters before step ``t``. At rates
+    that are larger by a common factor, the distance that they have moved would be larger by that factor. So the
+    derivative of the loss with respect to the logarithm of the rate is the gradient times the sum of the moves:
 
     ```math
     \begin{aligned}
@@ -30,66 +30,69 @@ class Auto(Rule):
     \end{aligned}
     ```
 
-    ``γ`` is ``α`` times what the decline at the end makes of it, during which ``α`` does not rise. ``L`` is the mean of
-    ``log γ`` over the moves in ``E``, each counted as far as it is remembered. Moves at rates far from the present one
-    say nothing about it, so they are forgotten.
+    ``γ`` is ``α`` times the factor of the decline at the end of the run. ``α`` does not rise during the decline. ``L``
+    is the mean of ``log γ`` over the moves in ``E``, each weighted by the part of it that is left. Moves at rates far
+    from the present one show nothing about it, so they are forgotten.
 
-    With ``φ = 0`` only the last move is left, and ``h`` is the paper's hypergradient times ``α``: the paper's rule on
-    ``log α``. Noise along directions of high curvature cancels within the memory. Slow progress along those of low
-    curvature adds up. ``c`` is the cosine, except that a gradient larger than usual counts for more, as it does in the
-    mean loss. It has no scale, so neither has the rule. ``S`` makes its steps as in AdaGrad. All memories and the clip
-    follow the steps taken, so that the rate changes in the run's own time. The first rate is a small part of the
-    parameters, ``α_1 = ρ ‖θ_1‖ / ‖d_1‖``, so the configured rates only set the ratios between groups. While steps
-    vanish in the rounding of the parameters, so that ``E`` is zero, ``log α`` rises by the cap. Where ``‖g_t‖`` is
-    below 10 times the rounding of the largest one, only rounding is left: ``log α`` falls, no further than to ``α_1``.
+    With ``φ = 0`` only the last move is left. ``h`` is then the paper's hypergradient times ``α``, so this is the
+    paper's rule on ``log α``. Noise along directions of high curvature cancels within the memory. Slow progress along
+    directions of low curvature adds up. ``c`` is the cosine, but a gradient larger than usual has a larger weight, as
+    in the mean loss. It does not depend on the scale of the loss, so neither does the rule. ``S`` normalizes the steps
+    as AdaGrad does. All memories and the clip follow the number of steps taken.
 
-    The memory is blind to an instability: steps to and fro cancel in it. So the rule brakes where the norm of the
-    gradient leaps. Where ``log ‖g_t‖`` exceeds its running mean by more than what is usual, by ``e`` (1 at most), the
-    step is taken with ``α_t exp(-e)``, and ``e`` wears off. A leap alone may be a batch like no other, but an overshoot
-    grows from step to step. So where another leap came just before, ``log α`` itself falls by ``e`` times the other
-    ``e``, halved for each step since, but no further than to ``α_1`` (to 0 with ``start="configured"``).
+    The first rate is ``α_1 = ρ ‖θ_1‖ / ‖d_1‖``, so the configured rates only set the ratios between groups. If steps
+    vanish in the rounding of the parameters, ``E`` is zero, and ``log α`` rises by the cap. If ``‖g_t‖`` is below 10
+    times the rounding of the largest one, it is only rounding, and ``log α`` stays as it is.
 
-    Where the step is not linear in the rate, as in dual averaging, a change of the rate moves all that was learned. So
-    nothing is forgotten there, and ``log α`` changes by 0.02 per step at most.
+    The memory does not show an instability, because steps to and fro cancel in it. So the rule brakes when the norm of
+    the gradient leaps, which means that ``log ‖g_t‖`` exceeds its running mean by more than usual. Let ``e`` be the
+    excess, 1 at most. The step is taken with ``α_t exp(-e)``, and ``e`` decays in later steps. A single leap may come
+    from an unusual batch, but an overshoot grows from step to step. So if there was a leap just before, ``log α``
+    itself falls by the product of both excesses, where the earlier one is halved in each step. It does not fall below
+    ``log α_1`` (there is no limit with ``start="configured"``).
 
-    The gradient is blind to a rate at which nothing is learned any more. The loss is not, where it is known (from the
-    closure of ``step``, or ``HypergradientLR.observe``). Its mean is taken over blocks of steps, each a tenth of
-    the run so far. Where that rises above the lowest one by two standard errors, ``α`` goes back to half of what it was
-    then, the memory starts anew, and ``α`` may double from there only as the run gets twice as long.
+    If the step is not linear in the rate, as in dual averaging, a change of the rate also changes what former steps
+    have done. Nothing is forgotten then, and ``log α`` changes by 0.02 per step at most.
 
-    The source is this project: the constants come from experiments on small networks (``tests/benchmarks``). What is
-    kept is the running mean of the parameters, ``θ_t - E_t``, in float64, at the coordinates that the engine looks at.
+    The gradient does not show that the rate is so high that nothing is learned. The loss shows it, if it is known (from
+    the closure of ``step``, or ``HypergradientLR.observe``). Its mean is taken over blocks of steps. Each block is a
+    tenth of the run so far. If a mean exceeds the lowest one by two standard errors, ``α`` goes back to half of its
+    value at the lowest one, and the memory starts anew. ``α`` may then double only when the run gets twice as long.
+
+    Source: this project. The constants come from experiments on small networks (``tests/benchmarks``). The state is the
+    running mean of the parameters, ``θ_t - E_t``, in float64, at the coordinates of the probe.
 
     Args:
-        start: ``"automatic"``, or ``"configured"``: start from the rate that the optimizer is configured with. The
-            climb from there is slow, 10 % per step at most.
-        horizon: ``H``, in steps: the memory of the first steps. Below 100 the rule turns greedy.
-        growth: The horizon as a part of the steps taken, once that is longer than ``horizon``.
-        reach: ``w``, how far ``log γ`` may be from its mean over the memory before old moves are forgotten. With 0.7,
-            twice the rate, the weights of networks that are held small are pushed too far.
-        memory: ``s``, over how many steps the squares of the cosine are remembered at first. With 1000, rates stand
-            still once the climb is over; with 30, some runs collapse.
-        memory_growth: The same as a part of the steps taken, once that is more.
-        norm_horizon: Over how many steps ``G`` is taken at first. With 30, rates rise too late where the gradient
-            vanishes; with 1, where ``c`` is the cosine, they end far too high, then too low, where few batches hold
-            what is to be learned.
-        norm_growth: The same as a part of the steps taken, once that is more.
-        optimism: ``r``, by how much cosines count for more where they ask for a larger rate, and for less where they
-            ask for a smaller one: early in a run, a longer step is useful beyond the horizon, too. With 0, rates fall
-            too early in short runs. It is of the mean of two cosines, for those of an oscillation change signs.
-        early: ``n``, after how many steps optimism fades, and so does ``careful_cap``.
-        first_step: ``ρ``, the length of the first step over that of the parameters.
-        cap: Largest change of ``log α`` in a step, at the start.
-        careful_from: From this multiple of ``α_1`` on, ``careful_cap`` applies: where steps are long enough to do harm,
-            some must be taken at each rate before the next, for harm to show.
-        careful_cap: Largest change of ``log α`` in a step from there on. After ``early`` steps it falls as ``1 / t``.
-        spike: Least ratio of a gradient norm to its running (geometric) mean at which the rule brakes.
-        spike_sigmas: Braking also needs a rise by this many standard deviations of such rises, so that small batches
-            do not brake for no fault of the rate. With 4, instabilities were missed.
-        release: The part of a brake that is left a step later. With 0.9, instabilities come back too soon.
+        start: ``"automatic"``: the rule picks the first rate. ``"configured"``: it starts from the rate that the
+            optimizer is configured with. The climb from there is slow, 10 % per step at most.
+        horizon: ``H``, the length of the memory at first, in steps. Below 100 the rule turns greedy.
+        growth: The same length as a part of the steps taken, once that is longer.
+        reach: ``w``, the distance between ``log γ`` and its mean over the memory beyond which old moves are forgotten.
+            With 0.7, a factor of two in the rate, weights that are held small are pushed too far.
+        memory: ``s``, the number of steps over which squared cosines are remembered at first. With 1000, rates do not
+            change any more once the climb is over. With 30, some runs collapse.
+        memory_growth: The same number as a part of the steps taken, once that is more.
+        norm_horizon: The number of steps in the running mean ``G`` at first. With 30, rates rise too late when the
+            gradient vanishes. With 1, ``c`` is the cosine. If few batches then hold what is to be learned, rates become
+            far too high, and later too low.
+        norm_growth: The same number as a part of the steps taken, once that is more.
+        optimism: ``r``, the additional weight of cosines that ask for a larger rate. Those that ask for a smaller rate
+            lose as much weight. Early in a run, a longer step is useful beyond the horizon, too. With 0, rates fall too
+            early in short runs. The mean of two cosines counts, because those of an oscillation change signs.
+        early: ``n``, the number of steps after which ``optimism`` and ``careful_cap`` fade.
+        first_step: ``ρ``, the length of the first step over the norm of the parameters.
+        cap: The largest change of ``log α`` per step, at the start.
+        careful_from: The multiple of ``α_1`` from which ``careful_cap`` applies. There steps are long enough to do
+            harm, so the rate must rise slowly enough for the harm to show.
+        careful_cap: The largest change of ``log α`` per step from there on. After ``early`` steps it falls as
+            ``1 / t``.
+        spike: The rule brakes only if a gradient norm exceeds this many times its running (geometric) mean.
+        spike_sigmas: It also brakes only if the rise exceeds this many standard deviations of such rises, so that it
+            does not brake for the noise of small batches. With 4, it missed instabilities.
+        release: The part of a brake that is left after a step. With 0.9, instabilities came back too soon.
 
     Attributes:
-        brakes: How often it has backed off, for a leap of the gradient's norm or a rise of the loss.
+        brakes: How often the rule has backed off from a leap of the gradient's norm or a rise of the loss.
 
     Raises:
         TypeError: An argument is not a number.
@@ -141,12 +144,12 @@ class Auto(Rule):
             setattr(self, name, check_number(name, getattr(self, name), low, high))
         self.brakes = 0
         self._guard = LossGuard()
-        self._ceiling = math.inf  # of log α, since the loss has risen
+        self._ceiling = math.inf  # the upper limit of log α since the loss has risen
         self._fresh = False  # whether the memory starts anew
         self._first_lr = 0.0  # α_1; 0 where it is the configured one
         self._lr = 0.0  # γ_{t-1}
         self._gap = 0.0  # log γ_t - L_t
-        self._moves = 0.0  # how many moves are in E, each counted as far as it is remembered
+        self._moves = 0.0  # the sum of the weights of the moves in E
         self._cosine = 0.0  # c_t
         self._squares = 0.0  # S_t
         self._brake = 0.0  # what is left of the last brakes
@@ -159,13 +162,13 @@ class Auto(Rule):
         self._variance: float = (math.log(self.spike) / self.spike_sigmas) ** 2 if self.spike_sigmas else 0.0
 
     def first_lr(self, param_norm: float, direction_norm: float) -> float:
-        """``α_1 = ρ ‖θ_0‖ / ‖d_1‖``; with ``ρ / ‖d_1‖`` where the parameters are all zero."""
+        """``α_1 = ρ ‖θ‖ / ‖d_1‖`` with the parameters ``θ`` before the first step; ``ρ / ‖d_1‖`` if all are zero."""
         self._first_lr = self._lr = self.first_step * (param_norm or 1.0) / direction_norm
         self._gap = self._moves = 0.0
         return self._first_lr
 
     def discount(self, lr: float, step: int) -> float:
-        """``φ_t``: the part of ``E`` that is left where the next move comes in, which is made at ``γ_t``."""
+        """``φ_t``, the part of ``E`` that is left when the next move is added, which is made at ``γ_t``."""
         if self._fresh:
             self._fresh, self._lr, self._gap, self._moves = False, lr or self._lr, 0.0, 1.0
             return 0.0
@@ -181,12 +184,11 @@ class Auto(Rule):
         return kept
 
     def update(self, lr: float, seen: Observation, step: int) -> float:
-        """``log α_t`` from ``log α_{t-1}``, the cosine, and the norm of the gradient. A zero gradient says nothing."""
+        """``α_t`` from ``α_{t-1}``, the cosine, and the norm of the gradient. A zero gradient changes nothing."""
         if seen.grad_norm == 0:
             return lr
-        careful = self.careful_cap * min(1.0, self.early / step)
         if seen.grad_norm < _RESOLVED * self.rounding * self._largest_norm:
-            return max(lr * math.exp(-careful), min(lr, self._first_lr or lr))
+            return lr
         if seen.direction_norm == 0:
             return lr * math.exp(self.cap)
         change = self._change(seen, step)
@@ -200,13 +202,13 @@ class Auto(Rule):
         self._largest_norm = max(self._largest_norm, seen.grad_norm)
         cap = self.cap
         if lr >= self.careful_from * self._first_lr:
-            cap = careful
+            cap = self.careful_cap * min(1.0, self.early / step)
         if self.nonlinear:
             cap = min(cap, _NONLINEAR_CAP)
         return lr * math.exp(min(max(change, -cap), cap))
 
     def watch(self, lr: float, loss: float, step: int) -> float:
-        """``α_t``, held back where the loss has risen."""
+        """``α_t``, lowered if the loss has risen."""
         if lr <= 0:
             return lr
         self._ceiling += math.log1p(1 / step)
@@ -219,7 +221,7 @@ class Auto(Rule):
         return min(lr, math.exp(min(self._ceiling, _LARGEST_LOG)))
 
     def used(self, lr: float, step: int) -> float:
-        """``α_t``, less what is left of the last brakes."""
+        """``α_t``, lowered by what is left of the last brakes."""
         return lr * math.exp(-self._brake)
 
     def _change(self, seen: Observation, step: int) -> float:
@@ -238,7 +240,7 @@ class Auto(Rule):
         return pace * bent / math.sqrt(self._squares) if self._squares else 0.0
 
     def _excess(self, log_norm: float) -> float:
-        """By how much ``log ‖g_t‖`` exceeds what is usual; takes it into account for the next step."""
+        """The excess of ``log ‖g_t‖`` over what is usual. It also updates what is usual."""
         excess = 0.0
         if self._norms > 2:
             rise = log_norm - self._log_mean / (1 - _LOG_MEMORY ** (self._norms - 1))
@@ -249,7 +251,7 @@ class Auto(Rule):
         return excess
 
     def check_start(self, lr: float) -> None:
-        """Raise ``ValueError`` for a configured rate of 0, which a product never leaves."""
+        """Raise ``ValueError`` for a configured rate of 0, because a product never leaves it."""
         if lr == 0:
             raise ValueError(
                 "rule 'auto' with start='configured' cannot leave a learning rate of 0: configure a positive lr in the "
@@ -257,15 +259,15 @@ class Auto(Rule):
             )
 
     def state_dict(self) -> dict[str, Any]:
-        """What it has learned; not its constants, which may be others after a restart."""
+        """What the rule has learned, without its constants. They may change when a run is resumed."""
         own = {name: getattr(self, name) for name in (*_COUNTS, *_LEARNED, "_fresh", "_ceiling", "nonlinear")}
         return {**own, **self._guard.state_dict()}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Take over what ``state_dict`` returned.
+        """Load what ``state_dict`` returned.
 
         Raises:
-            KeyError, TypeError, ValueError: It is damaged.
+            KeyError, TypeError, ValueError: The state is damaged.
         """
         counts = {name: check_count(name, state_dict[name]) for name in _COUNTS}
         learned = {name: check_number(name, state_dict[name], *bounds) for name, bounds in _LEARNED.items()}
@@ -297,22 +299,22 @@ _LEARNED = {
 """What the rule learns, with its bounds."""
 
 _NONLINEAR_CAP = 0.02
-"""Largest change of ``log α`` in a step where all that was learned moves along, by this part of it."""
+"""The largest change of ``log α`` per step if the step is not linear in the rate: all former steps change as much."""
 
 _RESOLVED = 10.0
-"""Below this many times the rounding of the largest gradient, a gradient is noise of rounding."""
+"""Below this many times the rounding of the largest gradient, a gradient is only rounding."""
 
 _RETREAT = math.log(2)
-"""By how much ``log α`` goes below that of the lowest loss: where the loss was lowest it may have been too high."""
+"""``log α`` goes this far below its value at the lowest loss, because even that may have been too high."""
 
 _LARGEST_LOG = 700.0
-"""The largest number of which there is an exponential."""
+"""About the largest number whose exponential is a float."""
 
 _LOG_MEMORY = 0.9
-"""With which logarithms of gradient norms are forgotten: an overshoot grows within some ten steps."""
+"""The decay of the mean of ``log ‖g‖`` per step. It is fast, because an overshoot grows within some ten steps."""
 
 _RISE_MEMORY = 0.995
-"""With which the usual size of their rises is forgotten: slowly, for a series of leaps not to seem usual soon."""
+"""The decay of the variance of its rises per step. It is slow, so that a series of leaps does not soon seem usual."""
 
 
 def _running(mean: float, value: float, memory: float) -> float:

@@ -1,4 +1,4 @@
-"""The loss guard: sees where the loss rises, to go back to a rate at which it did not."""
+"""The loss guard: detects that the loss has risen, so that the rule goes back to an earlier rate."""
 
 import math
 from dataclasses import dataclass
@@ -7,22 +7,22 @@ from typing import Any
 from lightning_hd.checks import check_count, check_flag, check_number
 
 _SHORTEST, _PART = 10, 0.1
-"""The length of a block: in steps at first, then as a part of the steps taken. So blocks and false alarms are few."""
+"""The length of a block: in steps at first, then as a part of the steps taken. So blocks, and false alarms, are few."""
 
 _SIGMAS = 2.0
-"""By how many standard errors the mean loss of a block must exceed the lowest one."""
+"""The loss has risen if the mean of a block exceeds the lowest one by so many standard errors."""
 
 
 @dataclass
 class LossGuard:
     """Compares the mean loss of each block of steps with that of the best block so far.
 
-    The rate may be so high that nothing is learned any more, and yet no step shows it: where units saturate, or weights
-    are put back after each step, gradient and moves have nothing to do with each other. The loss shows it. It is
-    compared with itself only, so its scale and its offset do not matter.
+    The rate may be so high that nothing is learned any more, and the gradient may not show it. If units saturate, or
+    weights are put back after each step, gradient and moves have nothing to do with each other. The loss shows it. It
+    is compared with itself only, so its scale and its offset do not matter. Source: this project.
     """
 
-    count: int = 0  # of the losses in the block
+    count: int = 0  # how many losses are in the block
     mean: float = 0.0
     deviations: float = 0.0  # sum of their squared deviations from the mean
     logs: float = 0.0  # sum of the logarithms of the rates
@@ -32,15 +32,15 @@ class LossGuard:
     best_log: float = 0.0  # the mean logarithm of its rates
 
     def see(self, loss: float, log_lr: float, step: int) -> float | None:
-        """Take a step's loss in.
+        """Add the loss of a step.
 
         Args:
-            loss: The loss at which the step's gradient was taken.
-            log_lr: The logarithm of its rate.
-            step: Its number, counted from 1.
+            loss: The loss, at the parameters before the step.
+            log_lr: The logarithm of the rate of the step.
+            step: The number of the step, counted from 1.
 
         Returns:
-            The logarithm of the rate at which the loss was lowest, where it has risen; else ``None``.
+            If the loss has risen, the logarithm of the rate at which it was lowest; else ``None``.
         """
         self.count += 1
         off = loss - self.mean
@@ -58,14 +58,14 @@ class LossGuard:
         return before if higher else None
 
     def state_dict(self) -> dict[str, Any]:
-        """All of it, as plain numbers."""
+        """All fields, as plain numbers."""
         return {f"guard_{name}": value for name, value in vars(self).items()}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Take over what ``state_dict`` returned.
+        """Load what ``state_dict`` returned.
 
         Raises:
-            KeyError, TypeError, ValueError: It is damaged.
+            KeyError, TypeError, ValueError: The state is damaged.
         """
         own: dict[str, Any] = {name: state_dict[f"guard_{name}"] for name in vars(self)}
         own["count"], own["known"] = check_count("count", own["count"]), check_flag("known", own["known"])

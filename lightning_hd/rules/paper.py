@@ -48,13 +48,13 @@ class _PaperRule(Rule):
         return bound
 
     def state_dict(self) -> dict[str, Any]:
-        """Nothing: these rules learn no numbers, and β may be another after a restart."""
+        """Nothing, because these rules learn no numbers. β may change when a run is resumed."""
         return {}
 
     @staticmethod
     @abstractmethod
     def default_hypergrad_lr(normalized: bool) -> float:
-        """β where the user names none."""
+        """β if the user gives none."""
 
 
 @dataclass
@@ -62,14 +62,14 @@ class Additive(_PaperRule):
     r"""The paper's main rule, ``α_t = α_{t-1} - β h_t`` (Section 3, "additive").
 
     Args:
-        hypergrad_lr: ``β ≥ 0``. Its unit is that of α over that of h, so it depends on the scale of the loss. ``None``:
-            the values of the paper's experiments with logistic regression and multi-layer networks (Section 4), 1e-3
-            for optimizers whose steps are proportional to the gradient (SGD with or without momentum) and 1e-7 for all
-            others (the paper's Adam).
-        limit_lr: ``α_∞`` of the paper's transition to a fixed rate, ``γ_t = δ(t) α_t + (1 - δ(t)) α_∞`` (Section 5):
-            step ``t`` is taken with ``γ_t`` while ``α_t`` goes on as without it. With a scheduler, it is the limit at
-            the schedule's peak. ``None``: no transition.
-        weight: ``δ(t)``, a function of the step (counted from 1) with ``δ(1) = 1`` that goes to 0.
+        hypergrad_lr: ``β ≥ 0``. Its unit is that of ``α`` over that of ``h``, so it depends on the scale of the loss.
+            ``None``: the values of the paper's experiments with logistic regression and multi-layer networks
+            (Section 4). They are 1e-3 for optimizers whose steps are proportional to the gradient (SGD with or without
+            momentum) and 1e-7 for all others (the paper's Adam).
+        limit_lr: ``α_∞`` of the paper's transition to a fixed rate, ``γ_t = δ(t) α_t + (1 - δ(t)) α_∞`` (Section 5).
+            Step ``t`` is taken with ``γ_t``, and ``α_t`` goes on as without a transition. With a scheduler, ``α_∞`` is
+            the limit at the schedule's peak. ``None``: no transition.
+        weight: ``δ(t)``, a function of the step, which is counted from 1. It has ``δ(1) = 1`` and goes to 0.
 
     Raises:
         TypeError: An argument is not a number, or ``weight`` not a function.
@@ -91,13 +91,13 @@ class Additive(_PaperRule):
 class Multiplicative(_PaperRule):
     """The paper's multiplicative rule, ``α_t = α_{t-1} (1 - β' h_t / (‖g_t‖ ‖∂u_{t-1}/∂α‖))`` (Section 3).
 
-    The fraction is minus the cosine between the new gradient and the last direction, so the rule does not depend on the
-    scale of the loss, and α changes by at most a factor of ``1 ± β'`` a step.
+    The fraction is minus the cosine between the new gradient and the last direction. So the rule does not depend on the
+    scale of the loss, and ``α`` changes by a factor from ``1 - β'`` to ``1 + β'`` per step.
 
     Args:
-        hypergrad_lr: ``β' ≥ 0``, without unit. ``None``: 0.1. The paper gives no value; with this one 580 steps on
-            scikit-learn's digits repaired a rate of 1e-5 for SGD, heavy ball and Adam, while 0.02 was too slow for
-            plain SGD.
+        hypergrad_lr: ``β' ≥ 0``, without unit. ``None``: 0.1. The paper gives no value. With 0.1, 580 steps on
+            scikit-learn's digits repaired a rate of 1e-5 for SGD, heavy ball and Adam. With 0.02, plain SGD was too
+            slow.
         limit_lr: As in ``Additive``.
         weight: As in ``Additive``.
 
