@@ -171,10 +171,8 @@ class AutoRule:
     def next_lr(self, lr: float, t: int, product: float, g_norm: float, d_norm: float) -> float:
         """The rate of step t, before what is left of a brake, from ``-g · E``, ``‖g‖`` and ``‖E‖``."""
         self.slope = 0.0
-        if 0 < g_norm < 10 * 2.0**-23 * self._largest:
-            return lr
         if g_norm and not d_norm:
-            return float(lr * np.exp(0.5))
+            return float(lr * np.exp(0.5 * (g_norm >= 10 * 2.0**-23 * self._largest)))
         if g_norm == 0:
             return lr
         self._memories.append(1 - 1 / max(10.0, t / 50))
@@ -203,6 +201,7 @@ class AutoRule:
                 self.braked.append(t)
         if not excess:
             self._largest = max(self._largest, g_norm)
+            change = 0.0 if usual_norm < 10 * 2.0**-23 * self._largest else change
         self._logs.append(log_norm)
         self.brake = max(0.95 * self.brake, excess)
         self.leap = max(0.5 * self.leap, excess)

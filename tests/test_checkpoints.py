@@ -128,7 +128,6 @@ def resume(whole: Training, stop: int, path: Path) -> Training:
     return resumed
 
 
-@pytest.mark.filterwarnings("ignore:.*not a finite number.*", "ignore:.*vanished in the rounding.*")
 @pytest.mark.parametrize("precision", DTYPES)
 @pytest.mark.parametrize("family", FAMILIES)
 def test_resuming_is_exact(family: str, precision: str, tmp_path: Path) -> None:

@@ -41,8 +41,8 @@ class Auto(Rule):
     as AdaGrad does. All memories and the clip follow the number of steps taken.
 
     The first rate is ``α_1 = ρ ‖θ_1‖ / ‖d_1‖``, so the configured rates only set the ratios between groups. If steps
-    vanish in the rounding of the parameters, ``E`` is zero, and ``log α`` rises by the cap. If ``‖g_t‖`` is below 10
-    times the rounding of the largest one, it is only rounding, and ``log α`` stays as it is.
+    vanish in the rounding of the parameters, ``E`` is zero, and ``log α`` rises by the cap. If ``G_t`` is below 10
+    times the rounding of the largest norm so far, gradients are only rounding, and ``log α`` stays as it is.
 
     The memory does not show an instability, because steps to and fro cancel in it. So the rule brakes when the norm of
     the gradient leaps, which means that ``log ‖g_t‖`` exceeds its running mean by more than usual. Let ``e`` be the
@@ -187,10 +187,9 @@ class Auto(Rule):
         """``α_t`` from ``α_{t-1}``, the cosine, and the norm of the gradient. A zero gradient changes nothing."""
         if seen.grad_norm == 0:
             return lr
-        if seen.grad_norm < _RESOLVED * self.rounding * self._largest_norm:
-            return lr
+        resolved = _RESOLVED * self.rounding * self._largest_norm
         if seen.direction_norm == 0:
-            return lr * math.exp(self.cap)
+            return lr * math.exp(self.cap) if seen.grad_norm >= resolved else lr
         change = self._change(seen, step)
         excess = self._excess(math.log(seen.grad_norm))
         before, self._leap, self._brake = self._leap, self._leap / 2, self._brake * self.release
@@ -200,6 +199,8 @@ class Auto(Rule):
             self._leap, self._brake = max(self._leap, excess), max(self._brake, excess)
             return max(lr * math.exp(-before * excess), min(lr, self._first_lr))
         self._largest_norm = max(self._largest_norm, seen.grad_norm)
+        if self._norm < resolved * math.sqrt(self._norm_weight):
+            return lr
         cap = self.cap
         if lr >= self.careful_from * self._first_lr:
             cap = self.careful_cap * min(1.0, self.early / step)
