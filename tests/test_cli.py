@@ -173,7 +173,7 @@ def test_help_tells_every_argument_as_the_docstring_does(tmp_path: Path, capsys:
         ("min_lr", "small", "min_lr(.|\n)*small"),
         ("scope", "all", "scope(.|\n)*all"),
         ("log_every_n_steps", "2.5", "log_every_n_steps(.|\n)*2.5"),
-        ("learning_rate", "1", "learning_rate(.|\n)* is not accepted"),
+        ("learning_rate", "1", "learning_rate(.|\n)*( is not accepted|NestedArg)"),
     ],
 )
 def test_a_bad_value_is_named(
