@@ -21,8 +21,7 @@ def show(trainer: Trainer, pl_module: LightningModule, trackers: Sequence[Tracke
     metrics = {key: torch.tensor(value) for key, value in known.items()}
     trainer.callback_metrics.update(metrics | former(metrics))
     if prog_bar:
-        lrs = {key: lr for tracker in trackers for key, lr in tracker.lr_metrics().items()}
-        pl_module.log_dict(lrs, on_step=True, on_epoch=False, prog_bar=True, logger=False)
+        pl_module.log_dict(_rates(trackers), on_step=True, on_epoch=False, prog_bar=True, logger=False)
 
 
 def log(trainer: Trainer, trackers: Sequence[Tracker], step: int) -> None:
@@ -34,11 +33,16 @@ def log(trainer: Trainer, trackers: Sequence[Tracker], step: int) -> None:
         step: The step, on the axis of ``self.log``.
     """
     means = {key: value for tracker in trackers for key, value in tracker.collect().items()}
-    rates = {key: lr for tracker in trackers for key, lr in tracker.lr_metrics().items()}
+    rates, logarithms = _rates(trackers), _logarithms(means)
     for logger in trainer.loggers:
-        own = means | _logarithms(means) if _writes_events(logger) else rates | means
+        own = means | logarithms if _writes_events(logger) else rates | means
         logger.log_metrics(metrics=own, step=step)
     log_curves(trainer, trackers)
+
+
+def _rates(trackers: Sequence[Tracker]) -> dict[str, float]:
+    """The tags and the effective rates of all groups of all optimizers."""
+    return {key: lr for tracker in trackers for key, lr in tracker.lr_metrics().items()}
 
 
 def _logarithms(metrics: dict[str, float]) -> dict[str, float]:
