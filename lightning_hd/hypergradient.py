@@ -46,8 +46,8 @@ class HypergradientLR:
     ``g_t`` is the gradient that the optimizer sees: after clipping and unscaling, with L2 (coupled) weight decay, and
     with its sign flipped under ``maximize=True``. Step hooks run in the order in which they are registered, so a hook
     that changes gradients must be registered before. Parameters without a gradient contribute nothing. A step without
-    any gradient does not count. Nor does a first step with rates and gradients of 0, by which
-    ``torch.distributed.checkpoint`` makes the state of an optimizer.
+    any gradient does not count. Nor does a step with rates and gradients of 0, before the first step or while the
+    optimizer has no state: ``torch.distributed.checkpoint`` makes the state by such a step.
 
     With a scheduler, the effective rate is the scheduler's value times the learned scale. Between steps,
     ``param_groups[i]["lr"]`` holds the scheduler's own value. ``α`` is the scale times the highest rate that the

@@ -97,7 +97,7 @@ def rows(trackers: Sequence[Tracker], seconds: float) -> list[tuple[str, ...]]:
         for i, (name, lrs) in enumerate(tracker.history()):
             if lrs:
                 rates = (tracker.configured(i), lrs[0], median(lrs), max(lrs), lrs[-1])
-                counts = (engine.brakes[i if engine.scope == "group" else 0], engine.nonfinite_steps)
+                counts = (engine.brakes[tracker.scope_of(i)], engine.nonfinite_steps)
                 share = f"{engine.seconds / seconds:.1%}" if seconds else ""
                 numbers = [f"{lr:.2g}" for lr in rates] + [f"{count}" for count in counts]
                 found.append((name, *numbers, f"{engine.seconds:.1f}", share))

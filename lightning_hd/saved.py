@@ -9,10 +9,6 @@ from lightning_hd.step import Tuning
 
 _COUNTS = ("step_count", "nonfinite_steps")
 
-_WAY_OUT = (
-    "Go on with the same, or start tuning anew: pass on_mismatch='restart' to the callback, or do not load the state"
-)
-
 
 def save(tuning: Tuning) -> dict[str, Any]:
     """The state: plain numbers, and what the view remembers."""
@@ -54,13 +50,13 @@ def load(tuning: Tuning, state_dict: dict[str, Any], loaded: bool) -> None:
     keep += [loaded] * (len(tuning.optimizer.param_groups) - len(keep))
     own = save(tuning)
     if isinstance(state_dict, dict) and _is_former(state_dict):
-        raise ValueError(f"the saved state is of a former version of lightning-hd. {_WAY_OUT}")
+        raise ValueError("the saved state is of a former version of lightning-hd")
     if not isinstance(state_dict, dict) or not own.keys() <= state_dict.keys():
         raise ValueError("the state is not what HypergradientLR.state_dict() returned")
     for key in ("optimizer", "rule", "scope"):
         if state_dict[key] != own[key]:
             saved, now = (rule_name(d[key]) if key == "rule" else d[key] for d in (state_dict, own))
-            raise ValueError(f"the saved state has {key}={saved!r}, now it is {now!r}. {_WAY_OUT}")
+            raise ValueError(f"the saved state has {key}={saved!r}, now it is {now!r}")
     try:
         groups = state_dict["rates"]["groups"]
         if isinstance(groups, list) and len(groups) != len(own["rates"]["groups"]):
@@ -74,7 +70,7 @@ def load(tuning: Tuning, state_dict: dict[str, Any], loaded: bool) -> None:
         tuning.rates.load_state_dict(state_dict["rates"], keep)  # the last that can fail; it changes all or nothing
     except (KeyError, IndexError, TypeError, ValueError, AttributeError) as error:
         tuning.view.load_state_dict(own["view"])
-        raise ValueError(f"the saved state is damaged, or of other parameter groups: {error!r}. {_WAY_OUT}") from error
+        raise ValueError(f"the saved state is damaged, or of other parameter groups: {error!r}") from error
     tuning.lost_schedule = scheduled and not tuning.rates.under_schedule
     tuning.losses.load_state_dict(state_dict["losses"])
     vars(tuning).update(counts)

@@ -21,6 +21,8 @@ _SUPPORTED = {"SingleDeviceStrategy", "DDPStrategy", "FSDPStrategy", "ModelParal
 _REFUSED = {"DeepSpeedStrategy", "XLAStrategy", "SingleDeviceXLAStrategy"}  # though they are subclasses of the former
 """Strategies go by their names, because the package ``pytorch_lightning`` has its own classes of these names."""
 
+_WAY_OUT = "Go on with the same, or start anew with on_mismatch='restart'"
+
 
 def strategies(trainer: Trainer) -> set[str]:
     """The names of the strategy's class and of its base classes."""
@@ -94,10 +96,7 @@ def guard_states(optimizers: Sequence[Optimizer], classes: Sequence[str], restar
         counts = [f"{len(layout)} parameter groups" for layout in layouts]
         found = f"optimizer={saved_class!r} with {counts[0]}, now it is {now!r} with {counts[1]}"
         if not restart:
-            raise ValueError(
-                f"HypergradientDescent: the saved state has {found}. Go on with the same, or start anew with "
-                "on_mismatch='restart'"
-            )
+            raise ValueError(f"HypergradientDescent: the saved state has {found}. {_WAY_OUT}")
         rank_zero_warn(f"HypergradientDescent: the saved state has {found}, so this optimizer starts anew.")
         return fresh
 
@@ -138,7 +137,7 @@ def restore(
         except ValueError as error:
             errors.append(f"{type(engine.optimizer).__name__}: {error}")
     if errors and not restart:
-        raise ValueError(f"HypergradientDescent: {'; '.join(errors)}")
+        raise ValueError(f"HypergradientDescent: {'; '.join(errors)}. {_WAY_OUT}")
     for i in failed:
         if not engines[i].under_schedule:
             for settings, lr in zip(engines[i].optimizer.param_groups, configured[i], strict=False):

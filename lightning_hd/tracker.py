@@ -81,6 +81,10 @@ class Tracker:
             if leader != i and (lrs[-1] != self._lrs[leader][-1] or len(lrs) != len(self._lrs[leader])):
                 self._leaders[i] = next(k for k in range(i + 1) if self._lrs[k] == lrs)
 
+    def scope_of(self, group: int) -> int:
+        """The scope of a group."""
+        return group if self.engine.scope == "group" else 0
+
     def configured(self, group: int) -> float:
         """The rate that a group had before the first step."""
         return self._configured[group] if group < len(self._configured) else math.nan
@@ -89,7 +93,7 @@ class Tracker:
         """For each scope its name, its scales, its known cosines, and its scheduled rates."""
         found = []
         for i, (name, scales, cosines) in enumerate(zip(self._scopes(), self._scales, self._cosines, strict=False)):
-            lrs = self._lrs[i if self.engine.scope == "group" else 0][-len(scales) :]
+            lrs = self._lrs[i][-len(scales) :]  # with scope="global", those of the first group
             schedule = [lr / scale if scale else math.nan for lr, scale in zip(lrs, scales, strict=True)]
             known = [cosine for cosine in cosines if cosine and not math.isnan(cosine)]  # 0: there was no gradient
             found.append((name, scales.tolist(), known, schedule if self.engine.under_schedule else []))
@@ -185,7 +189,7 @@ class Tracker:
         metrics = {tag("scale", name): scale for name, scale in zip(names, self.engine.scales, strict=False)}
         if self.engine.under_schedule:
             for i, (name, lr) in enumerate(zip(self.names(), self.engine.lrs, strict=True)):
-                scale = self.engine.scales[i if self.engine.scope == "group" else 0]
+                scale = self.engine.scales[self.scope_of(i)]
                 metrics |= {tag("schedule", name): lr / scale} if scale else {}
         metrics |= {tag("brakes", name): float(n) for name, n in zip(names, self.engine.brakes, strict=False) if n}
         for (quantity, i), values in self._seen.items():

@@ -307,10 +307,14 @@ class Tuned:
         return self.ratios[i] * self._errors[s] * (1.0 if self._rule == "additive" else self.alphas[s])
 
     def step(self, gradients: dict[tuple[int, int], Array]) -> None:
-        """One step; none where there is no gradient at all, nor a first one where all rates and gradients are 0."""
+        """One step. It is none where there is no gradient at all.
+
+        Nor is it one where all rates and gradients are 0, before the first step or while the optimizer has no state.
+        """
         if not gradients:
             return
-        if self.steps == 0 and not any(self.lrs) and not any(x.any() for x in gradients.values()):
+        stateless = self.steps == 0 or self._method == "sgd"
+        if stateless and not any(self.lrs) and not any(x.any() for x in gradients.values()):
             for key, x in gradients.items():  # the optimizer makes its state
                 self._direction(
                     key, x + self._decays[key[0]] * self.values[key] * (not self._settings.get("decoupled"))

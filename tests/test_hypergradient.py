@@ -250,6 +250,19 @@ def test_a_parameter_without_a_gradient_contributes_nothing(cls: Any, settings: 
     assert hd.last == [None], "the one that moved has no gradient, the one with a gradient did not move"
 
 
+@pytest.mark.parametrize("momentum", [0.0, 0.9])
+def test_a_step_with_rates_and_gradients_of_0_counts_where_the_optimizer_has_a_state(momentum: float) -> None:
+    w = nn.Parameter(torch.zeros(()))
+    optimizer = SGD([w], lr=0.0, momentum=momentum)
+    hd = HypergradientLR(optimizer, "additive", 1e-3, min_lr=None)
+    counts = []
+    for gradient in (0.0, 1.0, 0.0, 1.0):
+        w.grad = torch.full((), gradient)
+        optimizer.step()
+        counts.append(hd.step_count)
+    assert counts == ([0, 1, 2, 3] if momentum else [0, 1, 1, 2])
+
+
 def test_a_step_without_any_gradient_changes_nothing() -> None:
     p = nn.Parameter(torch.ones(3))
     optimizer = SGD([p], lr=0.1)
