@@ -367,7 +367,8 @@ class Tuned:
         if known:
             product = dot([g[key] for key in known], [self._last[key] for key in known])
             g_norm, d_norm = norm(g.values()), norm(self._last[key] for key in known)
-            if self._rule == "auto" and d_norm == 0 and not self._moved[s]:
+            moved = self._moved[s] if self._rule == "auto" else any(self.lrs[i] for i in self.scopes[s])
+            if d_norm == 0 and not moved:  # there was no update to judge
                 self._clamp(s)
                 return
             g_size = g_norm + sum(self._decays[key[0]] * self.sizes[key] * g[key].size for key in g)

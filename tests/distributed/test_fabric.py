@@ -146,9 +146,12 @@ def test_processes_tune_as_plain_torch_on_one_does_and_resume_bit_for_bit(tmp_pa
             assert all(map(torch.equal, trained.parameters, undisturbed.parameters))
             continue
         assert trained.clipped == expected[name].clipped
-        np.testing.assert_allclose(trained.lrs, expected[name].lrs, rtol=1e-12, err_msg=f"{name} {how}")
+        # Torch 2.9 clips shards to 1 - 8.5e-7 of the norm where it clips whole tensors to 1 - 6.2e-7. 2.13 does not.
+        inexact = torch.__version__ < "2.13" and kind == "ModelParallelStrategy"
+        rtol, atol = (2e-6, 1e-6) if inexact else (1e-12, 1e-13)
+        np.testing.assert_allclose(trained.lrs, expected[name].lrs, rtol=rtol, err_msg=f"{name} {how}")
         for p, q in zip(trained.parameters, expected[name].parameters, strict=True):
-            torch.testing.assert_close(p, q, rtol=1e-12, atol=1e-13)
+            torch.testing.assert_close(p, q, rtol=rtol, atol=atol)
 
 
 @pytest.mark.parametrize("name", NAMES)
