@@ -2,7 +2,9 @@
 
 import math
 import operator
-from typing import SupportsIndex
+from collections.abc import Mapping
+from dataclasses import field, fields
+from typing import Any, SupportsIndex, TypeVar
 
 from torch import Tensor
 
@@ -57,3 +59,36 @@ def check_flag(name: str, value: bool) -> bool:
     if not isinstance(value, bool):
         raise TypeError(f"{name} must be True or False, got {value!r}")
     return value
+
+
+_Fields = TypeVar("_Fields")
+
+
+def not_negative(default: float = 0.0) -> Any:
+    """A field of a dataclass that ``check_fields`` refuses below 0."""
+    return field(default=default, metadata={"minimum": 0.0})
+
+
+def check_fields(cls: type[_Fields], saved: Mapping[str, Any], prefix: str = "") -> _Fields:
+    """A dataclass of flags, counts and numbers, from what was saved of it under names with a prefix.
+
+    A number may be infinite if its default is.
+
+    Raises:
+        KeyError: A name is missing.
+        TypeError: A value is of another type.
+        ValueError: A value is out of range.
+    """
+    found: dict[str, Any] = {}
+    for own in fields(cls):  # type: ignore[arg-type]
+        name = prefix + own.name
+        value = saved[name]
+        if own.type is bool:
+            found[own.name] = check_flag(name, value)
+        elif own.type is int:
+            found[own.name] = check_count(name, value)
+        elif own.default == math.inf and value == math.inf:
+            found[own.name] = math.inf
+        else:
+            found[own.name] = check_number(name, value, own.metadata.get("minimum", -math.inf))
+    return cls(**found)

@@ -1,11 +1,15 @@
 """The decline of the rates at the end of a run whose length is known."""
 
+import math
 from dataclasses import dataclass
 
 
 @dataclass
 class Decline:
-    """A linear decline: over the last part of the run, rates are proportional to the number of steps that are left.
+    """A decline over the last part of the run, by one minus the square root of the part of it that is over.
+
+    It is steep at first, where the rate is high and its noise large, and long where the noise is small. Source: Hägele
+    et al., "Scaling Laws and Compute-Optimal Training Beyond Fixed Training Durations" (NeurIPS 2024), Section 3.2.
 
     Args:
         part: The last part of the run, from 0 to 1.
@@ -19,7 +23,12 @@ class Decline:
         """Whether a step, counted from 1, comes after the last one of the decline."""
         return bool(self.part and self.total and step > self.total)
 
+    def left(self, step: int) -> float:
+        """The length of the decline that is still to come before a step, counted from 1; 0 if there is none."""
+        return max(0.0, min(self.part * (self.total or 0), (self.total or 0) - step + 1))
+
     def factor(self, step: int) -> float:
         """The factor of the rate in a step, counted from 1. It stays above 0, even in steps after the last one."""
         length = self.part * (self.total or 0)
-        return min(1.0, max((self.total or 0) - step + 1, 1) / length) if length else 1.0
+        left = min(1.0, max((self.total or 0) - step + 1, 1) / length) if length else 1.0
+        return 1 - math.sqrt(1 - left)

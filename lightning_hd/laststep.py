@@ -25,7 +25,7 @@ from lightning_hd.optimizers import coupled_decay, objective_gradient
 from lightning_hd.probe import Bucket, gather, look, pack
 from lightning_hd.reduction import Ranks, gradient_of, local, widen
 from lightning_hd.sums import is_doubtful, products
-from lightning_hd.view import View
+from lightning_hd.view import Kept, View
 
 _GRADIENT = "gradient"
 
@@ -209,7 +209,7 @@ class LastStep(View):
         if decay:
             torch._foreach_add_(copies, parameters, alpha=decay)
 
-    def remember(self, kept: Sequence[float | None]) -> None:
+    def remember(self, kept: Sequence[Kept | None]) -> None:
         """Keep the directions of the step that was taken."""
         for last in self._next:
             if isinstance(last.direction, Measured) and last.moved:

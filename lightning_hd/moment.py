@@ -6,6 +6,7 @@ from typing import Any
 from torch import Tensor
 
 from lightning_hd.rules import Observation
+from lightning_hd.view import Kept
 
 
 @dataclass
@@ -17,7 +18,7 @@ class Step:
     has_gradient: list[bool] = field(default_factory=list)  # of each scope, on any rank
     seen: list[Observation | None] = field(default_factory=list)
     rates: list[tuple[float, float]] = field(default_factory=list)  # α_t and γ_t of each scope
-    kept: list[float | None] = field(default_factory=list)  # φ_t of each scope, for rules with a long horizon
+    kept: list[Kept | None] = field(default_factory=list)  # for each scope, of rules with a long horizon
     loss: float | None = None  # averaged over the ranks, where it is known
     finite: bool = True
     lrs: list[float] = field(default_factory=list)  # what param_groups[i]["lr"] holds during the update

@@ -2,9 +2,11 @@
 
 Let ``θ_t`` be the parameters before step ``t``. The sum of the moves is ``E_t = φ_{t-1} E_{t-1} + (θ_t - θ_{t-1})``.
 Then ``r_t = θ_t - E_t`` is a running mean of the iterates, ``r_t = r_{t-1} + (1 - φ_{t-1}) (θ_{t-1} - r_{t-1})``. So
-one vector is kept, at the coordinates of the probe, and the optimizer need not be known. Source: this project.
+the optimizer need not be known. Four vectors are kept, at the coordinates of the probe: ``r``, the running mean ``Ē``
+of ``E``, the last gradient and the last parameters. Source: this project.
 """
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -18,8 +20,13 @@ from lightning_hd.checks import check_count, check_flag
 from lightning_hd.notices import Notices
 from lightning_hd.optimizers import coupled_decay, device_of
 from lightning_hd.probe import Bucket, Key, Range, Slot, gather, look, pack
-from lightning_hd.reduction import Ranks, exact_dtype, gradient_of, is_flat_shard, local
-from lightning_hd.view import View
+from lightning_hd.reduction import Ranks, exact_dtype, flat_offsets, gradient_of, local
+from lightning_hd.view import Kept, View
+
+_MEAN, _LATE, _GRADIENT, _BEFORE = range(4)
+"""The rows of what is kept: ``r``, ``Ē``, ``g_{t-1}`` and ``θ_{t-1}``."""
+
+_ROWS = 4
 
 _PART = 0.1
 """If new parameters are this part of a scope or more, its rate starts anew, because it was found without them."""
@@ -43,8 +50,8 @@ class Moves(View):
         self._sharded = any(isinstance(p, DTensor) for settings in optimizer.param_groups for p in settings["params"])
         self._buckets: list[Bucket] = []
         self._pieces: list[list[Tensor]] = []  # of the parameters, for each bucket
-        self._means: list[Tensor | None] = []  # r, for each bucket
-        self._moved: list[Tensor] = []  # E, for each bucket, during a step
+        self._memory: list[Tensor | None] = []  # four rows for each bucket
+        self._now: list[tuple[Tensor, Tensor, Tensor]] = []  # θ, E and g of each bucket, during a step
         self._saved: dict[Key, Saved] = {}  # the state of a checkpoint
         self._updated: set[Key] = set()  # parameters that had a gradient in a remembered step
         self._present: set[Key] | None = None  # parameters that have a gradient now
@@ -57,7 +64,11 @@ class Moves(View):
         return {**vars(self), "_places": []}  # a copy's parameters lie elsewhere
 
     def observe(self, scopes: Sequence[int], grad_scale: Tensor | None, wide: bool = False) -> Tensor:
-        """For each scope ``g·E``, ``‖g‖²``, ``‖E‖²`` and three flags; see ``View.observe``."""
+        """Eight sums and three flags for each scope; see ``View.observe`` and ``further``.
+
+        The sums are ``g·E``, ``‖g‖²``, ``‖E‖²``, ``g·Ē``, ``g·g'``, ``‖g'‖²``, ``g·Δ`` and ``‖Δ‖²``, with the last
+        gradient ``g'`` and the last move ``Δ = θ_t - θ_{t-1}``.
+        """
         self._prepare(scopes)
         missing = frozenset(i for i, p in enumerate(self._parameters) if p.grad is None)
         flats = [
@@ -65,30 +76,22 @@ class Moves(View):
             for place, slot in enumerate(self.slots)
         ]
         sums = []
-        self._moved = []
-        for bucket, pieces, mean in zip(self._buckets, self._pieces, self._means, strict=True):
+        self._now = []
+        for bucket, pieces, memory in zip(self._buckets, self._pieces, self._memory, strict=True):
             theta = gather(pieces or bucket.views(self._flats()))
             theta = theta.to(exact_dtype(bucket.device), copy=True)
             g = self._gradient(bucket, gather(bucket.views(flats)), theta, grad_scale)
             if bucket.roots is not None:  # so that sums over the probe are estimates of those over all coordinates
                 g, theta = g.mul_(bucket.roots), theta.mul_(bucket.roots)
-            moved = theta if mean is None else theta.sub_(mean)
-            self._moved.append(moved)
-            if mean is None:
-                moved = torch.zeros_like(theta)
-            for start, stop in self._spans_apart(bucket):
-                moved = moved.clone()
-                moved[start:stop] = 0
-            if missing & bucket.parts.keys():
-                mask = self._mask(bucket, missing)
-                g, moved = g * mask, moved * mask
-            sums.append(torch.stack([torch.dot(g, moved), torch.dot(g, g), torch.dot(moved, moved)]))
+            moved = theta - (theta if memory is None else memory[_MEAN])
+            self._now.append((theta, moved, g))
+            sums.append(self._products(bucket, missing))
         if self._present is None or missing != self._missing:
             self._missing = missing
             self._present = {slot.key for place, slot in enumerate(self.slots) if place not in missing}
             self._joined = self._joining(scopes)
         known = {i for i, _ in self._present & self._updated}
-        shares = [(bucket.key, *[1 / bucket.copies] * 3) for bucket in self._buckets]
+        shares = [(bucket.key, *[1 / bucket.copies] * 8) for bucket in self._buckets]
         return self._combine(sums, shares, scopes, {i for i, _ in self._present}, known, self._joined)
 
     def _joining(self, scopes: Sequence[int]) -> set[int]:
@@ -102,36 +105,67 @@ class Moves(View):
         known = {scopes[group] for group, _ in self._updated}
         return {scope for scope, (size, new) in sizes.items() if _PART * size <= new and scope in known}
 
+    def _products(self, bucket: Bucket, missing: frozenset[int]) -> Tensor:
+        """The eight sums of the bucket that was looked at last."""
+        memory, (theta, moved, g) = self._memory[len(self._now) - 1], self._now[-1]
+        step = theta - (theta if memory is None else memory[_BEFORE])
+        late, last = (torch.zeros_like(g),) * 2 if memory is None else (memory[_LATE], memory[_GRADIENT])
+        if apart := self._spans_apart(bucket):
+            moved, step, late = moved.clone(), step, late.clone()
+            for start, stop in apart:
+                moved[start:stop], step[start:stop], late[start:stop] = 0, 0, 0
+        if missing & bucket.parts.keys():
+            mask = self._mask(bucket, missing)
+            g, moved, step = g * mask, moved * mask, step * mask
+        pairs = ((g, moved), (g, g), (moved, moved), (g, late), (g, last), (last, last), (g, step), (step, step))
+        return torch.stack([torch.dot(x, y) for x, y in pairs])
+
+    def further(self, sums: Sequence[float]) -> dict[str, float]:
+        """What an observation has beside the first three sums."""
+        _, g_squared, _, late, turn, last_squared, slope, move_squared = sums
+        norms = math.sqrt(g_squared) * math.sqrt(last_squared)
+        return {
+            "late": late,
+            "turn": turn / norms if norms else 0.0,
+            "slope": slope,
+            "move_norm": math.sqrt(move_squared),
+        }
+
     def forget(self, scope: int) -> None:
         """Set ``E`` to zero. The mean begins where the parameters are."""
-        for i, (bucket, mean) in enumerate(zip(self._buckets, self._means, strict=True)):
-            if bucket.key == scope and mean is not None:
-                self._moved[i].add_(mean)
-                self._means[i] = None
+        for i, bucket in enumerate(self._buckets):
+            if bucket.key == scope:
+                self._memory[i] = None
 
     def keep(self, group: int, lr: float, weight: float) -> None:
         """Note groups that do not follow their scopes' rates. The moves that they make now do not count."""
         if not weight:
             self._coming.add(group)
 
-    def remember(self, kept: Sequence[float | None]) -> None:
+    def remember(self, kept: Sequence[Kept | None]) -> None:
         """Add the last move to the memory after a step. If numbers were not finite, the memory stays as it is."""
-        for i, (bucket, moved) in enumerate(zip(self._buckets, self._moved, strict=True)):
-            part, mean = kept[bucket.key], self._means[i]
-            if mean is None and part is not None:
-                self._means[i] = moved
-            elif mean is not None and part is not None:
-                mean.add_(moved, alpha=1 - part)
-                for start, stop in self._spans_apart(bucket):  # nothing of E counts there
-                    mean[start:stop].add_(moved[start:stop], alpha=part)
+        for i, (bucket, (theta, moved, g)) in enumerate(zip(self._buckets, self._now, strict=True)):
+            part, memory = kept[bucket.key], self._memory[i]
+            if part is None:
+                continue
+            if memory is None:
+                self._memory[i] = torch.stack([theta, torch.zeros_like(theta), g, theta])
+                continue
+            memory[_MEAN].add_(moved, alpha=1 - part.moves)
+            memory[_LATE].lerp_(moved, part.smoothing)
+            memory[_GRADIENT].copy_(g)
+            memory[_BEFORE].copy_(theta)
+            for start, stop in self._spans_apart(bucket):  # nothing of E counts there
+                memory[_MEAN, start:stop] = theta[start:stop]
+                memory[_LATE, start:stop] = 0
         self._apart, self._coming = self._coming, set()
         self._updated |= self._present or set()
         self._joined = set()
-        self._moved = []
+        self._now = []
 
     def abandon(self) -> None:
         """Drop what was kept of a step that was not taken."""
-        self._moved, self._coming = [], set()
+        self._now, self._coming = [], set()
 
     def pause(self) -> None:
         """Do nothing: a move between the steps counts as any other."""
@@ -175,13 +209,13 @@ class Moves(View):
             if places != self._places:
                 self._places, self._pieces = places, self._views()
             return
-        before = self._local_means()
+        before = self._local_memory()
         self._parameters, self._places, self._sizes, self._present = parameters, places, sizes, None
         found = [(i, j, p) for i, own in enumerate(groups) for j, p in enumerate(own["params"]) if p.requires_grad]
         self.slots = look(found, self._budget, self._ranks, flat_offsets(parameters, self._ranks))
         self._buckets = pack(self.slots, lambda slot: scopes[slot.group])
         self._pieces = self._views()
-        self._means = self._carried(before)
+        self._memory = self._carried(before)
         self._saved = {}
 
     def _flats(self) -> list[Tensor]:
@@ -195,24 +229,24 @@ class Moves(View):
 
     # ------------------------------------------------------------------ what was remembered
 
-    def _local_means(self) -> dict[Key, tuple[Slot, Tensor]]:
-        """This process's part of ``r`` for each parameter."""
+    def _local_memory(self) -> dict[Key, tuple[Slot, Tensor]]:
+        """This process's part of what is kept of each parameter, in four rows."""
         parts: dict[int, list[Tensor]] = {}
-        for bucket, mean in zip(self._buckets, self._means, strict=True):
-            for place, part in zip(bucket.parts, torch.split(mean, bucket.lengths) if mean is not None else ()):  # noqa: B905
+        for bucket, memory in zip(self._buckets, self._memory, strict=True):
+            for place, part in zip(bucket.parts, torch.split(memory, bucket.lengths, 1) if memory is not None else ()):  # noqa: B905
                 parts.setdefault(place, []).append(part)
         slots = [self.slots[place] for place in parts]
-        return {slot.key: (slot, torch.cat(tensors)) for slot, tensors in zip(slots, parts.values(), strict=True)}
+        return {slot.key: (slot, torch.cat(own, 1)) for slot, own in zip(slots, parts.values(), strict=True)}
 
     def _carried(self, before: Mapping[Key, tuple[Slot, Tensor]]) -> list[Tensor | None]:
-        """``r`` for the new buckets, from the old ones or from a checkpoint; else the parameters themselves."""
+        """The memory for the new buckets, from the old ones or from a checkpoint; else the parameters themselves."""
         known: dict[int, Tensor] = {}
         for place, slot in enumerate(self.slots):
             former, saved = before.get(slot.key), self._saved.get(slot.key)
             if former is not None and (former[0].size, former[0].runs) == (slot.size, slot.runs):
                 known[place] = former[1]
             elif saved is not None and (saved.size, saved.count) == (slot.size, slot.count):
-                known[place] = saved.mean[slot.positions()]
+                known[place] = saved.memory[:, slot.positions()]
         self._updated &= {self.slots[place].key for place in known}
         if not known:
             if before or self._saved:
@@ -220,50 +254,52 @@ class Moves(View):
                     "lost moves", "the moves are those of other parameters, so the memory of former steps starts anew"
                 )
             return [None] * len(self._buckets)
-        means: list[Tensor | None] = []
+        found: list[Tensor | None] = []
         taken = dict.fromkeys(known, 0)
         for bucket in self._buckets:
-            mean = gather(bucket.views(self._flats())).to(exact_dtype(bucket.device), copy=True)
-            mean = mean if bucket.roots is None else mean.mul_(bucket.roots)
-            for place, part in zip(bucket.parts, torch.split(mean, bucket.lengths), strict=True):
+            theta = gather(bucket.views(self._flats())).to(exact_dtype(bucket.device), copy=True)
+            theta = theta if bucket.roots is None else theta.mul_(bucket.roots)
+            nothing = torch.zeros_like(theta)
+            memory = torch.stack([theta, nothing, nothing, theta])
+            for place, part in zip(bucket.parts, torch.split(memory, bucket.lengths, 1), strict=True):
                 if place in known:
-                    part.copy_(known[place][taken[place] : taken[place] + len(part)])
-                    taken[place] += len(part)
-            means.append(mean)
-        return means
+                    part.copy_(known[place][:, taken[place] : taken[place] + part.shape[1]])
+                    taken[place] += part.shape[1]
+            found.append(memory)
+        return found
 
     def state_dict(self) -> dict[str, Any]:
-        """``r`` at the coordinates of the whole parameters, times the square roots of their weights.
+        """The memory at the coordinates of the whole parameters, times the square roots of their weights.
 
         If parameters are sharded, call it on every process.
         """
-        if not self.slots or all(mean is None for mean in self._means):
-            wholes = [saved.mean for saved in self._saved.values()]
+        if not self.slots or all(memory is None for memory in self._memory):
+            wholes = [saved.memory for saved in self._saved.values()]
             entries = [[*key, saved.size, saved.count, saved.updated] for key, saved in self._saved.items()]
-            mean = torch.cat(wholes) if wholes else torch.zeros(0)
-            return {"parameters": entries, "mean": mean, "apart": sorted(self._apart)}
-        own, device = self._local_means(), device_of(self._optimizer)
+            memory = torch.cat(wholes, 1) if wholes else torch.zeros(_ROWS, 0)
+            return {"parameters": entries, "memory": memory, "apart": sorted(self._apart)}
+        own, device = self._local_memory(), device_of(self._optimizer)
         sharded = self._ranks.count > 1 and any(
             isinstance(slot.p, DTensor) or slot.offset is not None for slot in self.slots
         )
         wholes = []
         for slot in self.slots:
-            _, part = own.get(slot.key, (slot, torch.zeros(0)))
-            whole = torch.zeros(slot.count, dtype=exact_dtype(device), device=device)
+            _, part = own.get(slot.key, (slot, torch.zeros(_ROWS, 0)))
+            whole = torch.zeros(_ROWS, slot.count, dtype=exact_dtype(device), device=device)
             if not sharded:
                 whole = part.to(whole)
-            elif self._ranks.speaks_for(slot.p) and len(part):
-                whole[slot.positions().to(whole.device)] = part.to(whole)
+            elif self._ranks.speaks_for(slot.p) and part.shape[1]:
+                whole[:, slot.positions().to(whole.device)] = part.to(whole)
             wholes.append(whole)
         updated = wholes[0].new_tensor([slot.key in self._updated for slot in self.slots])
-        everything = torch.cat([*wholes, updated])
+        everything = torch.cat([torch.cat(wholes, 1).flatten(), updated])
         everything = (self._ranks.sum(everything) if sharded else everything).cpu()
-        mean, updated = everything[: -len(self.slots)], everything[-len(self.slots) :]
+        memory, updated = everything[: -len(self.slots)], everything[-len(self.slots) :]
         return {
             "parameters": [
                 [*slot.key, slot.size, slot.count, bool(flag)] for slot, flag in zip(self.slots, updated, strict=True)
             ],
-            "mean": mean.clone(),
+            "memory": memory.view(_ROWS, -1).clone(),
             "apart": sorted(self._apart),
         }
 
@@ -278,12 +314,12 @@ class Moves(View):
             for *numbers, updated in state_dict["parameters"]
         ]
         apart = {check_count("apart", group) for group in state_dict["apart"]}
-        counts, mean = [count for (_, _, _, count), _ in entries], state_dict["mean"]
-        if not isinstance(mean, Tensor) or mean.shape != (sum(counts),) or not bool(mean.isfinite().all()):
-            raise ValueError(f"mean must be {sum(counts)} finite numbers")
-        self._parameters, self.slots, self._buckets, self._means = [], [], [], []
+        counts, memory = [count for (_, _, _, count), _ in entries], state_dict["memory"]
+        if not isinstance(memory, Tensor) or memory.shape != (_ROWS, sum(counts)) or not bool(memory.isfinite().all()):
+            raise ValueError(f"memory must be {_ROWS} times {sum(counts)} finite numbers")
+        self._parameters, self.slots, self._buckets, self._memory = [], [], [], []
         self._apart, self._coming = apart, set()
-        parts = torch.split(mean, counts) if counts else ()
+        parts = torch.split(memory, counts, 1) if counts else ()
         self._saved = {
             (i, j): Saved(size, count, updated, part)
             for ((i, j, size, count), updated), part in zip(entries, parts, strict=True)
@@ -293,31 +329,9 @@ class Moves(View):
 
 @dataclass
 class Saved:
-    """What a checkpoint holds of one parameter: its size, how many coordinates are in the probe, and ``r`` there."""
+    """What a checkpoint holds of one parameter: its size, and what was kept at its coordinates in the probe."""
 
     size: int
     count: int
     updated: bool
-    mean: Tensor
-
-
-def flat_offsets(parameters: Sequence[Tensor], ranks: Ranks) -> dict[Tensor, Range]:
-    """For each parameter that is a flat shard, the offset of this process's part and the size of the whole.
-
-    Raises:
-        TypeError: Several processes hold the same elements.
-    """
-    flat = [p for p in parameters if is_flat_shard(p)]
-    if not flat:
-        return {}
-    content = sum(float(p.detach().double().sum()) for p in flat)
-    everyone = ranks.gather(([p.numel() for p in flat], content))
-    holding = [other for other in everyone if any(other[0])]
-    if any(a == b for i, a in enumerate(holding) for b in holding[:i]):
-        raise TypeError(
-            "several processes hold the same part of the flat parameters (ShardingStrategy.NO_SHARD or HYBRID_SHARD), "
-            "which is not supported: use FULL_SHARD or SHARD_GRAD_OP, or torch.distributed.fsdp.fully_shard"
-        )
-    table = torch.tensor([sizes for sizes, _ in everyone])
-    before, whole = table[: ranks.rank].sum(0).tolist(), table.sum(0).tolist()
-    return dict(zip(flat, zip(before, whole, strict=True), strict=True))
+    memory: Tensor  # of shape (4, count)

@@ -136,3 +136,25 @@ class Ranks:
                 "processes only: a rate that was written there, a scheduler that is stepped by a metric of its own "
                 "process (log it with sync_dist=True), or a step that was left out"
             )
+
+
+def flat_offsets(parameters: Sequence[Tensor], ranks: Ranks) -> dict[Tensor, tuple[int, int]]:
+    """For each parameter that is a flat shard, the offset of this process's part and the size of the whole.
+
+    Raises:
+        TypeError: Several processes hold the same elements.
+    """
+    flat = [p for p in parameters if is_flat_shard(p)]
+    if not flat:
+        return {}
+    content = sum(float(p.detach().double().sum()) for p in flat)
+    everyone = ranks.gather(([p.numel() for p in flat], content))
+    holding = [other for other in everyone if any(other[0])]
+    if any(a == b for i, a in enumerate(holding) for b in holding[:i]):
+        raise TypeError(
+            "several processes hold the same part of the flat parameters (ShardingStrategy.NO_SHARD or HYBRID_SHARD), "
+            "which is not supported: use FULL_SHARD or SHARD_GRAD_OP, or torch.distributed.fsdp.fully_shard"
+        )
+    table = torch.tensor([sizes for sizes, _ in everyone])
+    before, whole = table[: ranks.rank].sum(0).tolist(), table.sum(0).tolist()
+    return dict(zip(flat, zip(before, whole, strict=True), strict=True))

@@ -1,6 +1,7 @@
 """One step of a tuned optimizer, from top to bottom: gather, sum, reduce, decide, set, remember."""
 
 import math
+from collections.abc import Sequence
 
 import torch
 from torch.optim import Optimizer
@@ -18,7 +19,7 @@ from lightning_hd.rules import Observation, Rule, returned
 from lightning_hd.scopes import Scope
 from lightning_hd.start import Start
 from lightning_hd.takeoff import TakeOff
-from lightning_hd.view import View
+from lightning_hd.view import Kept, View
 from lightning_hd.watch import Watch
 from lightning_hd.writes import Writes
 
@@ -160,6 +161,9 @@ class Tuning:
         sums, loss = self._sum()
         if not any(has_gradient for *_, has_gradient, _, _ in sums):
             return False
+        cooldown = 0.0 if self.rates.under_schedule else self.decline.left(self.step_count + 1)
+        for scope in self.rates.scopes:
+            scope.rule.cooldown = cooldown
         for i, (*_, joined) in enumerate(sums):
             # parameters that are new on a few processes may only have had no gradient there before
             if joined > self.ranks.count / 2 and self.rates.scopes[i].started and self.rates.scopes[i].rule.picks_start:
@@ -174,8 +178,8 @@ class Tuning:
         rules = [scope.rule.state_dict() for scope in self.rates.scopes]
         step = self._step = Step(rules, restore=list(self.rates.held), loss=loss)
         for i, found in enumerate(sums):
-            step.has_gradient.append(bool(found[3]))
-            step.seen.append(self._see(i, *found))
+            step.has_gradient.append(bool(found[-3]))
+            step.seen.append(self._see(i, found))
             step.rates.append(self._decide(step, i))
         if self.rates.under_schedule and all(scope.from_zero for scope in self.rates.scopes):
             self.notices.warn(
@@ -228,23 +232,16 @@ class Tuning:
             *numbers, skipped, loss, known = self.ranks.sum(torch.cat([sums.flatten(), skips, losses])).tolist()
             if skipped:
                 return [], None
-            table = [numbers[i : i + 6] for i in range(0, len(numbers), 6)]
+            table = [numbers[i : i + sums.shape[1]] for i in range(0, len(numbers), sums.shape[1])]
             if not self.view.is_doubtful(table):
                 break
         return table, loss / known if known and math.isfinite(loss) else None
 
-    def _see(
-        self,
-        index: int,
-        derivative: float,
-        g_squared: float,
-        d_squared: float,
-        has_gradient: float,
-        known: float,
-        joined: float,
-    ) -> Observation | None:
+    def _see(self, index: int, found: Sequence[float]) -> Observation | None:
         """What a step shows of a scope; ``None`` if there was no step before, or it was undone."""
         scope = self.rates.scopes[index]
+        *sums, _, known, _ = found
+        derivative, g_squared, d_squared = sums[:3]
         if not known or scope.waits:
             return None
         measured = any(self.view.measured(i) for i in self.rates.members(index))
@@ -260,7 +257,8 @@ class Tuning:
                 )
         if d_squared == 0 and not scope.moved:
             return None
-        return Observation(derivative, math.sqrt(g_squared), math.sqrt(d_squared))
+        further = self.view.further(sums)
+        return Observation(derivative, math.sqrt(g_squared), math.sqrt(d_squared), **further)
 
     def _decide(self, step: Step, index: int) -> tuple[float, float]:
         """``α_t`` and ``γ_t`` of a scope. If a number is not finite, they are the last ones."""
@@ -312,14 +310,15 @@ class Tuning:
         )
         return scope.lr, scope.used
 
-    def _discount(self, step: Step, index: int) -> float | None:
-        """``φ_t`` of a scope, for a rule with a long horizon."""
+    def _discount(self, step: Step, index: int) -> Kept | None:
+        """What is kept of the moves of a scope, for a rule with a long horizon."""
         rule, seen = self.rates.scopes[index].rule, step.seen[index]
         if not self.rule.long_horizon or (seen is not None and not all(map(math.isfinite, seen))):
             return None
         lr = step.rates[index][0] * self._factor()
         time = self.step_count + 1 - self.rates.scopes[index].since
-        return returned(rule.discount(lr, time), rule, "discount")
+        moves = returned(rule.discount(lr, time), rule, "discount")
+        return Kept(moves, returned(rule.smoothing(time), rule, "smoothing"))
 
     # ------------------------------------------------------------------ after the update
 

@@ -25,26 +25,27 @@ class Tables:
     def combine(
         self,
         sums: Sequence[Tensor],
-        factors: Sequence[tuple[int, float, float, float]],
+        factors: Sequence[tuple[float, ...]],
         flags: Sequence[tuple[bool, bool, bool]],
         device: torch.device,
     ) -> Tensor:
         """Sum the numbers of the buckets by scope.
 
         Args:
-            sums: The numbers of each bucket, of shape (3,).
+            sums: The numbers of each bucket, of shape (n,).
             factors: The scope of each bucket, and the factors of its numbers.
             flags: Three flags for each scope.
             device: The device for the sums.
 
         Returns:
-            The three sums and the three flags of each scope, of shape (scopes, 6).
+            The sums and the three flags of each scope, of shape (scopes, n + 3).
         """
+        width = len(factors[0]) - 1 if factors else 3
 
         def spread() -> Tensor:
-            table = torch.zeros(len(flags), len(factors), 3, dtype=exact_dtype(device))
+            table = torch.zeros(len(flags), len(factors), width, dtype=exact_dtype(device))
             for i, (scope, *own) in enumerate(factors):
-                table[scope, i] = torch.tensor(own, dtype=table.dtype)
+                table[int(scope), i] = torch.tensor(own, dtype=table.dtype)
             return table.to(device)
 
         of_scopes = self.constant([float(flag) for own in flags for flag in own], device).view(-1, 3)

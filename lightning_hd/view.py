@@ -2,7 +2,7 @@
 
 from abc import ABC, abstractmethod
 from collections.abc import Container, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 from torch import Tensor
 from torch.optim import Optimizer
@@ -12,6 +12,13 @@ from lightning_hd.optimizers import device_of
 from lightning_hd.probe import Slot
 from lightning_hd.reduction import Ranks
 from lightning_hd.tables import Tables
+
+
+class Kept(NamedTuple):
+    """What a rule with a long horizon lets the view keep of a step: ``φ_t``, and ``w_t`` (see ``Rule.smoothing``)."""
+
+    moves: float
+    smoothing: float
 
 
 class View(ABC):
@@ -40,7 +47,7 @@ class View(ABC):
     def _combine(
         self,
         sums: Sequence[Tensor],
-        factors: Sequence[tuple[int, float, float, float]],
+        factors: Sequence[tuple[float, ...]],
         scopes: Sequence[int],
         with_gradient: set[int],
         known: set[int],
@@ -61,10 +68,15 @@ class View(ABC):
             wide: Whether to compute products in float64, if the view does not do so anyway.
 
         Returns:
-            Six numbers for each scope, of shape (scopes, 6). The first are the derivative, ``‖g‖²``, and the squared
-            norm of the direction or the sum of moves. The others are flags: whether there is a gradient, whether there
-            is a direction or move, and whether a large part of the parameters is new.
+            Numbers for each scope, of shape (scopes, 6) or more. The first are the derivative, ``‖g‖²``, and the
+            squared norm of the direction or the sum of moves; then come those that ``further`` is for. The last three
+            are flags: whether there is a gradient, whether there is a direction or move, and whether a large part of
+            the parameters is new.
         """
+
+    def further(self, sums: Sequence[float]) -> dict[str, float]:
+        """What an observation has beside the derivative and two norms, from the sums of a scope over all ranks."""
+        return {}
 
     @abstractmethod
     def keep(self, group: int, lr: float, weight: float) -> None:
@@ -77,11 +89,11 @@ class View(ABC):
         """
 
     @abstractmethod
-    def remember(self, kept: Sequence[float | None]) -> None:
+    def remember(self, kept: Sequence[Kept | None]) -> None:
         """Remember a step that was taken.
 
         Args:
-            kept: For each scope, the part of former moves that is kept; ``None``: what it saw was not finite.
+            kept: For each scope, what is kept of former moves; ``None``: what it saw was not finite.
         """
 
     def forget(self, scope: int) -> None:  # noqa: B027

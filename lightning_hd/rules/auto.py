@@ -1,18 +1,87 @@
 """The rule ``"auto"``, which is this project's own and has nothing to tune."""
 
 import math
-import sys
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from lightning_hd.checks import check_count, check_flag, check_number
+from lightning_hd.checks import check_count, check_fields, check_flag, not_negative
 from lightning_hd.rules.base import Observation, Rule
+from lightning_hd.rules.brake import Brake
+from lightning_hd.rules.greedy import Greedy
 from lightning_hd.rules.guard import LossGuard
+
+_HORIZON, _GROWTH = 450.0, 0.5
+"""``H``, the length of the memory: in steps at first, then as a part of the steps taken. Below 100 it is greedy."""
+
+_REACH = 0.5
+"""``w``: moves at rates that are further than this from the present one, in ``log γ``, show nothing about it."""
+
+_SQUARES, _SQUARES_GROWTH = 60.0, 0.3
+"""The memory of squared cosines. With 1000 steps, rates do not change any more once the climb is over."""
+
+_NORMS, _NORMS_GROWTH = 10.0, 0.02
+"""The memory of ``G``. With 1, ``c`` is the cosine. Rates get too high if few batches hold what is to be learned."""
+
+_SMOOTHED, _RECENT = 0.05, 0.2
+"""``W``: a part of the decline at the end, and at most a part of the steps taken."""
+
+_TURNS = 20
+"""The number of steps in the running mean of the cosine of two gradients in a row."""
+
+_TURNING, _TURNED, _STRAIGHT = 0.1, 0.6, 0.8
+"""Minus this cosine, gradients begin to turn round, and have turned round. Above the last one they do not turn."""
+
+_OPTIMISM = 0.3
+"""``r``, the additional weight of cosines that ask for a larger rate. Early in a run, a longer step is useful beyond
+the horizon, too."""
+
+_EARLY = 100.0
+"""``n``, the number of steps after which optimism and the careful cap fade as ``1 / t``."""
+
+_FIRST_STEP = 1e-4
+"""``ρ``, the length of the first step over the norm of the parameters."""
+
+_CAP, _CAREFUL_FROM, _CAREFUL_CAP = 0.5, 30.0, 0.1
+"""The largest change of ``log α`` per step at the start; from this multiple of ``α_1`` on, it is the careful one. There
+steps are long enough to do harm, so the rate must rise slowly enough for the harm to show."""
+
+_SURE, _RAMP = 2.0, 8.0
+"""Standard errors above 0 beyond which the greedy mean is positive, and over which the fast rise grows."""
+
+_FAST, _QUIET = 0.1, 0.1
+"""The fast rise of ``log α`` per step, and what may be left of a brake meanwhile."""
+
+_NONLINEAR_CAP = 0.02
+"""The largest change of ``log α`` per step if the step is not linear in the rate: all former steps change as much."""
+
+_RESOLVED = 10.0
+"""Below this many times the rounding of the largest gradient, a gradient is only rounding."""
+
+_LARGEST_LOG = 700.0
+"""About the largest number whose exponential is a float."""
+
+
+@dataclass
+class Learned:
+    """The numbers that the rule itself holds, beside those of its parts."""
+
+    first_lr: float = not_negative()  # α_1; 0 where it is the configured one
+    lr: float = 0.0  # γ_{t-1}
+    gap: float = 0.0  # log γ_t - L_t
+    moves: float = not_negative()  # the sum of the weights of the moves in E
+    fresh: bool = False  # whether the memory starts anew
+    cosine: float = 0.0  # c_t
+    squares: float = not_negative()  # S_t
+    norm: float = not_negative()  # G, before the correction for its start at 0
+    norm_weight: float = not_negative()  # the square of that correction
+    largest_norm: float = not_negative()
+    turns: int = 0  # how many cosines of two gradients in a row were seen, 20 at most
+    turn: float = 0.0  # their running mean
 
 
 @dataclass
 class Auto(Rule):
-    r"""The default rule, which has nothing to tune: a long memory, steps on the logarithm of the rate, and two brakes.
+    r"""The default rule, which has nothing to tune: a long memory that looks past the noise, and steps on ``log α``.
 
     The paper's hypergradient shows whether the last step alone was too short. With noisy gradients it shrinks the rate
     too soon. This rule looks at all steps that it remembers. Let ``θ_t`` be the parameters before step ``t``. At rates
@@ -21,12 +90,13 @@ class Auto(Rule):
 
     ```math
     \begin{aligned}
-    E_t &= φ_{t-1} E_{t-1} + (θ_t - θ_{t-1}), \qquad h_t = \partial f / \partial \log α = g_t · E_t \\
+    E_t &= φ_{t-1} E_{t-1} + (θ_t - θ_{t-1}), \qquad Ē_t = Ē_{t-1} + (E_t - Ē_{t-1}) / W_t \\
     φ_t &= μ_t \exp(-(|\log γ_t - L_t| - w)^+), \qquad μ_t = 1 - 1 / \max(H, t / 2) \\
-    c_t &= -g_t · E_t / (G_t ‖E_t‖), \qquad G_t^2 = \text{running mean of } ‖g_t‖^2 \\
+    h_t &= ρ_t \, g_t · E_t + (1 - ρ_t) \, g_t · Ē_t, \qquad ρ_t = \mathrm{clip}((-κ_t - 0.1) / 0.5, 0, 1) \\
+    c_t &= -h_t / (G_t ‖E_t‖), \qquad G_t^2 = \text{running mean of } ‖g_t‖^2 \\
     b_t &= c_t + r \min(1, n / t) \, |c_t + c_{t-1}| / 2 \\
     \log α_t &= \log α_{t-1} + \mathrm{clip}(\frac{H}{\max(H, t / 2)} \, b_t / \sqrt{S_t}),
-    \qquad S_t = κ_t S_{t-1} + b_t^2, \qquad κ_t = 1 - 1 / \max(s, 0.3 t)
+    \qquad S_t = λ_t S_{t-1} + b_t^2, \qquad λ_t = 1 - 1 / \max(s, 0.3 t)
     \end{aligned}
     ```
 
@@ -34,88 +104,49 @@ class Auto(Rule):
     is the mean of ``log γ`` over the moves in ``E``, each weighted by the part of it that is left. Moves at rates far
     from the present one show nothing about it, so they are forgotten.
 
-    With ``φ = 0`` only the last move is left. ``h`` is then the paper's hypergradient times ``α``, so this is the
-    paper's rule on ``log α``. Noise along directions of high curvature cancels within the memory. Slow progress along
-    directions of low curvature adds up. ``c`` is the cosine, but a gradient larger than usual has a larger weight, as
+    **Past the noise.** ``g · E`` is the derivative of the loss as it is now. A part of it is noise, which the decline
+    at the end removes. Along a direction of curvature ``λ`` the noise of the parameters forgets itself at the rate
+    ``α λ``. So its product with a mean over ``W`` steps keeps the part ``1 / (1 + α λ W)`` of it. A decline over ``n``
+    steps leaves about ``\sqrt{2 / (α λ n)}``. For ``W = n / 20`` both are alike within a factor of two, from ``α λ``
+    of 0.01 to 1. What is learned along flat directions counts in full. Without a decline, ``W = 1`` and ``Ē = E``.
+
+    **Round the bend.** ``κ`` is the running mean of the cosine of two gradients in a row. Near -1 gradients turn round,
+    so steps are too long, and ``g · E`` is believed. Above 0.8 they do not turn, so nothing asks for a smaller rate.
+
+    **The greedy bound.** A rate at which the paper's own derivative is still positive (by two standard errors) is too
+    low (``Greedy``). Then the rate does not fall, and rises by up to 10 % per step. So it comes back after a fall as
+    fast as it climbed at first. Half of the rate at the last leap of the gradient is the limit of that.
+
+    With ``φ = 0`` and ``W = 1`` only the last move is left. ``h`` is then the paper's hypergradient times ``α``, so
+    this is the paper's rule on ``log α``. ``c`` is the cosine, but a gradient larger than usual has a larger weight, as
     in the mean loss. It does not depend on the scale of the loss, so neither does the rule. ``S`` normalizes the steps
     as AdaGrad does. All memories and the clip follow the number of steps taken.
 
-    The first rate is ``α_1 = ρ ‖θ_1‖ / ‖d_1‖``, so the configured rates only set the ratios between groups. If steps
-    vanish in the rounding of the parameters, ``E`` is zero, and ``log α`` rises by the cap. If ``G_t`` is below 10
-    times the rounding of the largest norm so far, gradients are only rounding, and ``log α`` stays as it is.
+    The first rate is ``α_1 = 10^{-4} ‖θ_1‖ / ‖d_1‖``, so the configured rates only set the ratios between groups. If
+    steps vanish in the rounding of the parameters, ``E`` is zero, and ``log α`` rises by the cap. If ``G_t`` is below
+    10 times the rounding of the largest norm so far, gradients are only rounding, and ``log α`` stays as it is.
 
-    The memory does not show an instability, because steps to and fro cancel in it. So the rule brakes when the norm of
-    the gradient leaps, which means that ``log ‖g_t‖`` exceeds its running mean by more than usual. Let ``e`` be the
-    excess, 1 at most. The step is taken with ``α_t exp(-e)``, and ``e`` decays in later steps. A single leap may come
-    from an unusual batch, but an overshoot grows from step to step. So if there was a leap just before, ``log α``
-    itself falls by the product of both excesses, where the earlier one is halved in each step. It does not fall below
-    ``log α_1`` (there is no limit with ``start="configured"``).
+    The memory does not show an instability, because steps to and fro cancel in it. The norm of the gradient shows it
+    (``Brake``). The gradient does not show that the rate is so high that nothing is learned. The loss shows it, if it
+    is known (``LossGuard``). If the step is not linear in the rate, as in dual averaging, a change of the rate also
+    changes what former steps have done. Nothing is forgotten then, and ``log α`` changes by 0.02 per step at most.
 
-    If the step is not linear in the rate, as in dual averaging, a change of the rate also changes what former steps
-    have done. Nothing is forgotten then, and ``log α`` changes by 0.02 per step at most.
-
-    The gradient does not show that the rate is so high that nothing is learned. The loss shows it, if it is known (from
-    the closure of ``step``, or ``HypergradientLR.observe``). Its mean is taken over blocks of steps. Each block is a
-    tenth of the run so far. If a mean exceeds the lowest one by two standard errors, ``α`` goes back to half of its
-    value at the lowest one, and the memory starts anew. ``α`` may then double only when the run gets twice as long.
-
-    Source: this project. The constants come from experiments on small networks (``tests/benchmarks``). The state is the
-    running mean of the parameters, ``θ_t - E_t``, in float64, at the coordinates of the probe.
+    Source: this project. The constants come from experiments on small networks (``tests/benchmarks``). What is kept are
+    four numbers in float64 for each coordinate of the probe: the running mean of the parameters ``θ_t - E_t``, ``Ē``,
+    the last gradient and the last parameters.
 
     Args:
         start: ``"automatic"``: the rule picks the first rate. ``"configured"``: it starts from the rate that the
-            optimizer is configured with. The climb from there is slow, 10 % per step at most.
-        horizon: ``H``, the length of the memory at first, in steps. Below 100 the rule turns greedy.
-        growth: The same length as a part of the steps taken, once that is longer.
-        reach: ``w``, the distance between ``log γ`` and its mean over the memory beyond which old moves are forgotten.
-            With 0.7, a factor of two in the rate, weights that are held small are pushed too far.
-        memory: ``s``, the number of steps over which squared cosines are remembered at first. With 1000, rates do not
-            change any more once the climb is over. With 30, some runs collapse.
-        memory_growth: The same number as a part of the steps taken, once that is more.
-        norm_horizon: The number of steps in the running mean ``G`` at first. With 30, rates rise too late when the
-            gradient vanishes. With 1, ``c`` is the cosine. If few batches then hold what is to be learned, rates become
-            far too high, and later too low.
-        norm_growth: The same number as a part of the steps taken, once that is more.
-        optimism: ``r``, the additional weight of cosines that ask for a larger rate. Those that ask for a smaller rate
-            lose as much weight. Early in a run, a longer step is useful beyond the horizon, too. With 0, rates fall too
-            early in short runs. The mean of two cosines counts, because those of an oscillation change signs.
-        early: ``n``, the number of steps after which ``optimism`` and ``careful_cap`` fade.
-        first_step: ``ρ``, the length of the first step over the norm of the parameters.
-        cap: The largest change of ``log α`` per step, at the start.
-        careful_from: The multiple of ``α_1`` from which ``careful_cap`` applies. There steps are long enough to do
-            harm, so the rate must rise slowly enough for the harm to show.
-        careful_cap: The largest change of ``log α`` per step from there on. After ``early`` steps it falls as
-            ``1 / t``.
-        spike: The rule brakes only if a gradient norm exceeds this many times its running (geometric) mean.
-        spike_sigmas: It also brakes only if the rise exceeds this many standard deviations of such rises, so that it
-            does not brake for the noise of small batches. With 4, it missed instabilities.
-        release: The part of a brake that is left after a step. With 0.9, instabilities came back too soon.
+            optimizer is configured with.
 
     Attributes:
         brakes: How often the rule has backed off from a leap of the gradient's norm or a rise of the loss.
 
     Raises:
-        TypeError: An argument is not a number.
-        ValueError: An argument is out of range.
+        ValueError: ``start`` is none of the two.
     """
 
     start: Literal["automatic", "configured"] = "automatic"
-    horizon: float = 450.0
-    growth: float = 0.5
-    reach: float = 0.5
-    memory: float = 60.0
-    memory_growth: float = 0.3
-    norm_horizon: float = 10.0
-    norm_growth: float = 0.02
-    optimism: float = 0.3
-    early: float = 100.0
-    first_step: float = 1e-4
-    cap: float = 0.5
-    careful_from: float = 30.0
-    careful_cap: float = 0.1
-    spike: float = 2.5
-    spike_sigmas: float = 3.0
-    release: float = 0.95
 
     long_horizon = True
 
@@ -123,133 +154,105 @@ class Auto(Rule):
         if self.start not in ("automatic", "configured"):
             raise ValueError(f"start must be 'automatic' or 'configured', got {self.start!r}")
         self.picks_start = self.start == "automatic"
-        for name, low, high in (
-            ("horizon", 1.0, 1e12),
-            ("growth", 0.0, 1e3),
-            ("reach", 0.0, math.inf),
-            ("memory", 1.0, 1e12),
-            ("memory_growth", 0.0, 1e3),
-            ("norm_horizon", 1.0, 1e12),
-            ("norm_growth", 0.0, 1e3),
-            ("optimism", 0.0, 1.0),
-            ("early", 0.0, math.inf),
-            ("first_step", sys.float_info.min, math.inf),
-            ("cap", 0.0, math.inf),
-            ("careful_from", 0.0, math.inf),
-            ("careful_cap", 0.0, math.inf),
-            ("spike", 1.0, math.inf),
-            ("spike_sigmas", 0.0, math.inf),
-            ("release", 0.0, 1.0),
-        ):
-            setattr(self, name, check_number(name, getattr(self, name), low, high))
         self.brakes = 0
-        self._guard = LossGuard()
-        self._ceiling = math.inf  # the upper limit of log α since the loss has risen
-        self._fresh = False  # whether the memory starts anew
-        self._first_lr = 0.0  # α_1; 0 where it is the configured one
-        self._lr = 0.0  # γ_{t-1}
-        self._gap = 0.0  # log γ_t - L_t
-        self._moves = 0.0  # the sum of the weights of the moves in E
-        self._cosine = 0.0  # c_t
-        self._squares = 0.0  # S_t
-        self._brake = 0.0  # what is left of the last brakes
-        self._leap = 0.0  # the last leap, halved for each step since
-        self._norms = 0  # how many gradient norms were seen
-        self._norm = 0.0  # G, before the correction for its start at 0
-        self._largest_norm = 0.0
-        self._norm_weight = 0.0  # the square of that correction
-        self._log_mean = 0.0  # running mean of log ‖g‖, before such a correction
-        self._variance: float = (math.log(self.spike) / self.spike_sigmas) ** 2 if self.spike_sigmas else 0.0
+        self._own, self._greedy, self._brake, self._guard = Learned(), Greedy(), Brake(), LossGuard()
+        self._slope = 0.0  # g_t · (θ_t - θ_{t-1}), from update to watch
 
     def first_lr(self, param_norm: float, direction_norm: float) -> float:
         """``α_1 = ρ ‖θ‖ / ‖d_1‖`` with the parameters ``θ`` before the first step; ``ρ / ‖d_1‖`` if all are zero."""
-        self._first_lr = self._lr = self.first_step * (param_norm or 1.0) / direction_norm
-        self._gap = self._moves = 0.0
-        return self._first_lr
+        own = self._own
+        own.first_lr = own.lr = _FIRST_STEP * (param_norm or 1.0) / direction_norm
+        own.gap = own.moves = 0.0
+        return own.first_lr
+
+    def smoothing(self, step: int) -> float:
+        """``1 / W_t``: a twentieth of the decline that is still to come, and at most a fifth of the steps taken."""
+        return 1 / max(1.0, min(_SMOOTHED * self.cooldown, _RECENT * step))
 
     def discount(self, lr: float, step: int) -> float:
         """``φ_t``, the part of ``E`` that is left when the next move is added, which is made at ``γ_t``."""
-        if self._fresh:
-            self._fresh, self._lr, self._gap, self._moves = False, lr or self._lr, 0.0, 1.0
+        own = self._own
+        if own.fresh:
+            own.fresh, own.lr, own.gap, own.moves = False, lr or own.lr, 0.0, 1.0
             return 0.0
-        if lr > 0 and self._lr > 0:
-            self._gap += math.log(lr / self._lr)
-        self._lr = lr if lr > 0 else self._lr  # at a rate of 0 nothing moves
-        kept = 1 - 1 / max(self.horizon, self.growth * step)
-        kept *= math.exp(-max(abs(self._gap) - self.reach, 0.0))
+        if lr > 0 and own.lr > 0:
+            own.gap += math.log(lr / own.lr)
+        own.lr = lr if lr > 0 else own.lr  # at a rate of 0 nothing moves
+        kept = 1 - 1 / max(_HORIZON, _GROWTH * step)
+        kept *= math.exp(-max(abs(own.gap) - _REACH, 0.0))
         if self.nonlinear:
             kept = 1.0
-        before, self._moves = kept * self._moves, kept * self._moves + 1
-        self._gap *= before / self._moves
+        before, own.moves = kept * own.moves, kept * own.moves + 1
+        own.gap *= before / own.moves
         return kept
 
     def update(self, lr: float, seen: Observation, step: int) -> float:
-        """``α_t`` from ``α_{t-1}``, the cosine, and the norm of the gradient. A zero gradient changes nothing."""
-        if seen.grad_norm == 0:
+        """``α_t`` from ``α_{t-1}`` and what the step shows. A zero gradient changes nothing."""
+        own, self._slope = self._own, seen.slope
+        if seen.grad_norm == 0 or lr <= 0:
             return lr
-        resolved = _RESOLVED * self.rounding * self._largest_norm
+        resolved = _RESOLVED * self.rounding * own.largest_norm
         if seen.direction_norm == 0:
-            return lr * math.exp(self.cap) if seen.grad_norm >= resolved else lr
+            return lr * math.exp(_CAP) if seen.grad_norm >= resolved else lr
         change = self._change(seen, step)
-        excess = self._excess(math.log(seen.grad_norm))
-        before, self._leap, self._brake = self._leap, self._leap / 2, self._brake * self.release
-        if excess > 0:
+        fall = self._brake.see(seen.grad_norm, math.log(lr))
+        if fall is not None:
             self.brakes += 1
-            excess = min(excess, 1.0)
-            self._leap, self._brake = max(self._leap, excess), max(self._brake, excess)
-            return max(lr * math.exp(-before * excess), min(lr, self._first_lr))
-        self._largest_norm = max(self._largest_norm, seen.grad_norm)
-        if self._norm < resolved * math.sqrt(self._norm_weight):
+            return max(lr * math.exp(-fall), min(lr, own.first_lr))
+        own.largest_norm = max(own.largest_norm, seen.grad_norm)
+        if own.norm < resolved * math.sqrt(own.norm_weight):
             return lr
-        cap = self.cap
-        if lr >= self.careful_from * self._first_lr:
-            cap = self.careful_cap * min(1.0, self.early / step)
+        cap = _CAP if lr < _CAREFUL_FROM * own.first_lr else _CAREFUL_CAP * min(1.0, _EARLY / step)
+        sigmas = self._greedy.sigmas
+        if sigmas > _SURE and math.log(lr) < self._brake.limit:
+            cap = max(cap, _FAST)
+            if self._brake.left < _QUIET:
+                change = max(change, _FAST * min(1.0, (sigmas - _SURE) / _RAMP))
+            self._guard.lift(math.log(lr))
         if self.nonlinear:
             cap = min(cap, _NONLINEAR_CAP)
         return lr * math.exp(min(max(change, -cap), cap))
 
     def watch(self, lr: float, loss: float, step: int) -> float:
-        """``α_t``, lowered if the loss has risen."""
+        """``α_t``, lowered if the loss has risen; raised if that has not helped."""
         if lr <= 0:
             return lr
-        self._ceiling += math.log1p(1 / step)
-        best = self._guard.see(loss, math.log(lr), step)
-        if best is not None and best - _RETREAT < math.log(lr):
-            self.brakes += 1
-            self._fresh = True
-            self._ceiling = best - _RETREAT
-            self._guard.best_log = self._ceiling
-        return min(lr, math.exp(min(self._ceiling, _LARGEST_LOG)))
+        before = math.log(lr)
+        after = self._guard.limit(before, loss, self._slope, step)
+        self._own.fresh |= self._guard.cut
+        self.brakes += self._guard.cut and self._guard.tries
+        return lr if after == before else math.exp(min(after, _LARGEST_LOG))
 
     def used(self, lr: float, step: int) -> float:
         """``α_t``, lowered by what is left of the last brakes."""
-        return lr * math.exp(-self._brake)
+        return lr * math.exp(-self._brake.left)
 
     def _change(self, seen: Observation, step: int) -> float:
         """The change of ``log α`` that the gradient asks for, before it is clipped."""
-        self._norms += 1
-        memory = 1 - 1 / max(self.norm_horizon, self.norm_growth * step)
-        self._norm = math.hypot(math.sqrt(memory) * self._norm, math.sqrt(1 - memory) * seen.grad_norm)
-        self._norm_weight = _running(self._norm_weight, 1.0, memory)
-        cosine = seen.cosine * (seen.grad_norm / self._norm) * math.sqrt(self._norm_weight)
-        optimism = self.optimism * min(1.0, self.early / step)
-        bent = cosine + optimism * abs(cosine + self._cosine) / 2
-        self._cosine = cosine
-        self._squares *= 1 - 1 / max(self.memory, self.memory_growth * step)
-        self._squares += bent**2
-        pace = self.horizon / max(self.horizon, self.growth * step)
-        return pace * bent / math.sqrt(self._squares) if self._squares else 0.0
+        own = self._own
+        memory = 1 - 1 / max(_NORMS, _NORMS_GROWTH * step)
+        own.norm = math.hypot(math.sqrt(memory) * own.norm, math.sqrt(1 - memory) * seen.grad_norm)
+        own.norm_weight = memory * own.norm_weight + 1 - memory
+        cosine = -self._derivative(seen, step) / (own.norm * seen.direction_norm) * math.sqrt(own.norm_weight)
+        bent = cosine + _OPTIMISM * min(1.0, _EARLY / step) * abs(cosine + own.cosine) / 2
+        own.cosine = cosine
+        own.squares *= 1 - 1 / max(_SQUARES, _SQUARES_GROWTH * step)
+        own.squares += bent**2
+        pace = _HORIZON / max(_HORIZON, _GROWTH * step)
+        return pace * bent / math.sqrt(own.squares) if own.squares else 0.0
 
-    def _excess(self, log_norm: float) -> float:
-        """The excess of ``log ‖g_t‖`` over what is usual. It also updates what is usual."""
-        excess = 0.0
-        if self._norms > 2:
-            rise = log_norm - self._log_mean / (1 - _LOG_MEMORY ** (self._norms - 1))
-            usual = max(math.log(self.spike), self.spike_sigmas * math.sqrt(self._variance))
-            self._variance = _running(self._variance, min(max(rise, 0.0), 3 * usual) ** 2, _RISE_MEMORY)
-            excess = rise - usual
-        self._log_mean = _running(self._log_mean, log_norm, _LOG_MEMORY)
-        return excess
+    def _derivative(self, seen: Observation, step: int) -> float:
+        """``h_t``: past the noise, round the bend, and bounded by the greedy derivative."""
+        own = self._own
+        own.turns = min(own.turns + 1, _TURNS)
+        own.turn += (seen.turn - own.turn) / own.turns
+        if seen.move_norm:
+            self._greedy.see(-seen.slope / (seen.grad_norm * seen.move_norm), step)
+        late = seen.late + self.smoothing(step) * (seen.hypergradient - seen.late)
+        part = min(max((-own.turn - _TURNING) / (_TURNED - _TURNING), 0.0), 1.0)
+        derivative = late + part * (seen.hypergradient - late)
+        straight = own.turn > _STRAIGHT or self._greedy.sigmas > _SURE
+        return min(derivative, 0.0) if straight else derivative
 
     def check_start(self, lr: float) -> None:
         """Raise ``ValueError`` for a configured rate of 0, because a product never leaves it."""
@@ -260,9 +263,10 @@ class Auto(Rule):
             )
 
     def state_dict(self) -> dict[str, Any]:
-        """What the rule has learned, without its constants. They may change when a run is resumed."""
-        own = {name: getattr(self, name) for name in (*_COUNTS, *_LEARNED, "_fresh", "_ceiling", "nonlinear")}
-        return {**own, **self._guard.state_dict()}
+        """What the rule has learned, as plain numbers."""
+        parts = {"own_": self._own, "greedy_": self._greedy, "brake_": self._brake, "guard_": self._guard}
+        learned = {prefix + name: value for prefix, part in parts.items() for name, value in vars(part).items()}
+        return {"brakes": self.brakes, "nonlinear": self.nonlinear, **learned}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load what ``state_dict`` returned.
@@ -270,53 +274,9 @@ class Auto(Rule):
         Raises:
             KeyError, TypeError, ValueError: The state is damaged.
         """
-        counts = {name: check_count(name, state_dict[name]) for name in _COUNTS}
-        learned = {name: check_number(name, state_dict[name], *bounds) for name, bounds in _LEARNED.items()}
-        flags = {name: check_flag(name, state_dict[name]) for name in ("_fresh", "nonlinear")}
-        ceiling = state_dict["_ceiling"]
-        if ceiling != math.inf:
-            ceiling = check_number("_ceiling", ceiling)
-        self._guard.load_state_dict(state_dict)
-        vars(self).update(counts | learned | flags | {"_ceiling": ceiling})
-
-
-_COUNTS = ("brakes", "_norms")
-
-_LEARNED = {
-    "_first_lr": (0.0, math.inf),
-    "_lr": (-math.inf, math.inf),
-    "_gap": (-math.inf, math.inf),
-    "_moves": (0.0, math.inf),
-    "_cosine": (-math.inf, math.inf),
-    "_squares": (0.0, math.inf),
-    "_brake": (0.0, 1.0),
-    "_leap": (0.0, 1.0),
-    "_norm": (0.0, math.inf),
-    "_largest_norm": (0.0, math.inf),
-    "_norm_weight": (0.0, 1.0),
-    "_log_mean": (-math.inf, math.inf),
-    "_variance": (0.0, math.inf),
-}
-"""What the rule learns, with its bounds."""
-
-_NONLINEAR_CAP = 0.02
-"""The largest change of ``log α`` per step if the step is not linear in the rate: all former steps change as much."""
-
-_RESOLVED = 10.0
-"""Below this many times the rounding of the largest gradient, a gradient is only rounding."""
-
-_RETREAT = math.log(2)
-"""``log α`` goes this far below its value at the lowest loss, because even that may have been too high."""
-
-_LARGEST_LOG = 700.0
-"""About the largest number whose exponential is a float."""
-
-_LOG_MEMORY = 0.9
-"""The decay of the mean of ``log ‖g‖`` per step. It is fast, because an overshoot grows within some ten steps."""
-
-_RISE_MEMORY = 0.995
-"""The decay of the variance of its rises per step. It is slow, so that a series of leaps does not soon seem usual."""
-
-
-def _running(mean: float, value: float, memory: float) -> float:
-    return memory * mean + (1 - memory) * value
+        brakes = check_count("brakes", state_dict["brakes"])
+        nonlinear = check_flag("nonlinear", state_dict["nonlinear"])
+        own, greedy = check_fields(Learned, state_dict, "own_"), check_fields(Greedy, state_dict, "greedy_")
+        brake, guard = check_fields(Brake, state_dict, "brake_"), check_fields(LossGuard, state_dict, "guard_")
+        self.brakes, self.nonlinear = brakes, nonlinear
+        self._own, self._greedy, self._brake, self._guard = own, greedy, brake, guard

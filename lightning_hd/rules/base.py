@@ -19,11 +19,20 @@ class Observation(NamedTuple):
         direction_norm: ``‖d_{t-1}‖ = ‖∂u_{t-1}/∂α‖``, the Euclidean norm of the last update direction. For a rule with
             a long horizon it is ``‖E_t‖``, the norm of the sum of the remembered moves. It is 0 if the last step
             vanished in the rounding of the parameters.
+        late: ``g_t · Ē_{t-1}``, with the running mean ``Ē`` of ``E`` (see ``Rule.smoothing``). Like the next ones, it
+            is 0 for a rule without a long horizon.
+        turn: The cosine of ``g_t`` and ``g_{t-1}``: near -1 if gradients turn round, near 1 if they do not turn.
+        slope: ``g_t · (θ_t - θ_{t-1})``, the derivative of the loss along the last move, at its end.
+        move_norm: ``‖θ_t - θ_{t-1}‖``.
     """
 
     hypergradient: float
     grad_norm: float
     direction_norm: float
+    late: float = 0.0
+    turn: float = 0.0
+    slope: float = 0.0
+    move_norm: float = 0.0
 
     @property
     def cosine(self) -> float:
@@ -48,6 +57,8 @@ class Rule(ABC):
         picks_start: Whether the first learning rate comes from ``first_lr``. The configured rate then only sets the
             ratios between groups. Default: ``False``.
         brakes: How often the rule has backed off from an overshoot. The engine reports each increase.
+        cooldown: The length of the decline at the end that is still to come, in steps; 0 if there is none. The engine
+            sets it.
         rounding: The relative rounding of gradients, in float32 or in float64. The engine sets it.
         nonlinear: Whether the optimizer's step is found not to be linear in its rate. A change of the rate then also
             changes what former steps have done. The engine sets it.
@@ -63,6 +74,7 @@ class Rule(ABC):
     picks_start = False
     brakes = 0
     nonlinear = False
+    cooldown = 0.0
     rounding = 2.0**-23
 
     @abstractmethod
@@ -97,6 +109,14 @@ class Rule(ABC):
             step: ``t``. It is called once for each step.
         """
         raise NotImplementedError(f"{type(self).__name__} has a long horizon, so it must implement discount()")
+
+    def smoothing(self, step: int) -> float:
+        """``w_t``, the weight of ``E_t`` in its running mean ``Ē_t = (1 - w_t) Ē_{t-1} + w_t E_t``.
+
+        Args:
+            step: ``t``.
+        """
+        return 1.0
 
     def first_lr(self, param_norm: float, direction_norm: float) -> float:
         """The first rate ``α_1``, for a rule with ``picks_start``.

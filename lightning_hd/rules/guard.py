@@ -1,10 +1,9 @@
-"""The loss guard: detects that the loss has risen, so that the rule goes back to an earlier rate."""
+"""The loss guard: lowers the rate if the loss has risen, and takes that back if it has not helped."""
 
 import math
 from dataclasses import dataclass
-from typing import Any
 
-from lightning_hd.checks import check_count, check_flag, check_number
+from lightning_hd.checks import not_negative
 
 _SHORTEST, _PART = 10, 0.1
 """The length of a block: in steps at first, then as a part of the steps taken. So blocks, and false alarms, are few."""
@@ -12,65 +11,84 @@ _SHORTEST, _PART = 10, 0.1
 _SIGMAS = 2.0
 """The loss has risen if the mean of a block exceeds the lowest one by so many standard errors."""
 
+_RETREAT = math.log(2)
+"""``log α`` goes this far below its value at the lowest loss, because even that may have been too high."""
+
 
 @dataclass
 class LossGuard:
-    """Compares the mean loss of each block of steps with that of the best block so far.
+    """Compares the mean loss of each block of steps with that of the best block so far, and cuts the rate if it rose.
 
     The rate may be so high that nothing is learned any more, and the gradient may not show it. If units saturate, or
-    weights are put back after each step, gradient and moves have nothing to do with each other. The loss shows it. It
-    is compared with itself only, so its scale and its offset do not matter. Source: this project.
+    weights are projected after each step, gradient and moves have nothing to do with each other. The loss shows it. It
+    is compared with itself only, so its scale and its offset do not matter.
+
+    The loss may also rise for other reasons: its weights, the data or an opponent have changed. So there is no cut
+    while the moves of the block lower the loss at their ends, which for a convex loss means that they have not raised
+    it. And a cut is an experiment. If the next block is not better than the one that caused the cut, the cut is undone,
+    and twice the evidence is asked from then on. Source: this project.
     """
 
     count: int = 0  # how many losses are in the block
     mean: float = 0.0
-    deviations: float = 0.0  # sum of their squared deviations from the mean
+    deviations: float = not_negative()  # sum of their squared deviations from the mean
     logs: float = 0.0  # sum of the logarithms of the rates
+    slopes: float = 0.0  # sum of g_t · (θ_t - θ_{t-1})
+    squares: float = not_negative()  # sum of their squares
     known: bool = False  # whether a block is complete
     best: float = 0.0  # the lowest mean of a block
-    best_error: float = 0.0  # the square of its standard error
+    best_error: float = not_negative()  # the square of its standard error
     best_log: float = 0.0  # the mean logarithm of its rates
+    tries: bool = False  # whether the last block has caused a cut
+    tried: float = 0.0  # the mean of that block
+    tried_error: float = not_negative()
+    tried_log: float = 0.0  # log α before the cut
+    demand: float = not_negative(1.0)  # the factor of the evidence that is asked for
+    ceiling: float = math.inf  # the upper limit of log α since the last cut
+    cut: bool = False  # whether this step has cut the rate, or has undone a cut
 
-    def see(self, loss: float, log_lr: float, step: int) -> float | None:
-        """Add the loss of a step.
+    def limit(self, log_lr: float, loss: float, slope: float, step: int) -> float:
+        """``log α_t``, which is lower or higher than it was if a block is complete.
 
         Args:
-            loss: The loss, at the parameters before the step.
             log_lr: The logarithm of the rate of the step.
+            loss: The loss, at the parameters before the step.
+            slope: ``g_t · (θ_t - θ_{t-1})``, by how much the last move would change the loss per unit of its length.
             step: The number of the step, counted from 1.
-
-        Returns:
-            If the loss has risen, the logarithm of the rate at which it was lowest; else ``None``.
         """
+        self.cut = False
+        self.ceiling += math.log1p(1 / step)
         self.count += 1
         off = loss - self.mean
         self.mean += off / self.count
         self.deviations += off * (loss - self.mean)
         self.logs += log_lr
-        if self.count < max(_SHORTEST, _PART * step):
-            return None
-        error = self.deviations / max(self.count - 1, 1) / self.count
-        mean, log, before, rise = self.mean, self.logs / self.count, self.best_log, self.mean - self.best
-        higher = self.known and rise > _SIGMAS * math.sqrt(error + self.best_error)
-        if higher or not self.known or rise < 0:
+        self.slopes += slope
+        self.squares += slope**2
+        if self.count >= max(_SHORTEST, _PART * step):
+            log_lr = self._judge(log_lr)
+            self.count, self.mean, self.deviations, self.logs, self.slopes, self.squares = 0, 0.0, 0.0, 0.0, 0.0, 0.0
+        return min(log_lr, self.ceiling)
+
+    def lift(self, log_lr: float) -> None:
+        """Let the rate rise again: at least to twice what it is."""
+        self.ceiling = max(self.ceiling, log_lr + _RETREAT)
+
+    def _judge(self, log_lr: float) -> float:
+        """``log α_t`` at the end of a block."""
+        mean, error = self.mean, self.deviations / (self.count - 1) / self.count
+        log, before = self.logs / self.count, self.best_log
+        risen = self.known and mean - self.best > _SIGMAS * self.demand * math.sqrt(error + self.best_error)
+        if risen or not self.known or mean < self.best:
             self.known, self.best, self.best_error, self.best_log = True, mean, error, log
-        self.count, self.mean, self.deviations, self.logs = 0, 0.0, 0.0, 0.0
-        return before if higher else None
-
-    def state_dict(self) -> dict[str, Any]:
-        """All fields, as plain numbers."""
-        return {f"guard_{name}": value for name, value in vars(self).items()}
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Load what ``state_dict`` returned.
-
-        Raises:
-            KeyError, TypeError, ValueError: The state is damaged.
-        """
-        own: dict[str, Any] = {name: state_dict[f"guard_{name}"] for name in vars(self)}
-        own["count"], own["known"] = check_count("count", own["count"]), check_flag("known", own["known"])
-        for name in ("mean", "logs", "best", "best_log"):
-            own[name] = check_number(name, own[name])
-        for name in ("deviations", "best_error"):
-            own[name] = check_number(name, own[name], 0.0)
-        vars(self).update(own)
+        if self.tries:
+            self.tries = False
+            if mean >= self.tried - math.sqrt(error + self.tried_error):
+                self.best, self.best_error, self.best_log = mean, error, self.tried_log
+                self.demand, self.ceiling, self.cut = 2 * self.demand, math.inf, True
+                return max(log_lr, self.tried_log)
+        elif risen and before - _RETREAT < log_lr and self.slopes >= -_SIGMAS * math.sqrt(self.squares):
+            self.tries, self.tried, self.tried_error, self.tried_log = True, mean, error, log_lr
+            self.ceiling = self.best_log = before - _RETREAT
+            self.cut = True
+        return log_lr

@@ -2,6 +2,7 @@
 
 import functools
 import gzip
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -41,9 +42,10 @@ def fashion(data: Path) -> tuple[Labelled, Labelled]:
     return (images.view(-1, 784), labels.long()), (test_images.view(-1, 784), test_labels.long())
 
 
-def fashion_mlp(seed: int, data: Path) -> Problem:
+def classifier(seed: int, data: Path, widths: Sequence[int]) -> Problem:
+    """A network with ReLUs; logistic regression where there are no units between."""
     generator = sampler(seed)
-    return supervised(nn.Sequential(Scaled(), *mlp(784, 256, 256, 10)), *fashion(data), 128, generator)
+    return supervised(nn.Sequential(Scaled(), *mlp(*widths)), *fashion(data), 128, generator)
 
 
 def fashion_cnn(seed: int, data: Path) -> Problem:

@@ -52,17 +52,28 @@ def runs_of(settings: Settings, results: Results, task: str, optimizer: str, met
     fixed = tuners.methods(settings.rule)[method].rates
     if fixed is not None:
         return runs(method, fixed.get(optimizer, ()))
-    indices = range(*tuners.GRID[optimizer], 2 if settings.quick else 1)
-    while True:
-        rates = [tuners.grid_rate(index) for index in indices]
-        made = select(results, runs(method, rates))
-        if len(made) < len(runs(method, rates)):
-            return runs(method, rates)
-        best, _ = Losses(made, "train_loss").best(task, optimizer, method)
-        wider = extended(indices, down=best == rates[0], up=best == rates[-1])
-        if wider == indices:
-            return runs(method, rates)
-        indices = wider
+    grid = range(*tuners.GRID[optimizer], 2 if settings.quick else 1)
+    seeds = 1
+    while True:  # the first seed finds where the best rate is, the others look there
+        wanted = runs(method, [tuners.grid_rate(index) for index in grid], seeds)
+        made = select(results, wanted)
+        before = [] if seeds == 1 else runs(method, [tuners.grid_rate(index) for index in whole], 1)
+        if len(made) < len(wanted):
+            return before + [run for run in wanted if run not in before]
+        best = min(
+            grid, key=lambda index: Losses(made, "train_loss").at(task, optimizer, method, tuners.grid_rate(index))
+        )
+        wider = extended(grid, down=best == grid[0], up=best == grid[-1])
+        if wider != grid:
+            grid = wider
+        elif seeds == 1 < settings.seeds:
+            whole, seeds, grid = (
+                grid,
+                settings.seeds,
+                range(max(best - grid.step, LOWEST), best + grid.step + 1, grid.step),
+            )
+        else:
+            return before + [run for run in wanted if run not in before]
 
 
 def extended(indices: range, down: bool, up: bool) -> range:

@@ -1,7 +1,7 @@
 """What a learning problem is: a network, the loss of its next batch, and a validation loss."""
 
 import itertools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -12,12 +12,17 @@ from torch.nn import functional as F  # noqa: N812
 
 @dataclass(frozen=True)
 class Problem:
-    """A task with a seed: what a training loop needs."""
+    """A task with a seed: what a training loop needs.
+
+    Networks that play against each other are ``players``: each has an optimizer and a loss, and they move in turns.
+    """
 
     network: nn.Module
     train_loss: Callable[[], Tensor]  # of the next batch
     val_loss: Callable[[nn.Module], Tensor] | None = None  # of a network of that kind
     project: Callable[[], object] = lambda: None  # after each step: puts the parameters back where they may be
+    players: Sequence[tuple[nn.Module, Callable[[], Tensor]]] = ()  # the network alone, unless there are several
+    measure: Callable[[], Tensor] | None = None  # what the table shows instead of the loss
 
 
 @dataclass(frozen=True)

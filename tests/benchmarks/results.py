@@ -74,6 +74,9 @@ class Losses:
             for setting, by_rate in by_setting.items()
             for rate, losses in by_rate.items()
         }
+        self._counts = {
+            (*setting, rate): len(losses) for setting, by_rate in by_setting.items() for rate, losses in by_rate.items()
+        }
         self._medians = {
             setting: {rate: median(losses) for rate, losses in by_rate.items()}
             for setting, by_rate in by_setting.items()
@@ -84,9 +87,17 @@ class Losses:
         return self._medians.get((task, optimizer, method), {})
 
     def best(self, task: str, optimizer: str, method: str) -> tuple[float, float]:
-        """The rate with the lowest loss, and that loss; not numbers where there are no runs."""
-        curve = self.curve(task, optimizer, method)
-        return min(curve.items(), key=lambda item: item[1], default=(math.nan, math.nan))
+        """The rate with the lowest loss, and that loss; not numbers where there are no runs.
+
+        Rates that fewer seeds have tried than others do not count.
+        """
+        counts = {rate: self._counts[task, optimizer, method, rate] for rate in self.curve(task, optimizer, method)}
+        tried = {
+            rate: loss
+            for rate, loss in self.curve(task, optimizer, method).items()
+            if counts[rate] == max(counts.values())
+        }
+        return min(tried.items(), key=lambda item: item[1], default=(math.nan, math.nan))
 
     def spread(self, task: str, optimizer: str, method: str, rate: float) -> float:
         """The highest over the lowest loss of the seeds at one rate; not a number where there are no runs."""

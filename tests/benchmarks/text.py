@@ -32,10 +32,11 @@ def source_code() -> tuple[Tensor, int]:
 
 
 class Block(nn.Module):
-    """A transformer's block: causal attention and a network, each behind a layer norm."""
+    """A transformer's block: causal attention and a network, each behind a layer norm, or before it (``post``)."""
 
-    def __init__(self, width: int, heads: int) -> None:
+    def __init__(self, width: int, heads: int, post: bool = False) -> None:
         super().__init__()
+        self.post = post
         self.heads = heads
         self.norm1 = nn.LayerNorm(width)
         self.qkv = nn.Linear(width, 3 * width)
@@ -44,22 +45,30 @@ class Block(nn.Module):
         self.network = nn.Sequential(nn.Linear(width, 2 * width), nn.GELU(), nn.Linear(2 * width, width))
 
     def forward(self, x: Tensor) -> Tensor:
-        batch, time, width = x.shape
-        q, k, v = self.qkv(self.norm1(x)).view(batch, time, 3, self.heads, -1).permute(2, 0, 3, 1, 4)
-        attended = F.scaled_dot_product_attention(q, k, v, is_causal=True)
-        x = x + self.out(attended.transpose(1, 2).reshape(batch, time, width))
-        y: Tensor = x + self.network(self.norm2(x))
+        if self.post:
+            x = self.norm1(x + self.attend(x))
+            y: Tensor = self.norm2(x + self.network(x))
+            return y
+        x = x + self.attend(self.norm1(x))
+        y = x + self.network(self.norm2(x))
         return y
+
+    def attend(self, x: Tensor) -> Tensor:
+        batch, time, width = x.shape
+        q, k, v = self.qkv(x).view(batch, time, 3, self.heads, -1).permute(2, 0, 3, 1, 4)
+        attended = F.scaled_dot_product_attention(q, k, v, is_causal=True)
+        out: Tensor = self.out(attended.transpose(1, 2).reshape(batch, time, width))
+        return out
 
 
 class Transformer(nn.Module):
     """The logits of the next character, at every place."""
 
-    def __init__(self, characters: int, width: int = 64, layers: int = 2, heads: int = 4) -> None:
+    def __init__(self, characters: int, width: int = 64, layers: int = 2, heads: int = 4, post: bool = False) -> None:
         super().__init__()
         self.embedding = nn.Embedding(characters, width)
         self.position = nn.Parameter(torch.randn(CONTEXT, width) * 0.02)
-        self.blocks = nn.Sequential(*(Block(width, heads) for _ in range(layers)))
+        self.blocks = nn.Sequential(*(Block(width, heads, post) for _ in range(layers)))
         self.norm = nn.LayerNorm(width)
         self.head = nn.Linear(width, characters)
 
@@ -68,10 +77,10 @@ class Transformer(nn.Module):
         return logits
 
 
-def language_model(seed: int, data: Path) -> Problem:
+def language_model(seed: int, data: Path, post: bool = False) -> Problem:
     generator = sampler(seed)
     text, characters = source_code()
-    network = Transformer(characters)
+    network = Transformer(characters, post=post)
     held_out = len(text) // 10
     train = text[:-held_out].unfold(0, CONTEXT + 1, 1)
     val = text[-held_out:].unfold(0, CONTEXT + 1, CONTEXT + 1)

@@ -5,49 +5,64 @@ import time
 from statistics import fmean
 
 import torch
-from torch.optim.lr_scheduler import CosineAnnealingLR
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LambdaLR
 
 from tests.benchmarks.problems import Problem
 from tests.benchmarks.results import Outcome
 from tests.benchmarks.tuners import Method
 
+WARM_UP = 0.05
+"""The part of the steps over which a schedule rises, before its cosine."""
+
+
+def warm_cosine(optimizer: Optimizer, steps: int) -> LambdaLR:
+    """The usual schedule of experts: a linear warm-up, then a cosine to 0."""
+    warm = max(1, round(WARM_UP * steps))
+
+    def factor(done: int) -> float:
+        return (done + 1) / warm if done < warm else (1 + math.cos(math.pi * (done - warm) / (steps - warm))) / 2
+
+    return LambdaLR(optimizer, factor)
+
 
 def train(problem: Problem, method: Method, base: str, rate: float, decay: float, steps: int) -> Outcome:
     """Train for that many steps, or until the loss is not finite."""
-    network = problem.network
-    tuning = method.start(network, base, rate, decay, steps)
-    optimizer = tuning.optimizer
-    scheduler = CosineAnnealingLR(optimizer, T_max=steps) if method.cosine else None
-    switch_mode(optimizer, "train")
+    players = problem.players or [(problem.network, problem.train_loss)]
+    tunings = [method.start(network, base, rate, decay, steps) for network, _ in players]
+    schedulers = [warm_cosine(tuning.optimizer, steps) for tuning in tunings if method.cosine]
+    for tuning in tunings:
+        switch_mode(tuning.optimizer, "train")
     losses: list[float] = []
     final_lr = math.nan
     begin = time.perf_counter()
     for _ in range(steps):
-        optimizer.zero_grad()
-        loss = problem.train_loss()
-        losses.append(loss.item())
-        if not math.isfinite(losses[-1]):
-            val_loss = math.nan if problem.val_loss is None else math.inf
-            return Outcome(math.inf, val_loss, final_lr, time.perf_counter() - begin)
-        loss.backward()
-        tuning.observe(loss)
-        optimizer.step()
-        problem.project()
-        final_lr = tuning.rate()
-        tuning.after_step()
-        if scheduler is not None:
+        for tuning, (_, train_loss) in zip(tunings, players, strict=True):
+            tuning.optimizer.zero_grad()
+            loss = train_loss()
+            if not math.isfinite(loss.item()):
+                val_loss = math.nan if problem.val_loss is None else math.inf
+                return Outcome(math.inf, val_loss, final_lr, time.perf_counter() - begin)
+            loss.backward()
+            tuning.observe(loss)
+            tuning.optimizer.step()
+            problem.project()
+            tuning.after_step()
+        final_lr = tunings[0].rate()
+        losses.append(problem.measure().item() if problem.measure else loss.item())
+        for scheduler in schedulers:
             scheduler.step()
     seconds = time.perf_counter() - begin
     val_loss = math.nan
     if problem.val_loss is not None:
-        switch_mode(optimizer, "eval")
+        switch_mode(tunings[0].optimizer, "eval")
         with torch.no_grad():
-            val_loss = problem.val_loss(tuning.evaluated or network).item()
+            val_loss = problem.val_loss(tunings[0].evaluated or problem.network).item()
         val_loss = val_loss if math.isfinite(val_loss) else math.inf
     return Outcome(fmean(losses[-(steps // 8) :]), val_loss, final_lr, seconds)
 
 
-def switch_mode(optimizer: torch.optim.Optimizer, mode: str) -> None:
+def switch_mode(optimizer: Optimizer, mode: str) -> None:
     """Schedule-Free's optimizers hold one point for training and another for evaluation."""
     switch = getattr(optimizer, mode, None)
     if switch is not None:

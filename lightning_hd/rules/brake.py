@@ -1,0 +1,71 @@
+"""The brake: shortens steps at once if the norm of the gradient leaps."""
+
+import math
+from dataclasses import dataclass
+
+from lightning_hd.checks import not_negative
+
+_SPIKE, _SIGMAS = math.log(2.5), 3.0
+"""A norm leaps if its logarithm exceeds its running mean by both: the factor, and standard deviations of such rises.
+With 4 deviations, instabilities were missed."""
+
+_MEMORY, _RISE_MEMORY = 0.9, 0.995
+"""What is left of the mean and of the variance after a step. An overshoot grows within some ten steps. The variance is
+slow, so that a series of leaps does not soon seem usual."""
+
+_RELEASE = 0.95
+"""What is left of a brake after a step. With 0.9, instabilities came back too soon."""
+
+_LARGEST = 4.0
+"""The largest excess: steps are never more than e⁴ times shorter."""
+
+_SERIES = 20
+"""Leaps within so many steps belong to one instability."""
+
+
+@dataclass
+class Brake:
+    """Detects leaps of ``log ‖g‖``, and what they cost the rate.
+
+    The steps after a leap are shortened by its excess over what is usual, which decays. A single leap may come from an
+    unusual batch, but an overshoot grows from step to step. So ``log α`` itself falls only if there was a leap just
+    before, and the norm still grows. Half of the rate at the first leap of an instability is the limit up to which the
+    rate may rise fast again, as the slow start of TCP has one (RFC 5681, 3.1). Source: this project.
+    """
+
+    count: int = 0  # how many norms were seen
+    last: float = 0.0  # log ‖g_{t-1}‖
+    mean: float = 0.0  # running mean of log ‖g‖, before the correction for its start at 0
+    variance: float = not_negative((_SPIKE / _SIGMAS) ** 2)
+    left: float = not_negative()  # what is left of the last excesses
+    leap: float = not_negative()  # the last excess, 1 at most, halved for each step since
+    quiet: int = _SERIES  # the number of steps since the last leap
+    limit: float = math.inf  # log α up to which the rate may rise fast
+
+    def see(self, grad_norm: float, log_lr: float) -> float | None:
+        """By how much ``log α`` must fall if the norm has leapt; ``None`` if it has not."""
+        log = math.log(grad_norm)
+        grows, before = log > self.last, self.leap
+        excess = self._excess(log)
+        self.last, self.leap, self.left = log, self.leap / 2, self.left * _RELEASE
+        if excess <= 0:
+            self.quiet += 1
+            return None
+        self.left = max(self.left, min(excess, _LARGEST))
+        self.leap = max(self.leap, min(excess, 1.0))
+        if self.quiet >= _SERIES:
+            self.limit = log_lr - math.log(2)
+        self.quiet = 0
+        return before * min(excess, 1.0) if grows else 0.0
+
+    def _excess(self, log: float) -> float:
+        """The excess of ``log ‖g_t‖`` over what is usual. It also updates what is usual."""
+        excess = 0.0
+        self.count += 1
+        if self.count > 2:
+            rise = log - self.mean / (1 - _MEMORY ** (self.count - 1))
+            usual = max(_SPIKE, _SIGMAS * math.sqrt(self.variance))
+            self.variance = _RISE_MEMORY * self.variance + (1 - _RISE_MEMORY) * min(max(rise, 0.0), usual) ** 2
+            excess = rise - usual
+        self.mean = _MEMORY * self.mean + (1 - _MEMORY) * log
+        return excess
