@@ -83,9 +83,11 @@ class Moves(View):
             g = self._gradient(bucket, gather(bucket.views(flats)), theta, grad_scale)
             if bucket.roots is not None:  # so that sums over the probe are estimates of those over all coordinates
                 g, theta = g.mul_(bucket.roots), theta.mul_(bucket.roots)
+            mask = self._mask(bucket, missing) if missing & bucket.parts.keys() else None
+            g = g if mask is None else g.mul_(mask)
             moved = theta - (theta if memory is None else memory[_MEAN])
             self._now.append((theta, moved, g))
-            sums.append(self._products(bucket, missing))
+            sums.append(self._products(bucket, mask))
         if self._present is None or missing != self._missing:
             self._missing = missing
             self._present = {slot.key for place, slot in enumerate(self.slots) if place not in missing}
@@ -105,18 +107,17 @@ class Moves(View):
         known = {scopes[group] for group, _ in self._updated}
         return {scope for scope, (size, new) in sizes.items() if _PART * size <= new and scope in known}
 
-    def _products(self, bucket: Bucket, missing: frozenset[int]) -> Tensor:
+    def _products(self, bucket: Bucket, mask: Tensor | None) -> Tensor:
         """The eight sums of the bucket that was looked at last."""
         memory, (theta, moved, g) = self._memory[len(self._now) - 1], self._now[-1]
         step = theta - (theta if memory is None else memory[_BEFORE])
         late, last = (torch.zeros_like(g),) * 2 if memory is None else (memory[_LATE], memory[_GRADIENT])
         if apart := self._spans_apart(bucket):
-            moved, step, late = moved.clone(), step, late.clone()
+            moved, late = moved.clone(), late.clone()
             for start, stop in apart:
                 moved[start:stop], step[start:stop], late[start:stop] = 0, 0, 0
-        if missing & bucket.parts.keys():
-            mask = self._mask(bucket, missing)
-            g, moved, step = g * mask, moved * mask, step * mask
+        if mask is not None:
+            moved, step = moved * mask, step * mask
         pairs = ((g, moved), (g, g), (moved, moved), (g, late), (g, last), (last, last), (g, step), (step, step))
         return torch.stack([torch.dot(x, y) for x, y in pairs])
 

@@ -6,7 +6,7 @@ written from the docstring of ``lightning_hd.Auto``. ``Tuned`` takes gradients f
 """
 
 from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -113,6 +113,23 @@ def faded_mean(values: Sequence[float], memories: Sequence[float]) -> float:
     return float(np.dot(values, weights) / np.sum(weights))
 
 
+def newest_weights(parts: Sequence[float]) -> Array:
+    """The weights of a series in its running mean, in which each new number comes in with its part."""
+    return np.array(parts) * np.append(np.cumprod(1 - np.array(parts[:0:-1]))[::-1], 1.0)
+
+
+class Shown(NamedTuple):
+    """What a step shows: minus ``g · E`` and ``g · Ē``, ``‖g‖``, ``‖E‖``, cosine of two gradients, the last move."""
+
+    product: float
+    g_norm: float
+    d_norm: float
+    late: float | None = None  # None: the same as the product
+    turn: float = 0.0
+    slope: float = 0.0  # the gradient times the last move
+    move_norm: float = 0.0
+
+
 class AutoRule:
     """The rule auto for one scope. The means and sums that the rule keeps are taken over the whole history here."""
 
@@ -122,19 +139,27 @@ class AutoRule:
         self.leap = 0.0
         self.braked: list[int] = []
         self.retreats: list[int] = []  # steps in which the loss was seen to have risen
+        self.undone: list[int] = []  # steps in which that has not helped
         self.forgets = False
         self.ceiling = np.inf
-        self._block: list[tuple[float, float]] = []  # losses and logarithms of rates
+        self._block: list[tuple[float, float, float]] = []  # losses, logarithms of rates, slopes
         self._best: tuple[float, float, float] | None = None
+        self._trial: tuple[float, float, float] | None = None  # mean and error of the block, log α before
+        self._demand = 2.0
         self.slope = 0.0  # by how much the last change of log α would differ for another cosine, unclipped
         self._memories: list[float] = []
         self._squared_norms: list[float] = []
+        self._turns: list[float] = []
+        self._greedy: list[tuple[float, float]] = []  # cosines, and their parts
         self._cosines: list[float] = []
         self._bent: list[float] = []
         self._parts: list[float] = []
         self._logs: list[float] = []
         self._variance = (np.log(2.5) / 3) ** 2
         self._largest = 0.0
+        self._last_leap = -np.inf
+        self._seen_lrs: list[float] = []
+        self._fast_to = np.inf
         self._remembered: list[tuple[float, float]] = []  # log α of each move in E, and how much is left of it
 
     def part_kept(self, lr: float, t: int) -> float:
@@ -147,30 +172,62 @@ class AutoRule:
         self._remembered = [(log, part * weight) for log, weight in self._remembered] + [(float(np.log(lr)), 1.0)]
         return float(part)
 
-    def held_back(self, lr: float, t: int, loss: float) -> float:
+    def held_back(self, lr: float, t: int, loss: float, slope: float) -> float:
         """The rate of step t, once its loss is known: half of what it was in the best tenth, where the loss rises."""
         self.ceiling *= 1 + 1 / t
-        self._block.append((loss, float(np.log(lr))))
+        self._block.append((loss, float(np.log(lr)), slope))
         if len(self._block) >= max(10.0, t / 10):
-            losses, logs = np.array(self._block).T
-            found = (float(np.mean(losses)), float(np.var(losses, ddof=1) / len(losses)), float(np.mean(logs)))
-            self._block = []
-            if self._best is None or found[0] < self._best[0]:
-                self._best = found
-            elif found[0] - self._best[0] > 2 * np.sqrt(found[1] + self._best[1]):
-                lower = float(np.exp(self._best[2]) / 2)
-                self._best = found
+            losses, logs, slopes = np.array(self._block).T
+            mean, error = float(np.mean(losses)), float(np.var(losses, ddof=1) / len(losses))
+            self._block, best = [], self._best
+            rise = 0.0 if best is None else mean - best[0]
+            risen = best is not None and rise > self._demand * np.sqrt(error + best[1])
+            if best is None or risen or rise < 0:
+                self._best = (mean, error, float(np.mean(logs)))
+            if self._trial is not None:
+                tried, self._trial = self._trial, None
+                if mean >= tried[0] - np.sqrt(error + tried[1]):
+                    self._best, self._demand, self.ceiling = (mean, error, tried[2]), 2 * self._demand, np.inf
+                    self._forget()
+                    self.undone.append(t)
+                    return max(lr, float(np.exp(tried[2])))
+            elif best is not None and risen and np.sum(slopes) >= -2 * np.sqrt(np.sum(slopes**2)):
+                lower = float(np.exp(best[2]) / 2)
                 if lower < lr:
-                    self.ceiling = lower
-                    self._best = (*found[:2], float(np.log(lower)))
-                    self._remembered = []
-                    self.forgets = True
+                    self._trial, self.ceiling = (mean, error, float(np.log(lr))), lower
+                    self._best = (mean, error, float(np.log(lower)))
+                    self._forget()
                     self.retreats.append(t)
         return min(lr, self.ceiling)
 
-    def next_lr(self, lr: float, t: int, product: float, g_norm: float, d_norm: float) -> float:
-        """The rate of step t, before what is left of a brake, from ``-g · E``, ``‖g‖`` and ``‖E‖``."""
+    def _forget(self) -> None:
+        self._remembered, self.forgets = [], True
+
+    def sigmas(self) -> float:
+        """The mean of the greedy cosines over its standard error."""
+        if len(self._greedy) < 4:
+            return 0.0
+        cosines, parts = np.array(self._greedy).T
+        weights = newest_weights(list(parts))
+        mean = np.dot(weights, cosines)
+        variance = max(np.dot(weights, cosines**2) - mean**2, (2.0**-23 * mean) ** 2)
+        return float(mean / np.sqrt(variance * np.sum(weights**2))) if variance else 0.0
+
+    def _product(self, shown: Shown, t: int) -> float:
+        """Minus the derivative, past the noise and round the bend."""
+        self._turns.append(shown.turn)
+        if shown.move_norm:
+            cosine = -shown.slope / (shown.g_norm * shown.move_norm)
+            self._greedy.append((cosine, 1 / min(len(self._greedy) + 1, max(10.0, t / 50))))
+        turn = np.dot(newest_weights([1 / min(n + 1, 20) for n in range(len(self._turns))]), self._turns)
+        late = shown.product if shown.late is None else shown.late
+        product = late + np.clip((-turn - 0.1) / 0.5, 0, 1) * (shown.product - late)
+        return float(max(product, 0.0) if turn > 0.8 or self.sigmas() > 2 else product)
+
+    def next_lr(self, lr: float, t: int, shown: Shown) -> float:
+        """The rate of step t, before what is left of a brake."""
         self.slope = 0.0
+        g_norm, d_norm = shown.g_norm, shown.d_norm
         if g_norm and not d_norm:
             return float(lr * np.exp(0.5 * (g_norm >= 10 * 2.0**-23 * self._largest)))
         if g_norm == 0:
@@ -178,34 +235,41 @@ class AutoRule:
         self._memories.append(1 - 1 / max(10.0, t / 50))
         self._squared_norms.append(g_norm**2)
         usual_norm = np.sqrt(faded_mean(self._squared_norms, self._memories))
-        self._cosines.append(product / (usual_norm * d_norm) if d_norm else 0.0)
+        self._cosines.append(self._product(shown, t) / (usual_norm * d_norm))
         before = self._cosines[-2] if len(self._cosines) > 1 else 0.0
         self._bent.append(self._cosines[-1] + 0.3 * min(1.0, 100 / t) * abs((self._cosines[-1] + before) / 2))
         self._parts.append(1 - 1 / max(60.0, 0.3 * t))
         left = np.append(np.cumprod(self._parts[:0:-1])[::-1], 1.0)  # of each square
         squares = float(np.dot(np.square(self._bent), left))
-        cap = 0.5 if lr < 30 * self.first else 0.1 * min(1.0, 100 / t)
-        change = 0.0
-        if squares:
-            self.slope = float(g_norm / usual_norm / np.sqrt(squares))
-            change = float(np.clip(min(1.0, 900 / t) * self._bent[-1] / np.sqrt(squares), -cap, cap))
-        log_norm = np.log(g_norm)
-        excess = 0.0
+        change = min(1.0, 900 / t) * self._bent[-1] / np.sqrt(squares) if squares else 0.0
+        log_norm, excess, resolved = float(np.log(g_norm)), 0.0, 10 * 2.0**-23 * self._largest
         if len(self._logs) >= 2:
             rise = log_norm - faded_mean(self._logs, [0.9] * len(self._logs))
             usual = max(np.log(2.5), 3 * np.sqrt(self._variance))
-            self._variance = 0.995 * self._variance + 0.005 * min(max(rise, 0.0), 3 * usual) ** 2
-            if rise > usual:
-                excess = min(rise - usual, 1.0)
-                change = max(-excess * self.leap, min(0.0, np.log(self.first / lr)) if self.first else -np.inf)
-                self.braked.append(t)
-        if not excess:
-            self._largest = max(self._largest, g_norm)
-            change = 0.0 if usual_norm < 10 * 2.0**-23 * self._largest else change
+            self._variance = 0.995 * self._variance + 0.005 * min(max(rise, 0.0), 1.5 * usual) ** 2
+            excess = max(rise - usual, 0.0)
+        fell = self.leap * min(excess, 1.0) * (log_norm > (self._logs[-1] if self._logs else 0.0))
         self._logs.append(log_norm)
-        self.brake = max(0.95 * self.brake, excess)
-        self.leap = max(0.5 * self.leap, excess)
-        return float(lr * np.exp(change))
+        self.brake = max(0.95 * self.brake, min(excess, 2.0))
+        self.leap = max(0.5 * self.leap, min(excess, 1.0))
+        if excess:
+            if len(self._logs) - self._last_leap > 20:
+                self._fast_to = lr / 2
+            self._last_leap = len(self._logs)
+            self.braked.append(t)
+            return float(max(lr * np.exp(-fell), min(lr, self.first)))
+        self._largest = max(self._largest, g_norm)
+        self._seen_lrs.append(lr)
+        if usual_norm < resolved:
+            return lr
+        cap = 0.5 if lr < 30 * self.first else 0.1 * min(1.0, 100 / t)
+        if self.sigmas() > 2 and lr < min(self._fast_to, max(self._seen_lrs)):
+            cap = max(cap, 0.1)
+            if self.brake < 0.1:
+                change = max(change, 0.1 * min(1.0, (self.sigmas() - 2) / 8))
+            self.ceiling = max(self.ceiling, 2 * lr)
+        self.slope = float(g_norm / usual_norm / np.sqrt(squares)) if squares else 0.0
+        return float(lr * np.exp(np.clip(change, -cap, cap)))
 
 
 def train_auto(
@@ -217,8 +281,8 @@ def train_auto(
     first_lr: float | None = None,
     report: Callable[[int, float], float] | None = None,
     decline: float = 0.0,
-) -> tuple[list[float], list[Array], list[int]]:
-    """Learning rate of every step with the rule auto, the parameters after the last, and the steps that backed off.
+) -> tuple[list[float], list[Array], AutoRule]:
+    """Learning rate of every step with the rule auto, the parameters after the last, and the rule.
 
     ``report`` gives the loss that is reported, from the step and its loss. ``decline`` is the part of the steps over
     which the rates fall at the end. ``weight_decay`` is decoupled, as in AdamW. ``leaps`` are factors of the loss in
@@ -230,25 +294,32 @@ def train_auto(
     data = batches()
     lr, rule = first_lr or 0.0, AutoRule()
     moves = [np.zeros_like(p) for p in parameters]  # E
+    late, move, last = moves, moves, moves  # Ē, the last move, and the last gradient
     lrs: list[float] = []
     for t in range(1, steps + 1):
         loss, g = network_loss(parameters, *data[(t - 1) % len(data)])
         g = [(leaps or {}).get(t, 1.0) * x for x in g]
-        fall = min(1.0, (steps - t + 1) / (decline * steps)) if decline else 1.0
+        length = decline * steps
+        fall = 1 - np.sqrt(1 - min(1.0, (steps - t + 1) / length)) if decline else 1.0
+        window = max(1.0, min(0.05 * min(length, steps - t + 1), t / 5))
+        late = [old + (new - old) / window for old, new in zip(late, moves, strict=True)]
         if t > 1:
-            next_lr = rule.next_lr(lr, t, -dot(g, moves), norm(g), norm(moves))
+            cosine, slope = dot(g, last) / (norm(g) * norm(last)), dot(g, move)
+            shown = Shown(-dot(g, moves), norm(g), norm(moves), -dot(g, late), cosine, slope, norm(move))
+            next_lr = rule.next_lr(lr, t, shown)
             lr = next_lr if fall == 1 else min(lr, next_lr)
-            lr = rule.held_back(lr, t, report(t, float(loss))) if report else lr
+            lr = rule.held_back(lr, t, report(t, float(loss)), slope) if report else lr
         d = direction.send(g)
         d = [x + weight_decay * p for x, p in zip(d, parameters, strict=True)]
         if t == 1 and first_lr is None:
             lr = rule.first = 1e-4 * np.sqrt(dot(parameters, parameters)) / np.sqrt(dot(d, d))
         part = rule.part_kept(lr * fall, t)
         used = lr * np.exp(-rule.brake) * fall
-        moves = [part * e - used * x for e, x in zip(moves, d, strict=True)]
-        parameters = [p - used * x for p, x in zip(parameters, d, strict=True)]
+        move, last = [-used * x for x in d], g
+        moves = [part * e + x for e, x in zip(moves, move, strict=True)]
+        parameters = [p + x for p, x in zip(parameters, move, strict=True)]
         lrs.append(float(used))
-    return lrs, parameters, sorted({*rule.braked, *rule.retreats})
+    return lrs, parameters, rule
 
 
 class Tuned:
@@ -297,6 +368,8 @@ class Tuned:
         self._updated: set[tuple[int, int]] = set()  # parameters that had a gradient in a step
         self._directions: dict[tuple[int, int], Generator[list[Array], list[Array], None]] = {}
         self._last: dict[tuple[int, int], Array] = {}  # d_{t-1}, as the groups' rates follow their scopes', or -E_t
+        self._moves: dict[tuple[int, int], Array] = {}  # the last moves, of groups whose rates follow their scopes'
+        self._gradients: dict[tuple[int, int], Array] = {}  # the last gradients
         self._lengths = [0.0] * len(self.scopes)  # the longest that it has been, or what its rounding is relative to
         self._moved = [False] * len(self.scopes)
         self._errors = [0.0] * len(self.scopes)
@@ -329,6 +402,7 @@ class Tuned:
         g = {key: sign * x + coupled * decays[key] for key, x in gradients.items()}
         for s, members in enumerate(self.scopes):
             self._observe(s, {key: x for key, x in g.items() if key[0] in members})
+        self._gradients = g
         d = {key: self._direction(key, x) + (1 - coupled) * decays[key] for key, x in g.items()}
         moved = set(d)
         for s, members in enumerate(self.scopes):
@@ -382,9 +456,19 @@ class Tuned:
                 self.alphas[s] *= 1 + self._beta * cosine
                 self._errors[s] += self._beta * cosine_error
             else:
-                self.alphas[s] = self._autos[s].next_lr(
-                    self.alphas[s], self.steps - self._since[s], product, g_norm, d_norm
+                move = {key: x for key, x in self._moves.items() if key in g}
+                last = {key: x for key, x in self._gradients.items() if key[0] in self.scopes[s]}
+                turn = dot([g[key] for key in g if key in last], [last[key] for key in g if key in last])
+                norms = g_norm * norm(last.values())
+                shown = Shown(
+                    product,
+                    g_norm,
+                    d_norm,
+                    turn=turn / norms if norms else 0.0,
+                    slope=dot([g[key] for key in move], move.values()),
+                    move_norm=norm(move.values()),
                 )
+                self.alphas[s] = self._autos[s].next_lr(self.alphas[s], self.steps - self._since[s], shown)
                 self._errors[s] += self._autos[s].slope * cosine_error
         self._clamp(s)
 
@@ -419,6 +503,7 @@ class Tuned:
             self._started[s] and any(key[0] in members and weights[key[0]] and self.lrs[key[0]] for key in d)
             for s, members in enumerate(self.scopes)
         ]
+        self._moves = {key: -bool(weights[key[0]]) * self.lrs[key[0]] * x for key, x in d.items()}
         for key, x in d.items():
             i = key[0]
             self.values[key] = self.values[key] - self.lrs[i] * x

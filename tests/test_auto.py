@@ -63,7 +63,7 @@ RATES = [1.0, 0.0, 1e-8, 1e-3, 1e3]
 # ---------------------------------------------------------------------- the formula
 
 
-def transcribed(method: str, **arguments: Any) -> tuple[list[float], list[reference.Array], list[int]]:
+def transcribed(method: str, **arguments: Any) -> tuple[list[float], list[reference.Array], reference.AutoRule]:
     _, settings, weight_decay = METHODS[method]
     return reference.train_auto(method.removesuffix("w"), settings, weight_decay, **arguments)
 
@@ -96,7 +96,8 @@ def trained(
 @pytest.mark.parametrize("method", METHODS)
 def test_the_trajectory_is_that_of_the_formula(method: str) -> None:
     leaps = {41: 20.0, 42: 20.0, 150: 6.0, 950: 30.0}  # the horizon grows from step 900 on
-    expected, parameters, braked = transcribed(method, steps=1000, leaps=leaps)
+    expected, parameters, rule = transcribed(method, steps=1000, leaps=leaps)
+    braked = rule.braked
     mine, network, hd = trained(method, 0.3, Auto(), 1000, leaps)
     assert {41, 42, 150, 950} <= set(braked), "the comparison needs a brake that acts"
     assert max(expected) > 100 * expected[0], "and a rate that climbs beyond the limit for caution"
@@ -108,10 +109,10 @@ def test_the_trajectory_is_that_of_the_formula(method: str) -> None:
 
 @pytest.mark.parametrize("method", ["sgdn", "adamw"])
 def test_the_trajectory_from_a_configured_rate_is_that_of_the_formula(method: str) -> None:
-    expected, _, braked = transcribed(method, leaps={60: 20.0}, first_lr=1e-3)
+    expected, _, rule = transcribed(method, leaps={60: 20.0}, first_lr=1e-3)
     mine, _, hd = trained(method, 1e-3, Auto(start="configured"), len(expected), {60: 20.0})
     assert mine[0] == 1e-3, "the first step is taken with the configured rate"
-    assert hd.brakes == [len(braked)] != [0]
+    assert hd.brakes == [len(rule.braked)] != [0]
     np.testing.assert_allclose(mine, expected, rtol=1e-9)
 
 
@@ -122,14 +123,16 @@ def rising(t: int, loss: float) -> float:
 
 @pytest.mark.parametrize("method", ["sgdn", "adamw"])
 def test_the_trajectory_with_a_rising_loss_is_that_of_the_formula(method: str) -> None:
-    expected, _, backed_off = transcribed(method, steps=600, report=rising, decline=0.2)
-    calm, _, braked = transcribed(method, steps=600)
-    assert len(set(backed_off) - set(braked)) >= 2, "the comparison needs losses that are seen to rise"
+    expected, _, rule = transcribed(method, steps=600, report=rising, decline=0.2)
+    calm, _, _ = transcribed(method, steps=600, decline=0.2)
+    assert rule.retreats, "the comparison needs losses that are seen to rise"
+    assert rule.undone, "and cuts that have not helped"
     mine, _, hd = trained(method, 0.3, Auto(), 600, {}, rising, total_steps=600)
     np.testing.assert_allclose(mine, expected, rtol=1e-9)
-    assert hd.brakes == [len(backed_off)]
+    assert hd.brakes == [len(rule.braked) + len(rule.retreats)]
     assert mine[-1] < 0.01 * max(mine)
-    assert expected[200] < calm[200]
+    cut = rule.retreats[0] - 1
+    assert expected[cut] < calm[cut]
 
 
 def test_a_closure_reports_what_it_returns() -> None:
@@ -209,7 +212,7 @@ def test_rates_fall_over_the_last_fifth(rule: str, falls: bool) -> None:
     assert lrs[50][:41] == lrs[None][:41]
     if falls:
         assert lrs[None][-1] > lrs[None][40], "the comparison needs rates that would rise"  # and do not rise meanwhile
-        falling = [lrs[50][40] * part / 10 for part in (*range(9, 0, -1), *[1] * 10)]
+        falling = [lrs[50][40] * (1 - math.sqrt(1 - part / 10)) for part in (*range(9, 0, -1), *[1] * 10)]
         np.testing.assert_allclose(lrs[50][41:], falling, rtol=1e-12)
     else:
         assert lrs[50] == lrs[None]
@@ -383,13 +386,6 @@ def test_its_state_is_saved_and_loaded_bit_for_bit(tmp_path: Path) -> None:
     assert feed(other, noise(200, seed=1), lr, 202) == feed(rule, noise(200, seed=1), lr, 202)
 
 
-def test_its_state_is_no_part_of_its_constants() -> None:
-    rule, other = Auto(horizon=200.0), Auto(cap=0.2)
-    feed(rule, noise(20))
-    other.load_state_dict(rule.state_dict())
-    assert (other.horizon, other.cap) == (450.0, 0.2)
-
-
 @pytest.mark.parametrize("key", Auto().state_dict())
 def test_a_state_with_a_missing_number_is_refused(key: str) -> None:
     saved = Auto().state_dict()
@@ -404,12 +400,12 @@ def test_a_state_with_a_missing_number_is_refused(key: str) -> None:
 
 
 def test_a_rule_that_is_bound_is_a_copy() -> None:
-    rule = Auto(cap=0.3)
+    rule = Auto(start="configured")
     bound = rule.bind(normalized=True)
     assert isinstance(bound, Auto)
     feed(bound, noise(20))
-    assert rule.state_dict() == Auto(cap=0.3).state_dict()
-    assert bound.cap == 0.3
+    assert rule.state_dict() == Auto().state_dict()
+    assert bound.start == "configured"
 
 
 # ---------------------------------------------------------------------- the brake
@@ -442,7 +438,14 @@ def test_leaps_in_a_row_lower_the_rate() -> None:
     assert lrs[6] == pytest.approx(math.exp(-1), rel=1e-12), "by a factor of e at most"
     assert lrs[7] == pytest.approx(math.exp(-2), rel=1e-12)
     assert lrs[-1] == lrs[7]
-    assert rule.used(lrs[7], 14) == pytest.approx(lrs[7] * math.exp(-(0.95**5)), rel=1e-12)
+    assert rule.used(lrs[7], 14) == pytest.approx(lrs[7] * math.exp(-2 * 0.95**5), rel=1e-12)
+
+
+def test_a_leap_to_a_level_that_stays_costs_the_rate_nothing() -> None:
+    rule = Auto(start="configured")
+    norms = [1.0] * 10 + [30.0] * 10  # as where another task, whose loss is larger, has its turn
+    assert feed(rule, [Observation(0.0, norm, 1.0) for norm in norms]) == [1.0] * 20
+    assert rule.brakes >= 2
 
 
 def test_no_brake_takes_it_below_its_first_rate() -> None:
@@ -799,49 +802,9 @@ def test_the_first_step_of_a_configured_start_is_that_of_the_optimizer_alone(
     [
         ({"start": "x"}, ValueError, "start must be 'automatic' or 'configured', got 'x'"),
         ({"start": None}, ValueError, "start must be"),
-        ({"horizon": 0.5}, ValueError, "horizon must be a finite number of at least 1 and at most 1e[+]12, got 0.5"),
-        ({"growth": -0.1}, ValueError, "growth must be"),
-        ({"horizon": 1e17}, ValueError, "horizon must be"),
-        ({"norm_horizon": 1e17}, ValueError, "norm_horizon must be"),
-        ({"norm_growth": 1e17}, ValueError, "norm_growth must be"),
-        ({"memory": 0.5}, ValueError, "memory must be a finite number of at least 1 and at most 1e[+]12, got 0.5"),
-        ({"memory_growth": -0.1}, ValueError, "memory_growth must be"),
-        ({"optimism": 1.5}, ValueError, "optimism must be"),
-        ({"optimism": -1}, ValueError, "optimism must be"),
-        ({"early": -1}, ValueError, "early must be"),
-        ({"first_step": 0.0}, ValueError, "first_step must be"),
-        ({"cap": -1.0}, ValueError, "cap must be"),
-        ({"careful_from": -1.0}, ValueError, "careful_from must be"),
-        ({"careful_cap": -1.0}, ValueError, "careful_cap must be"),
-        ({"spike": 0.9}, ValueError, "spike must be"),
-        ({"spike_sigmas": -1.0}, ValueError, "spike_sigmas must be"),
-        ({"norm_horizon": 0.5}, ValueError, "norm_horizon must be"),
-        ({"norm_growth": -1.0}, ValueError, "norm_growth must be"),
-        ({"release": 1.5}, ValueError, "release must be"),
-        *(
-            ({name: value}, error, f"^{name} must be")
-            for name in (
-                "horizon",
-                "growth",
-                "memory",
-                "memory_growth",
-                "optimism",
-                "early",
-                "first_step",
-                "cap",
-                "careful_from",
-                "careful_cap",
-                "spike",
-                "spike_sigmas",
-                "norm_horizon",
-                "norm_growth",
-                "release",
-            )
-            for value, error in ((math.nan, ValueError), (math.inf, ValueError), ("1", TypeError), (None, TypeError))
-        ),
     ],
 )
-def test_a_bad_constant_is_named(arguments: dict[str, Any], error: type[Exception], words: str) -> None:
+def test_a_bad_start_is_named(arguments: dict[str, Any], error: type[Exception], words: str) -> None:
     with pytest.raises(error, match=words):
         Auto(**arguments)
 

@@ -114,7 +114,7 @@ def test_all_arguments_together_train_as_from_python(tmp_path: Path) -> None:
             lambda: Additive(0.002, 0.05),
         ),
         (["rule=lightning_hd.Multiplicative", "rule.init_args.limit_lr=0.05"], lambda: Multiplicative(limit_lr=0.05)),
-        (["rule=lightning_hd.Auto", "rule.horizon=120", "rule.start=configured"], lambda: Auto("configured", 120)),
+        (["rule=lightning_hd.Auto", "rule.start=configured"], lambda: Auto("configured")),
         (["rule=lightning_hd.Additive"], Additive),
         (["rule=tests.test_cli.Sign"], Sign),
     ],
@@ -130,7 +130,7 @@ def test_a_rule_object_is_named_by_its_class(tmp_path: Path, arguments: list[str
     ("written", "rule"),
     [
         ("multiplicative", "multiplicative"),
-        ("{class_path: lightning_hd.Auto, init_args: {start: configured, horizon: 120}}", Auto("configured", 120)),
+        ("{class_path: lightning_hd.Auto, init_args: {start: configured}}", Auto("configured")),
         ("{class_path: tests.test_cli.Sign}", Sign()),
     ],
 )

@@ -40,7 +40,17 @@ FAMILIES: list[tuple[Any, dict[str, Any]]] = [
 ]
 
 BETAS = {"additive": 1e-5, "multiplicative": 0.02, "auto": None}
-STANDING = [Additive(hypergrad_lr=0), Auto(start="configured", cap=0.0, careful_cap=0.0, spike=1e300)]
+
+
+class Standing(Auto):
+    def update(self, lr: float, seen: Observation, step: int) -> float:
+        return lr
+
+    def watch(self, lr: float, loss: float, step: int) -> float:
+        return lr
+
+
+STANDING = [Additive(hypergrad_lr=0), Standing(start="configured")]
 """Rules that leave the rate where it is configured."""
 
 

@@ -91,8 +91,8 @@ def test_a_curve_of_a_resumed_run_goes_on_without_a_gap_or_a_step_twice(tmp_path
 
 def test_a_representation_shows_what_differs_from_the_defaults() -> None:
     assert repr(HypergradientDescent()) == "HypergradientDescent(rule='auto')"
-    shown = repr(HypergradientDescent(Auto(first_step=1e-3), max_lr=0.1, prog_bar=True))
-    assert shown.startswith("HypergradientDescent(rule=Auto(start='automatic',")
+    shown = repr(HypergradientDescent(Auto(start="configured"), max_lr=0.1, prog_bar=True))
+    assert shown.startswith("HypergradientDescent(rule=Auto(start='configured')")
     assert shown.endswith("max_lr=0.1, prog_bar=True)")
 
 

@@ -16,15 +16,15 @@ from tests import reference
 def test_a_gradient_that_is_rounding_raises_nothing_by_hand_and_in_the_formula() -> None:
     rule, formula = Auto(), reference.AutoRule()
     rule.first_lr(1.0, 1.0)
-    formula.first = rule._first_lr
+    formula.first = rule._own.first_lr
     rng = np.random.default_rng(0)
-    lr = mine = rule._first_lr
+    lr = mine = rule._own.first_lr
     changes: list[float] = []
     for t, norm in enumerate([1.0] * 20 + list(10.0 ** np.arange(0, -9, -0.5)) + [1e-8] * 300, start=2):
         cosine, moved = rng.uniform(0.1, 0.9), float(t % 7 > 0)
         before = lr
-        lr = rule.update(lr, Observation(-cosine * norm * moved, norm, moved), t)
-        mine = formula.next_lr(mine, t, cosine * norm * moved, norm, moved)
+        lr = rule.update(lr, Observation(-cosine * norm * moved, norm, moved, -cosine * norm * moved), t)
+        mine = formula.next_lr(mine, t, reference.Shown(cosine * norm * moved, norm, moved))
         assert lr == pytest.approx(mine, rel=1e-9)
         changes.append(np.log(lr / before))
     assert min(changes[20:32]) > 0

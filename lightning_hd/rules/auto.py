@@ -75,6 +75,7 @@ class Learned:
     norm: float = not_negative()  # G, before the correction for its start at 0
     norm_weight: float = not_negative()  # the square of that correction
     largest_norm: float = not_negative()
+    peak: float = not_negative()  # the highest α_t so far
     turns: int = 0  # how many cosines of two gradients in a row were seen, 20 at most
     turn: float = 0.0  # their running mean
 
@@ -114,8 +115,8 @@ class Auto(Rule):
     so steps are too long, and ``g · E`` is believed. Above 0.8 they do not turn, so nothing asks for a smaller rate.
 
     **The greedy bound.** A rate at which the paper's own derivative is still positive (by two standard errors) is too
-    low (``Greedy``). Then the rate does not fall, and rises by up to 10 % per step. So it comes back after a fall as
-    fast as it climbed at first. Half of the rate at the last leap of the gradient is the limit of that.
+    low (``Greedy``). Then the rate does not fall. If it has been higher before, it rises by up to 10 % per step, up to
+    half of the rate at the last leap of the gradient. So it comes back after a fall as fast as it climbed at first.
 
     With ``φ = 0`` and ``W = 1`` only the last move is left. ``h`` is then the paper's hypergradient times ``α``, so
     this is the paper's rule on ``log α``. ``c`` is the cosine, but a gradient larger than usual has a larger weight, as
@@ -199,12 +200,12 @@ class Auto(Rule):
         if fall is not None:
             self.brakes += 1
             return max(lr * math.exp(-fall), min(lr, own.first_lr))
-        own.largest_norm = max(own.largest_norm, seen.grad_norm)
+        own.peak, own.largest_norm = max(own.peak, lr), max(own.largest_norm, seen.grad_norm)
         if own.norm < resolved * math.sqrt(own.norm_weight):
             return lr
         cap = _CAP if lr < _CAREFUL_FROM * own.first_lr else _CAREFUL_CAP * min(1.0, _EARLY / step)
         sigmas = self._greedy.sigmas
-        if sigmas > _SURE and math.log(lr) < self._brake.limit:
+        if sigmas > _SURE and lr < own.peak and math.log(lr) < self._brake.limit:
             cap = max(cap, _FAST)
             if self._brake.left < _QUIET:
                 change = max(change, _FAST * min(1.0, (sigmas - _SURE) / _RAMP))

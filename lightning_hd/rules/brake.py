@@ -16,8 +16,11 @@ slow, so that a series of leaps does not soon seem usual."""
 _RELEASE = 0.95
 """What is left of a brake after a step. With 0.9, instabilities came back too soon."""
 
-_LARGEST = 4.0
-"""The largest excess: steps are never more than e⁴ times shorter."""
+_LARGEST = 2.0
+"""The largest excess: steps are never more than e² times shorter. With 3, rare large gradients starve Adam."""
+
+_SEEN = 1.5
+"""In the variance, a rise counts up to this many times what is usual. With 3, a series of leaps soon seems usual."""
 
 _SERIES = 20
 """Leaps within so many steps belong to one instability."""
@@ -65,7 +68,7 @@ class Brake:
         if self.count > 2:
             rise = log - self.mean / (1 - _MEMORY ** (self.count - 1))
             usual = max(_SPIKE, _SIGMAS * math.sqrt(self.variance))
-            self.variance = _RISE_MEMORY * self.variance + (1 - _RISE_MEMORY) * min(max(rise, 0.0), usual) ** 2
+            self.variance = _RISE_MEMORY * self.variance + (1 - _RISE_MEMORY) * min(max(rise, 0.0), _SEEN * usual) ** 2
             excess = rise - usual
         self.mean = _MEMORY * self.mean + (1 - _MEMORY) * log
         return excess
