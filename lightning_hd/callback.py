@@ -267,7 +267,7 @@ class HypergradientDescent(Callback):
         if self._since is None and news:
             self._since = time.perf_counter()
             if self.summary:
-                announce(self._trackers, repr(self.rule))
+                announce(self._trackers, repr(self.rule), self.max_lr)
         if news and is_due(trainer, self.log_every_n_steps, batch_idx):
             for engine in self.engines:
                 engine.check_agreement()

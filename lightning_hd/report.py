@@ -66,7 +66,7 @@ def check_tuned(trackers: Sequence[Tracker]) -> None:
             )
 
 
-def announce(trackers: Sequence[Tracker], rule: str) -> None:
+def announce(trackers: Sequence[Tracker], rule: str, max_lr: float | None) -> None:
     """Report what is tuned, by which rule, and how much of each model is looked at. Call it after a first step."""
     parts = []
     for tracker in trackers:
@@ -75,6 +75,12 @@ def announce(trackers: Sequence[Tracker], rule: str) -> None:
             f"{tracker.name} (looks at {f'{seen:,} of {count:,}' if seen < count else f'all {count:,}'} numbers)"
         )
     rank_zero_info(f"HypergradientDescent tunes {', '.join(parts)} with the rule {rule}.")
+    if len(trackers) > 1 and max_lr is None and rule.strip("'").lower().startswith("auto"):
+        rank_zero_info(
+            "HypergradientDescent: if these optimizers train against each other, as in a GAN, neither gradients nor "
+            "losses show that a rate is too high. Then set max_lr= to a rate that is known to work, such as 3e-3 for "
+            "Adam."
+        )
 
 
 def summarize(trackers: Sequence[Tracker], seconds: float) -> None:

@@ -27,6 +27,9 @@ def _is_former(state_dict: dict[str, Any]) -> bool:
     """Whether a state is of a version before this one."""
     if "last" in state_dict and "view" not in state_dict:
         return True
+    view = state_dict.get("view")
+    if isinstance(view, dict) and "mean" in view:
+        return True
     rates = state_dict.get("rates")
     scopes = rates.get("scopes") if isinstance(rates, dict) else None
     return isinstance(scopes, list) and any(isinstance(s, dict) and s and "trajectory" not in s for s in scopes)

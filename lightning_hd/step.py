@@ -161,9 +161,10 @@ class Tuning:
         sums, loss = self._sum()
         if not any(has_gradient for *_, has_gradient, _, _ in sums):
             return False
-        cooldown = 0.0 if self.rates.under_schedule else self.decline.left(self.step_count + 1)
-        for scope in self.rates.scopes:
-            scope.rule.cooldown = cooldown
+        if self.rule.long_horizon:
+            cooldown = 0.0 if self.rates.under_schedule else self.decline.left(self.step_count + 1)
+            for scope in self.rates.scopes:
+                scope.rule.cooldown = cooldown
         for i, (*_, joined) in enumerate(sums):
             # parameters that are new on a few processes may only have had no gradient there before
             if joined > self.ranks.count / 2 and self.rates.scopes[i].started and self.rates.scopes[i].rule.picks_start:

@@ -115,7 +115,9 @@ def faded_mean(values: Sequence[float], memories: Sequence[float]) -> float:
 
 def newest_weights(parts: Sequence[float]) -> Array:
     """The weights of a series in its running mean, in which each new number comes in with its part."""
-    return np.array(parts) * np.append(np.cumprod(1 - np.array(parts[:0:-1]))[::-1], 1.0)
+    later = np.append(np.cumprod(1 - np.array(parts[:0:-1]))[::-1], 1.0)  # what all later numbers leave of each
+    weights: Array = np.array(parts) * later
+    return weights
 
 
 class Shown(NamedTuple):
@@ -465,7 +467,7 @@ class Tuned:
                     g_norm,
                     d_norm,
                     turn=turn / norms if norms else 0.0,
-                    slope=dot([g[key] for key in move], move.values()),
+                    slope=dot([g[key] for key in move], list(move.values())),
                     move_norm=norm(move.values()),
                 )
                 self.alphas[s] = self._autos[s].next_lr(self.alphas[s], self.steps - self._since[s], shown)

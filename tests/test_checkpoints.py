@@ -272,7 +272,7 @@ def lose_moves(state: dict[str, Any]) -> None:
     view = state["hd"]["view"]
     view["parameters"][0][2] += 1  # of another size
     del view["parameters"][1:]
-    view["mean"] = view["mean"][: view["parameters"][0][3]]
+    view["memory"] = view["memory"][:, : view["parameters"][0][3]]
 
 
 @pytest.mark.parametrize(

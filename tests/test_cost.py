@@ -52,12 +52,12 @@ def test_a_step_costs_the_same_whatever_the_number_of_tensors(
         counts.append(added(optimizer, build(cls, settings, tensors)))
         bytes_kept = kept(engine, optimizer)
         if rule == "auto":
-            assert bytes_kept <= 8 * 64 * tensors + 1000
+            assert bytes_kept <= 4 * 8 * 64 * tensors + 1000  # four vectors in float64
         else:
             assert bytes_kept == pytest.approx(copies * 4 * 64 * tensors, abs=1000)
     assert len(set(counts)) == 1, "as many for 10 tensors as for 1,000"
     operations, reads = counts[0]
-    assert 5 < operations <= 100
+    assert 5 < operations <= (30 if rule == "auto" else 100)
     assert reads == 1
 
 
@@ -69,8 +69,8 @@ def test_a_large_model_costs_what_the_probe_does(probe: int | None) -> None:
     assert operations <= 100
     assert reads == 1
     numbers = probe or 40 * 2**14
-    # The mean, and for how many coordinates each one stands.
-    assert kept(engine, optimizer) <= 8 * numbers * (1 if probe is None else 2) + 1000
+    # Four vectors, and for how many coordinates each one stands.
+    assert kept(engine, optimizer) <= 8 * numbers * (4 if probe is None else 5) + 1000
 
 
 def test_the_default_probe_is_bounded() -> None:
@@ -78,7 +78,7 @@ def test_the_default_probe_is_bounded() -> None:
     engine = HypergradientLR(optimizer)
     for _ in range(2):
         optimizer.step()
-    assert kept(engine, optimizer) <= 12e6 / 2
+    assert kept(engine, optimizer) <= 12 * 2**20
     looked_at, numbers = engine.probe
     assert looked_at == pytest.approx(2**18, rel=1e-3)
     assert numbers == 2**22

@@ -630,7 +630,7 @@ def check_resuming(
     if not engine_first:
         engine.load_state_dict(saved[2])
     assert trajectory(resumed, other, engine, range(5, 10)) == expected
-    assert len({tuple(lrs) for lrs in expected}) > 2, "the rate moved"
+    assert len({tuple(lrs) for lrs in expected}) > 1, "the rate moved"
     assert same(network, resumed)
     assert engine.step_count == 10
 

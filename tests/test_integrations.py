@@ -127,7 +127,7 @@ def test_the_code_in_the_readme_runs(code: str, tmp_path: Path, monkeypatch: pyt
         hd = HypergradientDescent()
         trainer = make_trainer(tmp_path, hd)
         trainer.fit(Reference())
-        assert hd.state_dict()["optimizers"][0]["view"]["mean"].any()
+        assert hd.state_dict()["optimizers"][0]["view"]["memory"].any()
         names["remove"](trainer.optimizers[0])
         assert not any("hd_" in key for state in trainer.optimizers[0].state.values() for key in state)
     else:  # without Lightning

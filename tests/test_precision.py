@@ -122,10 +122,10 @@ class Recorder(Callback):
             dot = sum(float((g * d).sum()) for g, d in zip(self.g, self.d, strict=True))
             norms = [math.sqrt(sum(float(x.square().sum()) for x in xs)) for xs in (self.g, self.d)]
             self.errors += [abs(seen.hypergradient + dot) / math.prod(norms)]  # d is -E for a long horizon
-            self.errors += [abs(a / b - 1) for a, b in zip(seen[1:], norms, strict=True)]
+            self.errors += [abs(a / b - 1) for a, b in zip(seen[1:3], norms, strict=True)]
         self.d = []
         if self.rule == "auto":
-            mean = engine.state_dict()["view"]["mean"]
+            mean = engine.state_dict()["view"]["memory"][0]
             assert mean.dtype == torch.float64
             self.d = list(torch.split(mean, [p.numel() for p in module.parameters()]))
             return

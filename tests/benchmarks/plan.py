@@ -52,28 +52,28 @@ def runs_of(settings: Settings, results: Results, task: str, optimizer: str, met
     fixed = tuners.methods(settings.rule)[method].rates
     if fixed is not None:
         return runs(method, fixed.get(optimizer, ()))
-    grid = range(*tuners.GRID[optimizer], 2 if settings.quick else 1)
-    seeds = 1
-    while True:  # the first seed finds where the best rate is, the others look there
-        wanted = runs(method, [tuners.grid_rate(index) for index in grid], seeds)
-        made = select(results, wanted)
-        before = [] if seeds == 1 else runs(method, [tuners.grid_rate(index) for index in whole], 1)
-        if len(made) < len(wanted):
-            return before + [run for run in wanted if run not in before]
-        best = min(
-            grid, key=lambda index: Losses(made, "train_loss").at(task, optimizer, method, tuners.grid_rate(index))
-        )
-        wider = extended(grid, down=best == grid[0], up=best == grid[-1])
-        if wider != grid:
-            grid = wider
-        elif seeds == 1 < settings.seeds:
-            whole, seeds, grid = (
-                grid,
-                settings.seeds,
-                range(max(best - grid.step, LOWEST), best + grid.step + 1, grid.step),
-            )
-        else:
-            return before + [run for run in wanted if run not in before]
+
+    def searched(indices: range, seeds: int) -> tuple[list[Run], int | None]:
+        """A grid as wide as it must be, and the index of its best rate once all is there."""
+        while True:
+            rates = {tuners.grid_rate(index): index for index in indices}
+            wanted = runs(method, list(rates), seeds)
+            made = select(results, wanted)
+            if len(made) < len(wanted):
+                return wanted, None
+            best, _ = Losses(made, "train_loss").best(task, optimizer, method)
+            wider = extended(indices, down=rates[best] == indices[0], up=rates[best] == indices[-1])
+            if wider == indices:
+                return wanted, rates[best]
+            indices = wider
+
+    step = 2 if settings.quick else 1
+    first, best = searched(range(*tuners.GRID[optimizer], step), seeds=1)
+    if best is None or settings.seeds == 1:
+        return first
+    # The first seed has found where the best rate is; the others look there.
+    near, _ = searched(range(max(best - step, LOWEST), best + step + 1, step), settings.seeds)
+    return list(dict.fromkeys([*first, *near]))
 
 
 def extended(indices: range, down: bool, up: bool) -> range:

@@ -82,7 +82,7 @@ def test_flat_shards_tune_as_one_process_does(processes: int, cases: list[Case])
         for case, (lrs, state), (expected, own) in zip(cases, rank, alone, strict=True):
             np.testing.assert_allclose(lrs, expected, rtol=1e-12, err_msg=str(case))
             assert state["view"]["parameters"] == own["view"]["parameters"]
-            torch.testing.assert_close(state["view"]["mean"], own["view"]["mean"], rtol=1e-9, atol=1e-12)
+            torch.testing.assert_close(state["view"]["memory"], own["view"]["memory"], rtol=1e-9, atol=1e-12)
     assert all([lrs for lrs, _ in rank] == [lrs for lrs, _ in ranks[0]] for rank in ranks), "bit for bit"
 
 
@@ -130,9 +130,9 @@ def save(folder: Path) -> Tensor:
         torch.save(state, folder / "state")
     dist.barrier()
     hd.load_state_dict(torch.load(folder / "state", weights_only=True))
-    mean: Tensor = hd.state_dict()["view"]["mean"]
-    assert torch.equal(mean, state["view"]["mean"])
-    return mean
+    memory: Tensor = hd.state_dict()["view"]["memory"]
+    assert torch.equal(memory, state["view"]["memory"])
+    return memory
 
 
 def test_any_process_may_write_the_state_down(tmp_path: Path) -> None:

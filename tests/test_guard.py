@@ -1,0 +1,98 @@
+"""The loss guard: when it cuts the rate, when it does not, and when it takes a cut back."""
+
+import math
+from collections.abc import Callable
+
+import numpy as np
+import pytest
+import torch
+from sklearn.datasets import load_digits
+from torch import nn
+from torch.optim import SGD, Adam
+
+from lightning_hd import HypergradientLR
+from lightning_hd.rules.guard import LossGuard
+
+
+def watch(
+    guard: LossGuard, losses: list[float], slope: float = 0.0, start: int = 1, log_lr: float = 0.0
+) -> list[float]:
+    """The logarithms of the rates that the guard makes of a constant one."""
+    return [guard.limit(log_lr, loss, slope, step) for step, loss in enumerate(losses, start=start)]
+
+
+def noisy(mean: float, count: int, seed: int = 0) -> list[float]:
+    return list(mean + 0.01 * np.random.default_rng(seed).standard_normal(count))
+
+
+def test_a_risen_loss_cuts_the_rate_to_half_of_that_of_the_best_block() -> None:
+    guard = LossGuard()
+    found = watch(guard, noisy(1.0, 10) + noisy(2.0, 10))
+    assert found[:19] == [0.0] * 19
+    assert found[19] == pytest.approx(-math.log(2), rel=1e-12)
+    assert guard.tries
+
+
+def test_there_is_no_cut_while_the_moves_lower_the_loss_at_their_ends() -> None:
+    guard = LossGuard()
+    assert watch(guard, noisy(1.0, 10) + noisy(2.0, 10), slope=-0.1) == [0.0] * 20
+    assert not guard.tries
+
+
+def test_a_cut_that_has_not_helped_is_undone_and_asks_for_more_next_time() -> None:
+    guard = LossGuard()
+    watch(guard, noisy(1.0, 10) + noisy(2.0, 10))
+    after = watch(guard, noisy(2.0, 10, seed=1), start=21, log_lr=-math.log(2))
+    assert after[-1] == 0.0, "the rate before the cut"
+    assert guard.demand == 2.0
+    assert guard.ceiling == math.inf
+
+
+def test_a_cut_that_has_helped_stays() -> None:
+    guard = LossGuard()
+    watch(guard, noisy(1.0, 10) + noisy(2.0, 10))
+    after = watch(guard, noisy(1.2, 10, seed=1), start=21, log_lr=-math.log(2))
+    assert after == [pytest.approx(-math.log(2), rel=1e-12)] * 10
+    assert guard.ceiling < math.log(1.0), "the rate doubles only when the run does"
+    assert guard.demand == 1.0
+
+
+def quadratic_rates(report: Callable[[int, float], float]) -> list[float]:
+    """The rates of Adam on a noisy quadratic."""
+    generator = torch.Generator().manual_seed(0)
+    w = nn.Parameter(torch.randn(50, generator=generator))
+    curvature = torch.logspace(-2, 1, 50)
+    hd = HypergradientLR(Adam([w], lr=1e-3), total_steps=600)
+    lrs: list[float] = []
+    for t in range(300):
+        loss = 0.5 * (curvature * w.detach().square()).sum().item()
+        w.grad = curvature * w.detach() + 0.1 * curvature.sqrt() * torch.randn(50, generator=generator)
+        hd.observe(report(t, loss))
+        hd.optimizer.step()
+        lrs += hd.lrs
+    return lrs
+
+
+def test_a_reported_loss_that_leaps_without_a_reason_costs_a_few_dozen_steps() -> None:
+    calm = quadratic_rates(lambda t, loss: loss)
+    leapt = quadratic_rates(lambda t, loss: loss + 5.0 * (t >= 20))
+    assert max(leapt[:150]) > 0.3 * max(calm[:150])
+    assert leapt[-1] > 0.3 * calm[-1]
+
+
+def test_the_rate_comes_back_where_the_labels_change() -> None:
+    x, y = (torch.tensor(part) for part in load_digits(return_X_y=True))
+    x, generator = x.float() / 16, torch.Generator().manual_seed(0)
+    torch.manual_seed(0)
+    network = nn.Sequential(nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 10))
+    hd = HypergradientLR(SGD(network.parameters(), lr=1e-3, momentum=0.9, nesterov=True), total_steps=1200)
+    names, losses = torch.randperm(10, generator=generator), []
+    for t in range(1200):
+        batch = torch.randint(0, len(x), (32,), generator=generator)
+        hd.optimizer.zero_grad()
+        loss = nn.functional.cross_entropy(network(x[batch]), names[y[batch]] if t >= 600 else y[batch])
+        loss.backward()  # type: ignore[no-untyped-call]
+        hd.observe(loss)
+        hd.optimizer.step()
+        losses.append(loss.item())
+    assert np.mean(losses[-100:]) < 0.1
