@@ -42,6 +42,8 @@ class Moves(View):
         notices: Where warnings go.
     """
 
+    width = 8
+
     def __init__(self, optimizer: Optimizer, budget: int | None, ranks: Ranks, notices: Notices) -> None:
         super().__init__(optimizer, budget, ranks, notices)
         self._parameters: list[Tensor] = []
@@ -93,7 +95,7 @@ class Moves(View):
             self._present = {slot.key for place, slot in enumerate(self.slots) if place not in missing}
             self._joined = self._joining(scopes)
         known = {i for i, _ in self._present & self._updated}
-        shares = [(bucket.key, *[1 / bucket.copies] * 8) for bucket in self._buckets]
+        shares = [(bucket.key, *[1 / bucket.copies] * self.width) for bucket in self._buckets]
         return self._combine(sums, shares, scopes, {i for i, _ in self._present}, known, self._joined)
 
     def _joining(self, scopes: Sequence[int]) -> set[int]:

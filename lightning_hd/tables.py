@@ -28,19 +28,20 @@ class Tables:
         factors: Sequence[tuple[float, ...]],
         flags: Sequence[tuple[bool, bool, bool]],
         device: torch.device,
+        width: int,
     ) -> Tensor:
         """Sum the numbers of the buckets by scope.
 
         Args:
-            sums: The numbers of each bucket, of shape (n,).
+            sums: The numbers of each bucket, of shape (width,). A process without elements has no bucket.
             factors: The scope of each bucket, and the factors of its numbers.
             flags: Three flags for each scope.
             device: The device for the sums.
+            width: How many numbers a bucket has.
 
         Returns:
-            The sums and the three flags of each scope, of shape (scopes, n + 3).
+            The sums and the three flags of each scope, of shape (scopes, width + 3).
         """
-        width = len(factors[0]) - 1 if factors else 3
 
         def spread() -> Tensor:
             table = torch.zeros(len(flags), len(factors), width, dtype=exact_dtype(device))
@@ -49,7 +50,7 @@ class Tables:
             return table.to(device)
 
         of_scopes = self.constant([float(flag) for own in flags for flag in own], device).view(-1, 3)
-        table = self._get((tuple(factors), len(flags), device), spread)
+        table = self._get((tuple(factors), len(flags), width, device), spread)
         if sums:
             table = table * torch.stack([own.to(device) for own in sums])
         return torch.cat([table.sum(1), of_scopes], dim=1)

@@ -29,7 +29,12 @@ class View(ABC):
         budget: How many coordinates to look at; ``None``: all.
         ranks: The processes that train together.
         notices: Where warnings go.
+
+    Attributes:
+        width: How many sums there are for each scope, beside the flags.
     """
+
+    width = 3
 
     def __init__(self, optimizer: Optimizer, budget: int | None, ranks: Ranks, notices: Notices) -> None:
         self._optimizer = optimizer
@@ -56,7 +61,7 @@ class View(ABC):
         """The sums of buckets by scope, with three flags; see ``observe``. ``joined`` has scopes, the others groups."""
         flagged = [{scopes[i] for i in groups} for groups in (with_gradient, known)]
         flags = [(scope in flagged[0], scope in flagged[1], scope in joined) for scope in range(max(scopes) + 1)]
-        return self._tables.combine(sums, factors, flags, device_of(self._optimizer))
+        return self._tables.combine(sums, factors, flags, device_of(self._optimizer), self.width)
 
     @abstractmethod
     def observe(self, scopes: Sequence[int], grad_scale: Tensor | None, wide: bool = False) -> Tensor:
