@@ -1,5 +1,6 @@
 """The decline at the end: over the steps that the training takes, as far as that is known, and however it changes."""
 
+import math
 from pathlib import Path
 from typing import Any
 
@@ -19,10 +20,15 @@ pytestmark = [
 ]
 
 
+def fall(over: float) -> float:
+    """What is left of the rate once this part of the decline is over."""
+    return 1 - math.sqrt(over)
+
+
 def declines(lrs: list[float], steps: int, part: float = 0.2) -> None:
     """With a rate that is not tuned, it falls over the last part of so many steps, and not before."""
     length = part * steps
-    expected = [0.01 * min(1.0, (steps - step) / length) for step in range(steps)]
+    expected = [0.01 * fall(max(0.0, step - steps + length) / length) for step in range(steps)]
     assert lrs == pytest.approx(expected[-len(lrs) :])
 
 
@@ -84,7 +90,7 @@ def test_tuning_that_starts_in_the_middle_declines_at_the_end(former: str, tmp_p
         )
     assert len(hd.lrs["lr-SGD"]) == 60
     # a fifth of the steps that are left, or of those that are counted
-    assert hd.lrs["lr-SGD"][-1] == pytest.approx(0.01 / 12)
+    assert hd.lrs["lr-SGD"][-1] == pytest.approx(0.01 * fall(11 / 12))
     assert set(hd.lrs["lr-SGD"][:48]) == {0.01}
 
 
@@ -101,7 +107,7 @@ def test_steps_after_the_end_are_warned_of_once() -> None:
     with pytest.warns(RuntimeWarning, match="goes on after the 10 steps that it was to take") as caught:
         train(15)
     assert len(caught) == 1
-    assert hd.lrs == [pytest.approx(0.002)]
+    assert hd.lrs == [pytest.approx(0.01 * fall(4 / 5))]
     hd.total_steps = 100
     train(1)
     assert hd.lrs == [0.01]

@@ -220,8 +220,8 @@ DAMAGED: list[tuple[str, Any]] = [
     ("step_count", -3),
     ("nonfinite_steps", 0.5),
     ("view", 5),
-    ("view.mean", None),
-    ("view.mean", torch.zeros(3)),
+    ("view.memory", None),
+    ("view.memory", torch.zeros(3)),
     ("view.parameters.0.2", 7.5),
     ("view.parameters.0.4", 1),
     ("rates", None),
@@ -234,9 +234,9 @@ DAMAGED: list[tuple[str, Any]] = [
     ("rates.scopes.0.started", 0),
     ("rates.scopes.0.moved", None),
     ("rates.scopes.0.vanished", -1),
-    ("rates.scopes.0.rule._brake", math.inf),
-    ("rates.scopes.0.rule._variance", -1.0),
-    ("rates.scopes.0.rule._log_mean", math.nan),
+    ("rates.scopes.0.rule.brake_left", math.inf),
+    ("rates.scopes.0.rule.brake_variance", -1.0),
+    ("rates.scopes.0.rule.brake_mean", math.nan),
     ("rates.scopes.0.rule.brakes", 1.5),
     ("rates.groups.0.lr", 10**400),
     ("rates.groups.0.join", 0.0),
@@ -285,9 +285,9 @@ def test_a_damaged_rule_of_one_group_leaves_those_of_the_others() -> None:
     hd = HypergradientLR(SGD([{"params": [q]} for q in p], lr=0.1), scope="group")
     before = hd.state_dict()
     saved = copy.deepcopy(before)
-    saved["rates"]["scopes"][0]["rule"]["_norms"] = 7
-    saved["rates"]["scopes"][1]["rule"]["_norms"] = -1
-    with pytest.raises(ValueError, match="_norms must not be negative"):
+    saved["rates"]["scopes"][0]["rule"]["brake_count"] = 7
+    saved["rates"]["scopes"][1]["rule"]["brake_count"] = -1
+    with pytest.raises(ValueError, match="brake_count must not be negative"):
         hd.load_state_dict(saved)
     assert differences(hd.state_dict(), before) == 0
 

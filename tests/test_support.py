@@ -1,6 +1,7 @@
 """What the callback makes of optimizers that it cannot tune, of checkpoints of something else, and of its limits."""
 
 import io
+import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -259,7 +260,8 @@ def test_tuning_that_has_stopped_stays_so_on_resuming_and_declines(tmp_path: Pat
     make_trainer(tmp_path, second, **arguments).fit(Reference(sgd), ckpt_path=tmp_path / "last.ckpt")
     assert first.lrs["lr-SGD"] + second.lrs["lr-SGD"] == whole.lrs["lr-SGD"]
     end = whole.lrs["lr-SGD"][30:]
-    assert end == pytest.approx([end[0] * (10 - i) / 10 for i in range(10)])
+    falls = [1 - math.sqrt((10 + i) / 20) for i in range(10)]
+    assert end == pytest.approx([end[0] * fall / falls[0] for fall in falls])
 
 
 # ---------------------------------------------------------------------- written rates and what is shown
