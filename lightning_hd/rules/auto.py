@@ -108,7 +108,7 @@ class Auto(Rule):
     **Past the noise.** ``g · E`` is the derivative of the loss as it is now. A part of it is noise, which the decline
     at the end removes. Along a direction of curvature ``λ`` the noise of the parameters forgets itself at the rate
     ``α λ``. So its product with a mean over ``W`` steps keeps the part ``1 / (1 + α λ W)`` of it. A decline over ``n``
-    steps leaves about ``\sqrt{2 / (α λ n)}``. For ``W = n / 20`` both are alike within a factor of two, from ``α λ``
+    steps leaves about ``√(2 / (α λ n))``. For ``W = n / 20`` both are alike within a factor of two, from ``α λ``
     of 0.01 to 1. What is learned along flat directions counts in full. Without a decline, ``W = 1`` and ``Ē = E``.
 
     **Round the bend.** ``κ`` is the running mean of the cosine of two gradients in a row. Near -1 gradients turn round,
