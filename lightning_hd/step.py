@@ -161,10 +161,6 @@ class Tuning:
         sums, loss = self._sum()
         if not any(has_gradient for *_, has_gradient, _, _ in sums):
             return False
-        if self.rule.long_horizon:
-            cooldown = 0.0 if self.rates.under_schedule else self.decline.left(self.step_count + 1)
-            for scope in self.rates.scopes:
-                scope.rule.cooldown = cooldown
         for i, (*_, joined) in enumerate(sums):
             # parameters that are new on a few processes may only have had no gradient there before
             if joined > self.ranks.count / 2 and self.rates.scopes[i].started and self.rates.scopes[i].rule.picks_start:
@@ -198,9 +194,13 @@ class Tuning:
         return True
 
     def _sync(self) -> None:
-        """Take over changes of the rates and groups since the last step."""
+        """Take over changes of the rates and groups since the last step, and of what is left of the decline."""
         before = [group.lr for group in self.rates.groups]
         self.rates.sync()
+        if self.rule.long_horizon:
+            cooldown = 0.0 if self.rates.under_schedule else self.decline.left(self.step_count + 1)
+            for scope in self.rates.scopes:
+                scope.rule.cooldown = cooldown
         if self.step_count and not self.rates.under_schedule:
             self.writes.see(before, self.rates.held)
         if self.lost_schedule and self.rates.under_schedule:
