@@ -5,8 +5,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, NoReturn
 
-from lightning_hd import plot
-from lightning_hd.runs import PlotError, load
+from lightning_hd.reporting import plotting as plot
+from lightning_hd.reporting.runs import PlotError, load
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

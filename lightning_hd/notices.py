@@ -3,9 +3,9 @@
 import logging
 import warnings
 
-from lightning_hd.reduction import Ranks
+from lightning_hd.processes import Ranks
 
-_log = logging.getLogger("lightning_hd.hypergradient")
+_log = logging.getLogger("lightning_hd")
 
 
 class Notices:

@@ -523,10 +523,10 @@ def test_rare_large_gradients_do_not_starve_it(name: str) -> None:
 
 
 def test_a_brake_is_counted_and_told(caplog: pytest.LogCaptureFixture) -> None:
-    with caplog.at_level(logging.INFO, logger="lightning_hd.hypergradient"):
+    with caplog.at_level(logging.INFO, logger="lightning_hd"):
         lrs, _, hd = trained("sgd", 0.1, Auto(), 60, {50: 20.0})
     assert hd.brakes == [1]
-    (record,) = (r for r in caplog.records if r.name == "lightning_hd.hypergradient")
+    (record,) = (r for r in caplog.records if r.name == "lightning_hd")
     assert record.levelno == logging.INFO
     assert "HypergradientLR(SGD): step 50: the gradient's norm leapt to" in record.getMessage()
     assert f"backs off from {lrs[48]:.3g} to {lrs[49]:.3g}" in record.getMessage()

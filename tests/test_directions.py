@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.optim import SGD, Adam, Optimizer
 
 from lightning_hd import HypergradientLR, Observation
-from lightning_hd.directions import direction_from_dict, direction_of
+from lightning_hd.hypergradient.directions import direction_from_dict, direction_of
 from lightning_hd.optimizers import is_coupled
 
 LR = 0.02

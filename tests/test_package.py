@@ -13,7 +13,7 @@ from pathlib import Path
 import yaml  # type: ignore[import-untyped]
 
 import lightning_hd
-import lightning_hd.hypergradient
+import lightning_hd.engine.tuner
 
 ROOT = Path(__file__).parent.parent
 
@@ -78,8 +78,9 @@ def test_public_names_are_those_of_the_documentation() -> None:
         for line in page.read_text().splitlines()
         if line.startswith("::: ")
     }
-    figures = {"plot.figure", "plot.plot", "plot.save", "runs.Curves", "runs.PlotError", "runs.load"}
-    assert documented == {f"lightning_hd.{name}" for name in {*lightning_hd.__all__, *figures}}
+    reporting = {f"reporting.plotting.{name}" for name in ("figure", "plot", "save")}
+    reporting |= {f"reporting.runs.{name}" for name in ("Curves", "PlotError", "load")}
+    assert documented == {f"lightning_hd.{name}" for name in {*lightning_hd.__all__, *reporting}}
     for name in lightning_hd.__all__:
         assert getattr(lightning_hd, name).__doc__
 
@@ -92,7 +93,7 @@ def test_the_version_is_the_same_everywhere() -> None:
 
 
 def test_the_example_in_the_docstring() -> None:
-    results = doctest.testmod(lightning_hd.hypergradient)
+    results = doctest.testmod(lightning_hd.engine.tuner)
     assert results.attempted > 0
     assert results.failed == 0
 

@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from lightning_hd.plot import plot, save
-from lightning_hd.runs import load
+from lightning_hd.reporting.plotting import plot, save
+from lightning_hd.reporting.runs import load
 
 ROOT = Path(__file__).parent.parent
 FOLDER = ROOT / "docs" / "pictures"

@@ -27,9 +27,9 @@ from torch.utils.tensorboard import SummaryWriter
 
 from lightning_hd import HypergradientDescent
 from lightning_hd.__main__ import main
-from lightning_hd.plot import check_file, figure, plot, save
-from lightning_hd.runs import Curve, Curves, PlotError, load
-from lightning_hd.tensorboard import tag
+from lightning_hd.reporting.names import tag
+from lightning_hd.reporting.plotting import check_file, figure, plot, save
+from lightning_hd.reporting.runs import Curve, Curves, PlotError, load
 from tests.test_callback import Reference, make_trainer
 
 pytestmark = [

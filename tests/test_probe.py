@@ -14,8 +14,8 @@ from torch import Tensor, nn
 from torch.optim import SGD, Adam, AdamW
 
 from lightning_hd import HypergradientLR
-from lightning_hd.probe import Slot, allot, choose, gather, look, pack
-from lightning_hd.reduction import Ranks
+from lightning_hd.hypergradient.probe import Slot, allot, choose, gather, look, pack
+from lightning_hd.processes import Ranks
 
 
 def slots_of(parameters: Sequence[Tensor], budget: int | None) -> list[Slot]:

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.optim import ASGD, SGD, Adagrad, Adam, AdamW, NAdam, Optimizer, RAdam, RMSprop
 
 from lightning_hd import HypergradientLR
-from lightning_hd.sums import is_doubtful
+from lightning_hd.hypergradient.products import is_doubtful
 from tests import reference
 from tests.test_hypergradient import failing
 from tests.test_sums import summed

@@ -9,7 +9,7 @@ from torch.optim import SGD, Adam
 from torch.optim.lr_scheduler import ExponentialLR
 
 from lightning_hd import HypergradientDescent, Observation, Rule
-from lightning_hd.report import remarks, rows
+from lightning_hd.reporting.summary import remarks, rows
 from tests.test_callback import Reference, make_trainer
 
 pytestmark = [

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from lightning_hd.sums import is_doubtful, products
+from lightning_hd.hypergradient.products import is_doubtful, products
 
 
 def expected(g: Tensor, d: Tensor) -> list[float]:

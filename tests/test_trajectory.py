@@ -12,7 +12,7 @@ from torch.optim import SGD, Adam
 from torch.optim.lr_scheduler import LambdaLR
 
 from lightning_hd import HypergradientDescent, HypergradientLR
-from lightning_hd.trajectory import Trajectory
+from lightning_hd.engine.trajectory import Trajectory
 from tests.benchmarks import tasks, training, tuners
 from tests.benchmarks.tuners import constant
 from tests.test_callback import Reference, make_trainer

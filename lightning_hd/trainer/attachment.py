@@ -10,11 +10,11 @@ from lightning.pytorch import Callback, Trainer
 from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
-from lightning_hd.hypergradient import HypergradientLR
+from lightning_hd.engine.tuner import HypergradientLR
 from lightning_hd.optimizers import unwrap
-from lightning_hd.support import check_modules, check_tensors, remaining_steps, tunable, with_groups
-from lightning_hd.tensorboard import optimizer_names
-from lightning_hd.tracker import Tracker
+from lightning_hd.reporting.names import optimizer_names
+from lightning_hd.reporting.recorder import Tracker
+from lightning_hd.trainer.support import check_modules, check_tensors, remaining_steps, tunable, with_groups
 
 Make = Callable[[Optimizer, int | None, dist.ProcessGroup | None], HypergradientLR]
 

@@ -8,8 +8,8 @@ import torch
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.loggers import Logger
 
-from lightning_hd.tensorboard import LAYOUT, former, tag
-from lightning_hd.tracker import Tracker
+from lightning_hd.reporting.names import LAYOUT, former, tag
+from lightning_hd.reporting.recorder import Tracker
 
 _DISPLAY = {"log_every_n_steps", "prog_bar", "on_mismatch", "summary"}
 """Arguments that do not change the training. They would only be in the way among the hyperparameters."""

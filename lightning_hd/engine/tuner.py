@@ -6,22 +6,22 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 from torch.optim import Optimizer
 
-from lightning_hd.arguments import check_arguments, check_flat_shards, make_decline
-from lightning_hd.checkpoints import copies_of, drop_copies, keep_copies
 from lightning_hd.checks import check_count
-from lightning_hd.hooks import StepHooks
-from lightning_hd.laststep import LastStep
-from lightning_hd.lr import get_lr
-from lightning_hd.moves import Moves
+from lightning_hd.engine.arguments import check_arguments, check_flat_shards, make_decline
+from lightning_hd.engine.hooks import StepHooks
+from lightning_hd.engine.lr import get_lr
+from lightning_hd.engine.rates import Rates
+from lightning_hd.engine.state import load, save
+from lightning_hd.engine.step import Tuning
+from lightning_hd.hypergradient.copies import copies_of, drop_copies, keep_copies
+from lightning_hd.hypergradient.displacement import Moves
+from lightning_hd.hypergradient.last_step import LastStep
+from lightning_hd.hypergradient.probe import PROBE
 from lightning_hd.notices import Notices
 from lightning_hd.optimizers import check_optimizer, unwrap
-from lightning_hd.probe import PROBE
-from lightning_hd.rates import Rates
-from lightning_hd.reduction import Ranks
+from lightning_hd.processes import Ranks
+from lightning_hd.reporting.names import group_names
 from lightning_hd.rules import Observation, Rule
-from lightning_hd.saved import load, save
-from lightning_hd.step import Tuning
-from lightning_hd.tensorboard import group_names
 
 
 class HypergradientLR:
@@ -167,7 +167,7 @@ class HypergradientLR:
     def brakes(self) -> list[int]:
         """How often the rule of each scope has backed off from an overshoot.
 
-        Each brake is reported to the logger ``lightning_hd.hypergradient`` at the level INFO.
+        Each brake is reported to the logger ``lightning_hd.engine.tuner`` at the level INFO.
         """
         return [scope.rule.brakes for scope in self._tuning.rates.scopes]
 

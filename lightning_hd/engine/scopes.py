@@ -5,8 +5,8 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from lightning_hd.checks import check_count, check_divisor, check_flag, check_number
+from lightning_hd.engine.trajectory import Trajectory
 from lightning_hd.rules import Observation, Rule
-from lightning_hd.trajectory import Trajectory
 
 _LOW = 0.5
 """A schedule is low below this part of its peak."""

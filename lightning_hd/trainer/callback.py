@@ -11,15 +11,16 @@ from lightning.pytorch.utilities import rank_zero_warn
 from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
-from lightning_hd.arguments import check_arguments, check_callback_arguments, make_decline
-from lightning_hd.attachment import Attachment
-from lightning_hd.checkpoints import copies_of, leave_copies, load_copies
-from lightning_hd.hypergradient import HypergradientLR
-from lightning_hd.logs import describe, log, log_curves, show
-from lightning_hd.plot import figure
-from lightning_hd.report import announce, check_tuned, say_what_is_missing, summarize
+from lightning_hd.engine.arguments import check_arguments, check_callback_arguments, make_decline
+from lightning_hd.engine.tuner import HypergradientLR
+from lightning_hd.hypergradient.copies import copies_of, leave_copies, load_copies
+from lightning_hd.reporting.loggers import describe, log, log_curves, show
+from lightning_hd.reporting.plotting import figure
+from lightning_hd.reporting.recorder import Tracker
+from lightning_hd.reporting.summary import announce, check_tuned, say_what_is_missing, summarize
 from lightning_hd.rules import Rule
-from lightning_hd.support import (
+from lightning_hd.trainer.attachment import Attachment
+from lightning_hd.trainer.support import (
     axis,
     check_alone,
     check_strategy,
@@ -31,7 +32,6 @@ from lightning_hd.support import (
     strategies,
     with_groups,
 )
-from lightning_hd.tracker import Tracker
 
 if TYPE_CHECKING:  # matplotlib is an extra
     from matplotlib.figure import Figure

@@ -5,8 +5,8 @@ import math
 from torch.optim import Optimizer
 
 from lightning_hd.checks import check_count, check_flag, check_number
-from lightning_hd.decline import Decline
-from lightning_hd.reduction import is_flat_shard
+from lightning_hd.engine.cooldown import Decline
+from lightning_hd.processes import is_flat_shard
 from lightning_hd.rules import Rule, make_rule
 
 _PART = 0.2

@@ -5,7 +5,7 @@ from collections.abc import Callable, Hashable, Sequence
 import torch
 from torch import Tensor
 
-from lightning_hd.reduction import exact_dtype
+from lightning_hd.processes import exact_dtype
 
 _KEPT = 16
 """How many tables are kept. A step needs a few, which seldom change."""

@@ -6,22 +6,22 @@ from collections.abc import Sequence
 import torch
 from torch.optim import Optimizer
 
-from lightning_hd.decline import Decline
-from lightning_hd.linearity import Linearity
-from lightning_hd.loss import Losses
-from lightning_hd.lr import LARGEST, set_lr
-from lightning_hd.moment import Step
+from lightning_hd.engine.cooldown import Decline
+from lightning_hd.engine.linearity import Linearity
+from lightning_hd.engine.loss import Losses
+from lightning_hd.engine.lr import LARGEST, set_lr
+from lightning_hd.engine.moment import Step
+from lightning_hd.engine.rates import Rates
+from lightning_hd.engine.scopes import Scope
+from lightning_hd.engine.start import Start
+from lightning_hd.engine.takeoff import TakeOff
+from lightning_hd.engine.watch import Watch
+from lightning_hd.engine.writes import Writes
+from lightning_hd.hypergradient.view import Kept, View
 from lightning_hd.notices import Notices
 from lightning_hd.optimizers import follow_rate
-from lightning_hd.rates import Rates
-from lightning_hd.reduction import Ranks
+from lightning_hd.processes import Ranks
 from lightning_hd.rules import Observation, Rule, returned
-from lightning_hd.scopes import Scope
-from lightning_hd.start import Start
-from lightning_hd.takeoff import TakeOff
-from lightning_hd.view import Kept, View
-from lightning_hd.watch import Watch
-from lightning_hd.writes import Writes
 
 
 class Tuning:

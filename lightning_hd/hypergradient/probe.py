@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
-from lightning_hd.reduction import Ranks, as_real, exact_dtype, local
+from lightning_hd.processes import Ranks, as_real, exact_dtype, local
 
 PROBE = 2**18
 """The number of coordinates of a probe by default. More do not change what is learned; fewer than some thousands do."""

@@ -6,13 +6,13 @@ from collections.abc import Callable
 import torch
 from torch.optim import Optimizer
 
-from lightning_hd.directions import Measured, direction_of
-from lightning_hd.lr import LARGEST, set_lr
-from lightning_hd.moment import Step
-from lightning_hd.rates import Rates
+from lightning_hd.engine.lr import LARGEST, set_lr
+from lightning_hd.engine.moment import Step
+from lightning_hd.engine.rates import Rates
+from lightning_hd.engine.scopes import Scope
+from lightning_hd.engine.start import Start, shorten
+from lightning_hd.hypergradient.directions import Measured, direction_of
 from lightning_hd.rules import returned
-from lightning_hd.scopes import Scope
-from lightning_hd.start import Start, shorten
 
 _NORMS = "the norm of parameters, gradient or direction, without which no first step is taken,"
 

@@ -3,9 +3,9 @@
 from typing import Any
 
 from lightning_hd.checks import check_count
-from lightning_hd.loss import Losses
+from lightning_hd.engine.loss import Losses
+from lightning_hd.engine.step import Tuning
 from lightning_hd.rules import rule_name
-from lightning_hd.step import Tuning
 
 _COUNTS = ("step_count", "nonfinite_steps")
 

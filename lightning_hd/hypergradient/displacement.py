@@ -17,11 +17,11 @@ from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
 from lightning_hd.checks import check_count, check_flag
+from lightning_hd.hypergradient.probe import Bucket, Key, Range, Slot, gather, look, pack
+from lightning_hd.hypergradient.view import Kept, View
 from lightning_hd.notices import Notices
 from lightning_hd.optimizers import coupled_decay, device_of
-from lightning_hd.probe import Bucket, Key, Range, Slot, gather, look, pack
-from lightning_hd.reduction import Ranks, exact_dtype, flat_offsets, gradient_of, local
-from lightning_hd.view import Kept, View
+from lightning_hd.processes import Ranks, exact_dtype, flat_offsets, gradient_of, local
 
 _MEAN, _LATE, _GRADIENT, _BEFORE = range(4)
 """The rows of what is kept: ``r``, ``Ē``, ``g_{t-1}`` and ``θ_{t-1}``."""

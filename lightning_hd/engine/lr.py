@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lightning_hd.reduction import exact_dtype
+from lightning_hd.processes import exact_dtype
 
 LARGEST = torch.finfo(torch.float32).max
 """The largest rate that torch can multiply a float32 tensor with."""

@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from lightning_hd.checkpoints import Copies
 from lightning_hd.checks import check_count, check_number
-from lightning_hd.directions import (
+from lightning_hd.hypergradient.copies import Copies
+from lightning_hd.hypergradient.directions import (
     COPY,
     PARAMETER,
     Direction,
@@ -20,12 +20,12 @@ from lightning_hd.directions import (
     direction_from_dict,
     direction_of,
 )
+from lightning_hd.hypergradient.probe import Bucket, gather, look, pack
+from lightning_hd.hypergradient.products import is_doubtful, products
+from lightning_hd.hypergradient.view import Kept, View
 from lightning_hd.notices import Notices
 from lightning_hd.optimizers import coupled_decay, objective_gradient
-from lightning_hd.probe import Bucket, gather, look, pack
-from lightning_hd.reduction import Ranks, gradient_of, local, widen
-from lightning_hd.sums import is_doubtful, products
-from lightning_hd.view import Kept, View
+from lightning_hd.processes import Ranks, gradient_of, local, widen
 
 _GRADIENT = "gradient"
 

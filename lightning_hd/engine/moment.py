@@ -5,8 +5,8 @@ from typing import Any
 
 from torch import Tensor
 
+from lightning_hd.hypergradient.view import Kept
 from lightning_hd.rules import Observation
-from lightning_hd.view import Kept
 
 
 @dataclass

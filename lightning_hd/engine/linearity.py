@@ -13,11 +13,11 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Adafactor, Optimizer
 
+from lightning_hd.engine.rates import Rates
+from lightning_hd.hypergradient.products import squared_norm
 from lightning_hd.notices import Notices
 from lightning_hd.optimizers import device_of, inner_optimizers, torch_class
-from lightning_hd.rates import Rates
-from lightning_hd.reduction import Ranks, as_real, local
-from lightning_hd.sums import squared_norm
+from lightning_hd.processes import Ranks, as_real, local
 
 _LARGEST = 2**20
 """About how many coordinates the copy has. It is made of the smallest parameters."""

@@ -7,11 +7,11 @@ from typing import Any, NamedTuple
 from torch import Tensor
 from torch.optim import Optimizer
 
+from lightning_hd.hypergradient.probe import Slot
+from lightning_hd.hypergradient.tables import Tables
 from lightning_hd.notices import Notices
 from lightning_hd.optimizers import device_of
-from lightning_hd.probe import Slot
-from lightning_hd.reduction import Ranks
-from lightning_hd.tables import Tables
+from lightning_hd.processes import Ranks
 
 
 class Kept(NamedTuple):

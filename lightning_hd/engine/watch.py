@@ -8,7 +8,7 @@ from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
 from lightning_hd.notices import Notices
-from lightning_hd.reduction import is_flat_shard
+from lightning_hd.processes import is_flat_shard
 
 _GRADIENTS, _PASSES = 20, 1000
 """The warning comes after so many gradients, each a new tensor, or so many backward passes. Gradients are seldom

@@ -13,8 +13,8 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
-from lightning_hd.hypergradient import HypergradientLR
-from lightning_hd.lr import get_lrs, set_lr
+from lightning_hd.engine.lr import get_lrs, set_lr
+from lightning_hd.engine.tuner import HypergradientLR
 from lightning_hd.optimizers import check_optimizer, unwrap
 
 _SUPPORTED = {"SingleDeviceStrategy", "DDPStrategy", "FSDPStrategy", "ModelParallelStrategy"}

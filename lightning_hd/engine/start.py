@@ -12,14 +12,14 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
-from lightning_hd.directions import direction_of
-from lightning_hd.joins import check_joins
-from lightning_hd.lr import get_lr
+from lightning_hd.engine.joins import check_joins
+from lightning_hd.engine.lr import get_lr
+from lightning_hd.engine.rates import Rates
+from lightning_hd.hypergradient.directions import direction_of
+from lightning_hd.hypergradient.products import squared_norm
 from lightning_hd.optimizers import check_gradients, device_of, objective_gradient
-from lightning_hd.rates import Rates
-from lightning_hd.reduction import Ranks, as_real, exact_dtype, gradient_of, is_flat_shard, local, widen
+from lightning_hd.processes import Ranks, as_real, exact_dtype, gradient_of, is_flat_shard, local, widen
 from lightning_hd.rules import Rule
-from lightning_hd.sums import squared_norm
 
 _TRIAL = 2.0**-13
 """The length of a trial step over the norm of the parameters. It is about that of a first step, so an optimizer may

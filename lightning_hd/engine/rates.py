@@ -8,10 +8,10 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from lightning_hd.checks import check_divisor, check_flag, check_number
-from lightning_hd.lr import as_held, check_lr, get_lrs, set_lr
+from lightning_hd.engine.lr import as_held, check_lr, get_lrs, set_lr
+from lightning_hd.engine.scopes import Group, Scope
 from lightning_hd.optimizers import is_normalized, set_rounding
 from lightning_hd.rules import Rule
-from lightning_hd.scopes import Group, Scope
 
 
 class Rates:

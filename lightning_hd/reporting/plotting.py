@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from lightning_hd.runs import Curve, Curves, PlotError, load, natural
+from lightning_hd.reporting.runs import Curve, Curves, PlotError, load, natural
 
 if TYPE_CHECKING:  # matplotlib is an extra
     from matplotlib.axes import Axes

@@ -9,8 +9,8 @@ from typing import Any
 from lightning.pytorch import Trainer
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 
-from lightning_hd.hypergradient import HypergradientLR
-from lightning_hd.tracker import Tracker
+from lightning_hd.engine.tuner import HypergradientLR
+from lightning_hd.reporting.recorder import Tracker
 
 _SHORT = 100
 """In fewer steps, the climb to the useful range may not end."""

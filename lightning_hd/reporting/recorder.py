@@ -9,10 +9,10 @@ import torch
 from torch.utils.hooks import RemovableHandle
 from torchmetrics import MeanMetric
 
-from lightning_hd.hypergradient import HypergradientLR
-from lightning_hd.lr import get_lrs
-from lightning_hd.runs import Curve, Curves
-from lightning_hd.tensorboard import group_names, tag
+from lightning_hd.engine.lr import get_lrs
+from lightning_hd.engine.tuner import HypergradientLR
+from lightning_hd.reporting.names import group_names, tag
+from lightning_hd.reporting.runs import Curve, Curves
 
 _WINDOW = 100
 """The number of steps in the running mean of the cosine."""

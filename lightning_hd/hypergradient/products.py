@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F  # noqa: N812
 
-from lightning_hd.reduction import exact_dtype, widen
+from lightning_hd.processes import exact_dtype, widen
 
 _ROW = 2**10
 """The length of a row. The numbers in a row are added in their own dtype, the sums of rows in float64."""

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeAlias
 
-from lightning_hd.tensorboard import FORMER, PREFIX
+from lightning_hd.reporting.names import FORMER, PREFIX
 
 Curve: TypeAlias = tuple[Sequence[float], Sequence[float]]
 """Steps and values."""

@@ -1,0 +1,1 @@
+"""The engine: it tunes one optimizer, in any training loop."""

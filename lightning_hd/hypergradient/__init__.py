@@ -1,0 +1,1 @@
+"""What is seen of the model: gradients, and how the parameters moved."""

@@ -1,0 +1,1 @@
+"""What is recorded, logged, summarized and drawn."""

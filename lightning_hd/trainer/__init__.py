@@ -1,0 +1,1 @@
+"""The callback, and all else that knows Lightning."""
