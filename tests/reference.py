@@ -135,7 +135,8 @@ class Shown(NamedTuple):
 class AutoRule:
     """The rule auto for one scope. The means and sums that the rule keeps are taken over the whole history here."""
 
-    def __init__(self) -> None:
+    def __init__(self, normalized: bool = True) -> None:
+        self.longest_brake = 2.0 if normalized else np.inf
         self.first = 0.0
         self.brake = 0.0
         self.leap = 0.0
@@ -252,7 +253,7 @@ class AutoRule:
             excess = max(rise - usual, 0.0)
         fell = self.leap * min(excess, 1.0) * (log_norm > (self._logs[-1] if self._logs else 0.0))
         self._logs.append(log_norm)
-        self.brake = max(0.95 * self.brake, min(excess, 2.0))
+        self.brake = max(0.95 * self.brake, min(excess, self.longest_brake))
         self.leap = max(0.5 * self.leap, min(excess, 1.0))
         if excess:
             if len(self._logs) - self._last_leap > 20:
@@ -294,7 +295,7 @@ def train_auto(
     direction = directions(method, settings or {})
     next(direction)
     data = batches()
-    lr, rule = first_lr or 0.0, AutoRule()
+    lr, rule = first_lr or 0.0, AutoRule(method.startswith("adam"))
     moves = [np.zeros_like(p) for p in parameters]  # E
     late, move, last = moves, moves, moves  # Ē, the last move, and the last gradient
     lrs: list[float] = []
@@ -364,7 +365,7 @@ class Tuned:
         self._rule, self._beta = arguments["rule"], arguments.get("hypergrad_lr", 0.0)
         self._low = -np.inf if arguments["min_lr"] is None else arguments["min_lr"]
         self._high = np.inf if arguments["max_lr"] is None else arguments["max_lr"]
-        self._autos = [AutoRule() for _ in self.scopes]
+        self._autos = [AutoRule(method.startswith("adam")) for _ in self.scopes]
         self._started = [self._rule != "auto" for _ in self.scopes]
         self._since = [0] * len(self.scopes)  # steps before the rule started
         self._updated: set[tuple[int, int]] = set()  # parameters that had a gradient in a step
@@ -423,7 +424,12 @@ class Tuned:
             sizes = {key: x.size for key, x in gradients.items() if key[0] in members}
             new = sum(size for key, size in sizes.items() if key not in self._updated)
             if self._started[s] and sizes and new >= 0.1 * sum(sizes.values()):
-                self._autos[s], self._started[s], self._moved[s], self._since[s] = AutoRule(), False, False, self.steps
+                self._autos[s], self._started[s], self._moved[s], self._since[s] = (
+                    AutoRule(self._method.startswith("adam")),
+                    False,
+                    False,
+                    self.steps,
+                )
                 self._last = {key: x for key, x in self._last.items() if key[0] not in members}
         self._updated |= set(gradients)
 

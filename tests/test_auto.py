@@ -57,6 +57,15 @@ OPTIMIZERS: dict[str, tuple[Any, dict[str, Any]]] = {
     },
     **({"Muon": (torch.optim.Muon, {})} if hasattr(torch.optim, "Muon") else {}),
 }
+
+
+@pytest.mark.parametrize(("normalized", "longest"), [(True, 2.0), (False, math.log(1e4) - math.log(2.5))])
+def test_only_steps_that_follow_the_gradient_are_braked_by_all_of_a_leap(normalized: bool, longest: float) -> None:
+    rule = Auto(start="configured").bind(normalized)
+    feed(rule, [Observation(0.0, norm, 1.0) for norm in (1.0, 1.0, 1e4)])
+    assert rule.used(1.0, 3) == pytest.approx(math.exp(-longest), rel=1e-12)
+
+
 RATES = [1.0, 0.0, 1e-8, 1e-3, 1e3]
 
 
@@ -509,17 +518,19 @@ def test_rare_large_gradients_do_not_starve_it(name: str) -> None:
     network = nn.Sequential(nn.Linear(20, 32), nn.ReLU(), nn.Linear(32, 1))
     cls, settings = OPTIMIZERS[name]
     optimizer = cls(network.parameters(), **{"lr": 1e-3, **settings})
-    hd = HypergradientLR(optimizer)
+    hd = HypergradientLR(optimizer, total_steps=2500)
     generator = torch.Generator().manual_seed(1)
+    lrs = []
     for _ in range(2500):
         chosen = torch.randint(len(x), (8,), generator=generator)
         optimizer.zero_grad()
         nn.functional.binary_cross_entropy_with_logits(network(x[chosen]).squeeze(1), y[chosen]).backward()
         optimizer.step()
+        lrs += hd.lrs
     with torch.no_grad():
         loss = nn.functional.binary_cross_entropy_with_logits(network(x).squeeze(1), y).item()
     assert loss < 0.045
-    assert hd.lrs[0] > 1e-3
+    assert min(lrs[1000:2000]) > 1e-3
 
 
 def test_a_brake_is_counted_and_told(caplog: pytest.LogCaptureFixture) -> None:

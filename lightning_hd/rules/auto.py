@@ -1,5 +1,6 @@
 """The rule ``"auto"``, which is this project's own and has nothing to tune."""
 
+import copy
 import math
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -156,8 +157,15 @@ class Auto(Rule):
             raise ValueError(f"start must be 'automatic' or 'configured', got {self.start!r}")
         self.picks_start = self.start == "automatic"
         self.brakes = 0
+        self._normalized = True
         self._own, self._greedy, self._brake, self._guard = Learned(), Greedy(), Brake(), LossGuard()
         self._slope = 0.0  # g_t · (θ_t - θ_{t-1}), from update to watch
+
+    def bind(self, normalized: bool) -> "Auto":
+        """A copy for one scope. It brakes steps that follow the gradient, as those of SGD, by all that it has leapt."""
+        bound = copy.deepcopy(self)
+        bound._normalized = normalized
+        return bound
 
     def first_lr(self, param_norm: float, direction_norm: float) -> float:
         """``α_1 = ρ ‖θ‖ / ‖d_1‖`` with the parameters ``θ`` before the first step; ``ρ / ‖d_1‖`` if all are zero."""
@@ -196,7 +204,7 @@ class Auto(Rule):
         if seen.direction_norm == 0:
             return lr * math.exp(_CAP) if seen.grad_norm >= resolved else lr
         change = self._change(seen, step)
-        fall = self._brake.see(seen.grad_norm, math.log(lr))
+        fall = self._brake.see(seen.grad_norm, math.log(lr), self._normalized)
         if fall is not None:
             self.brakes += 1
             return max(lr * math.exp(-fall), min(lr, own.first_lr))

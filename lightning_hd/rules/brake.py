@@ -17,7 +17,8 @@ _RELEASE = 0.95
 """What is left of a brake after a step. With 0.9, instabilities came back too soon."""
 
 _LARGEST = 2.0
-"""The largest excess: steps are never more than e² times shorter. With 3, rare large gradients starve Adam."""
+"""The largest excess where the optimizer normalizes the gradient, because a leap hardly lengthens its steps: they are
+never more than e² times shorter. With 3, rare large gradients starve Adam."""
 
 _SEEN = 1.5
 """In the variance, a rise counts up to this many times what is usual. With 3, a series of leaps soon seems usual."""
@@ -30,10 +31,11 @@ _SERIES = 20
 class Brake:
     """Detects leaps of ``log ‖g‖``, and what they cost the rate.
 
-    The steps after a leap are shortened by its excess over what is usual, which decays. A single leap may come from an
-    unusual batch, but an overshoot grows from step to step. So ``log α`` itself falls only if there was a leap just
-    before, and the norm still grows. Half of the rate at the first leap of an instability is the limit up to which the
-    rate may rise fast again, as the slow start of TCP has one (RFC 5681, 3.1). Source: this project.
+    The steps after a leap are shortened by its excess over what is usual, which decays. Steps that are proportional to
+    the gradient, as those of SGD are, are then about as long as usual, however large the leap is. A single leap may
+    come from an unusual batch, but an overshoot grows from step to step. So ``log α`` itself falls only if there was a
+    leap just before, and the norm still grows. Half of the rate at the first leap of an instability is the limit up to
+    which the rate may rise fast again, as the slow start of TCP has one (RFC 5681, 3.1). Source: this project.
     """
 
     count: int = 0  # how many norms were seen
@@ -45,7 +47,7 @@ class Brake:
     quiet: int = _SERIES  # the number of steps since the last leap
     limit: float = math.inf  # log α up to which the rate may rise fast
 
-    def see(self, grad_norm: float, log_lr: float) -> float | None:
+    def see(self, grad_norm: float, log_lr: float, normalized: bool) -> float | None:
         """By how much ``log α`` must fall if the norm has leapt; ``None`` if it has not."""
         log = math.log(grad_norm)
         grows, before = log > self.last, self.leap
@@ -54,7 +56,7 @@ class Brake:
         if excess <= 0:
             self.quiet += 1
             return None
-        self.left = max(self.left, min(excess, _LARGEST))
+        self.left = max(self.left, min(excess, _LARGEST) if normalized else excess)
         self.leap = max(self.leap, min(excess, 1.0))
         if self.quiet >= _SERIES:
             self.limit = log_lr - math.log(2)
