@@ -42,9 +42,10 @@ _EARLY = 100.0
 _FIRST_STEP = 1e-4
 """``ρ``, the length of the first step over the norm of the parameters."""
 
-_CAP, _CAREFUL_FROM, _CAREFUL_CAP = 0.5, 30.0, 0.1
+_CAP, _CAREFUL_FROM, _CAREFUL_CAP = 0.5, 30.0, 0.05
 """The largest change of ``log α`` per step at the start; from this multiple of ``α_1`` on, it is the careful one. There
-steps are long enough to do harm, so the rate must rise slowly enough for the harm to show."""
+steps are long enough to do harm, so the rate must rise slowly enough for the harm to show. With 0.1, units of networks
+with clipped or normalized weights die under SGD, and the loss ends at 1.3 times as much. With 0.03, short runs lose."""
 
 _SURE, _RAMP = 2.0, 8.0
 """Standard errors above 0 beyond which the greedy mean is positive, and over which the fast rise grows."""
