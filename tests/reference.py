@@ -241,7 +241,7 @@ class AutoRule:
         self._cosines.append(self._product(shown, t) / (usual_norm * d_norm))
         before = self._cosines[-2] if len(self._cosines) > 1 else 0.0
         self._bent.append(self._cosines[-1] + 0.3 * min(1.0, 100 / t) * abs((self._cosines[-1] + before) / 2))
-        self._parts.append(1 - 1 / max(60.0, 0.3 * t))
+        self._parts.append(1 - 1 / 60)
         left = np.append(np.cumprod(self._parts[:0:-1])[::-1], 1.0)  # of each square
         squares = float(np.dot(np.square(self._bent), left))
         change = min(1.0, 900 / t) * self._bent[-1] / np.sqrt(squares) if squares else 0.0

@@ -17,8 +17,8 @@ _HORIZON, _GROWTH = 450.0, 0.5
 _REACH = 0.5
 """``w``: moves at rates that are further than this from the present one, in ``log γ``, show nothing about it."""
 
-_SQUARES, _SQUARES_GROWTH = 60.0, 0.3
-"""The memory of squared cosines. With 1000 steps, rates do not change any more once the climb is over."""
+_SQUARES = 60.0
+"""The memory of squared cosines, in steps. With 1000, rates do not change any more once the climb is over."""
 
 _NORMS, _NORMS_GROWTH = 10.0, 0.02
 """The memory of ``G``. With 1, ``c`` is the cosine. Rates get too high if few batches hold what is to be learned."""
@@ -99,7 +99,7 @@ class Auto(Rule):
     c_t &= -h_t / (G_t ‖E_t‖), \qquad G_t^2 = \text{running mean of } ‖g_t‖^2 \\
     b_t &= c_t + r \min(1, n / t) \, |c_t + c_{t-1}| / 2 \\
     \log α_t &= \log α_{t-1} + \mathrm{clip}(\frac{H}{\max(H, t / 2)} \, b_t / \sqrt{S_t}),
-    \qquad S_t = λ_t S_{t-1} + b_t^2, \qquad λ_t = 1 - 1 / \max(s, 0.3 t)
+    \qquad S_t = (1 - 1 / s) S_{t-1} + b_t^2
     \end{aligned}
     ```
 
@@ -246,7 +246,7 @@ class Auto(Rule):
         cosine = -self._derivative(seen, step) / (own.norm * seen.direction_norm) * math.sqrt(own.norm_weight)
         bent = cosine + _OPTIMISM * min(1.0, _EARLY / step) * abs(cosine + own.cosine) / 2
         own.cosine = cosine
-        own.squares *= 1 - 1 / max(_SQUARES, _SQUARES_GROWTH * step)
+        own.squares *= 1 - 1 / _SQUARES
         own.squares += bent**2
         pace = _HORIZON / max(_HORIZON, _GROWTH * step)
         return pace * bent / math.sqrt(own.squares) if own.squares else 0.0
