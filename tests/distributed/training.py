@@ -140,4 +140,8 @@ def train(kind: Kind, cases: list[Case], steps: int, width: int, probe: Any = "d
     }
 
 
-CASES: list[Case] = [(name, rule, scope) for name in OPTIMIZERS for rule in RULES for scope in ("global", "group")]
+SCOPES: list[Literal["global", "group"]] = ["global", "group"]
+CASES: list[Case] = [
+    (name, rule, SCOPES[(i + j) % 2]) for i, name in enumerate(OPTIMIZERS) for j, rule in enumerate(RULES)
+]
+"""Each pair of optimizer, rule and scope."""
