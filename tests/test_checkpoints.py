@@ -18,6 +18,7 @@ from torch.optim import SGD, Adam, Optimizer
 from lightning_hd import HypergradientDescent, HypergradientLR
 from tests import reference
 from tests.loader import Resumable
+from tests.pairs import pairwise
 from tests.test_callback import Reference, make_trainer, same
 from tests.test_directions import CLASSES, REFUSED, SignDescent
 
@@ -188,10 +189,10 @@ class Stop(Callback):
             raise KeyboardInterrupt
 
 
-@pytest.mark.parametrize("stop", [6, 7])
-@pytest.mark.parametrize("precision", ["32-true", "64-true", "bf16-true", "16-true", "bf16-mixed"])
-@pytest.mark.parametrize("rule", RULES)
-@pytest.mark.parametrize("family", ["SGD", "AdamW", "RMSprop"])
+@pytest.mark.parametrize(
+    ("family", "rule", "precision", "stop"),
+    pairwise(["SGD", "AdamW", "RMSprop"], RULES, ["32-true", "64-true", "bf16-true", "16-true", "bf16-mixed"], [6, 7]),
+)
 def test_a_trainer_resumes_exactly(family: str, rule: str, precision: Any, stop: int, tmp_path: Path) -> None:
     def fit(*callbacks: Callback, ckpt_path: Path | None = None) -> tuple[Accumulating, Trainer, list[float]]:
         module, hd = Accumulating(family, precision), HypergradientDescent(rule, RULES[rule])

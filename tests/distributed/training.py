@@ -15,6 +15,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.optim import SGD, Adam, AdamW, Optimizer, RMSprop
 
 from lightning_hd import HypergradientLR
+from tests.pairs import covering
 
 BATCH = 16
 OPTIMIZERS: dict[str, Callable[..., Optimizer]] = {
@@ -140,8 +141,4 @@ def train(kind: Kind, cases: list[Case], steps: int, width: int, probe: Any = "d
     }
 
 
-SCOPES: list[Literal["global", "group"]] = ["global", "group"]
-CASES: list[Case] = [
-    (name, rule, SCOPES[(i + j) % 2]) for i, name in enumerate(OPTIMIZERS) for j, rule in enumerate(RULES)
-]
-"""Each pair of optimizer, rule and scope."""
+CASES: list[Case] = covering(OPTIMIZERS, RULES, ("global", "group"))  # type: ignore[assignment]
