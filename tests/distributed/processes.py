@@ -12,8 +12,10 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-PRELOADED = ["tests.distributed.training", "tests.test_callback"]
-"""What nearly all workers import. It takes seconds, and a server that has done so once forks them all."""
+
+def preload() -> None:
+    """Let the server that forks processes import what nearly all of them do: it takes seconds, but only once."""
+    multiprocessing.set_forkserver_preload(["tests.distributed.training", "tests.test_callback"])
 
 
 def run(worker: Callable[..., Any], world_size: int, *args: Any, timeout_s: float = 240) -> list[Any]:
@@ -22,8 +24,8 @@ def run(worker: Callable[..., Any], world_size: int, *args: Any, timeout_s: floa
     Raises:
         TimeoutError: A process did not end in time; all are killed then.
     """
+    preload()
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(PRELOADED)
     with tempfile.TemporaryDirectory() as folder:
         processes = [
             context.Process(target=_work, args=(worker, rank, world_size, folder, args)) for rank in range(world_size)
