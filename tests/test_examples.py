@@ -87,6 +87,7 @@ def test_the_command_line_takes_the_callback_from_the_file_or_leaves_it_out(star
     assert min(rates.values()) < 2e-5
 
 
+@pytest.mark.slow
 def test_hugging_face_tunes_its_own_optimizer(tmp_path: Path) -> None:
     """In a process of its own, as users start it, that reaches no model hub."""
     for package in ("transformers", "accelerate"):

@@ -77,6 +77,7 @@ def run_nodes(folder: Path) -> list[Any]:
     return [torch.load(folder / f"rank{rank}") for rank in range(2)]
 
 
+@pytest.mark.slow
 def test_a_job_whose_process_is_killed_is_restarted_and_ends_as_if_undisturbed(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
