@@ -10,6 +10,7 @@ import torch
 
 from lightning_hd import Additive, Auto, Multiplicative, Observation, Rule
 from lightning_hd.rules import make_rule
+from lightning_hd.rules.greedy import Greedy
 from tests import reference
 
 SEEN = Observation(hypergradient=-6.0, grad_norm=4.0, direction_norm=3.0)
@@ -165,3 +166,36 @@ def test_whatever_auto_sees_its_rates_are_those_of_the_formula(seed: int, leaps:
         assert rule.discount(mine, t) == pytest.approx(formula.part_kept(expected, t), rel=1e-9), t
     assert rule.brakes == len(formula.braked) + len(formula.retreats)
     assert min(map(len, (formula.braked, formula.retreats, formula.undone))) > 0, "the comparison needs all of them"
+
+
+def test_at_a_rate_of_0_auto_learns_nothing_and_goes_on() -> None:
+    rule, seen = Auto(), Observation(-1.0, 1.0, 1.0)
+    lr = rule.first_lr(1.0, 1.0)
+    rule.discount(lr, 1)
+    assert rule.update(0.0, seen, 2) == rule.watch(0.0, 1.0, 2) == 0.0
+    assert rule.discount(0.0, 2) == rule.discount(lr, 3) == 1 - 1 / 450
+    fresh = Auto(start="configured")
+    assert fresh.discount(0.0, 1) == fresh.discount(0.1, 2) == 1 - 1 / 450
+
+
+def test_where_the_step_is_not_linear_auto_forgets_nothing_and_moves_little() -> None:
+    rule = Auto()
+    lr = rule.first_lr(1.0, 1.0)
+    rule.nonlinear = True
+    assert [rule.discount(rate, step) for step, rate in enumerate([lr, 9 * lr, lr], start=1)] == [1.0] * 3
+    for sign in (1, -1):
+        assert rule.update(lr, Observation(-100.0 * sign, 1.0, 1.0, -100.0 * sign), 2) == pytest.approx(
+            lr * math.exp(0.02 * sign), rel=1e-12
+        )
+
+
+def test_a_rule_has_not_backed_off_at_first_and_what_is_not_observed_is_0() -> None:
+    assert (Additive().brakes, Auto().brakes) == (0, 0)
+    assert SEEN[3:] == (0.0, 0.0, 0.0, 0.0)
+
+
+def test_cosines_that_are_all_the_same_are_as_sure_as_their_rounding() -> None:
+    greedy = Greedy()
+    for step in range(2, 7):
+        greedy.see(0.25, step)
+    assert greedy.sigmas == pytest.approx(2**23 * math.sqrt(5), rel=1e-12)
