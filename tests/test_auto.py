@@ -628,8 +628,20 @@ def check_learned(network: nn.Module, losses: Sequence[float], start: float) -> 
     assert whole_loss(network) < 0.5 * start
 
 
-@pytest.mark.parametrize("batch", [16, 128, 1797])
-@pytest.mark.parametrize("name", OPTIMIZERS)
+ALL = 1797
+"""The batch of all digits, which is slow."""
+
+
+@pytest.mark.parametrize(
+    ("name", "batch"),
+    [
+        pytest.param(
+            name, batch, marks=pytest.mark.slow if batch == ALL and name not in ("SGD", "Adam", "Muon") else ()
+        )
+        for name in OPTIMIZERS
+        for batch in (16, 128, ALL)
+    ],
+)
 def test_every_optimizer_learns_at_every_batch_size(name: str, batch: int) -> None:
     cls, settings = OPTIMIZERS[name]
     network = classifier(bias=name != "Muon")  # which takes matrices only

@@ -1,7 +1,6 @@
 """Resuming bit for bit: every family of optimizers, rule, scope and precision, from any step; and states that lack."""
 
 import copy
-import itertools
 import math
 import warnings
 from collections.abc import Callable
@@ -18,6 +17,7 @@ from torch.optim import SGD, Adam, Optimizer
 from lightning_hd import HypergradientDescent, HypergradientLR
 from tests import reference
 from tests.loader import Resumable
+from tests.pairs import pairwise
 from tests.test_callback import Reference, make_trainer, same
 from tests.test_directions import CLASSES, REFUSED, SignDescent
 
@@ -128,24 +128,27 @@ def resume(whole: Training, stop: int, path: Path) -> Training:
     return resumed
 
 
-@pytest.mark.parametrize("precision", DTYPES)
-@pytest.mark.parametrize("family", FAMILIES)
-def test_resuming_is_exact(family: str, precision: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("family", "precision", "rule", "place"),
+    pairwise(FAMILIES, DTYPES, RULES, [("global", AMID), ("group", AFTER)]),
+)
+def test_resuming_is_exact(family: str, precision: str, rule: str, place: tuple[str, int], tmp_path: Path) -> None:
+    """From a batch on, with a scope."""
+    scope, stop = place
     plain = Training(family, None, "global", precision)
     plain.run(range(BATCHES))
     if differences(resume(plain, AMID, tmp_path / "state").state(), plain.state()):
         assert family in ("ASGD", "NAdam"), "whose scalars torch casts to the parameters' dtype on loading"
         pytest.skip("torch alone does not resume it exactly")
-    for rule, (scope, stop) in itertools.product(RULES, (("global", AMID), ("group", AFTER))):
-        whole = Training(family, rule, scope, precision)
-        whole.run(range(BATCHES))
-        resumed = resume(whole, stop, tmp_path / "state")
-        assert resumed.rates == whole.rates[stop // 2 :]
-        assert differences(resumed.state(), whole.state()) == 0
-        assert len({tuple(lrs) for lrs in whole.rates}) > 3, "the rate moved"
-        if precision == "16-mixed":
-            assert whole.rates[SKIPPED] == whole.rates[SKIPPED - 1]
-            assert whole.hd.step_count == BATCHES // 2 - 1
+    whole = Training(family, rule, scope, precision)
+    whole.run(range(BATCHES))
+    resumed = resume(whole, stop, tmp_path / "state")
+    assert resumed.rates == whole.rates[stop // 2 :]
+    assert differences(resumed.state(), whole.state()) == 0
+    assert len({tuple(lrs) for lrs in whole.rates}) > 3, "the rate moved"
+    if precision == "16-mixed":
+        assert whole.rates[SKIPPED] == whole.rates[SKIPPED - 1]
+        assert whole.hd.step_count == BATCHES // 2 - 1
 
 
 # ---------------------------------------------------------------------- through a Trainer
@@ -188,10 +191,10 @@ class Stop(Callback):
             raise KeyboardInterrupt
 
 
-@pytest.mark.parametrize("stop", [6, 7])
-@pytest.mark.parametrize("precision", ["32-true", "64-true", "bf16-true", "16-true", "bf16-mixed"])
-@pytest.mark.parametrize("rule", RULES)
-@pytest.mark.parametrize("family", ["SGD", "AdamW", "RMSprop"])
+@pytest.mark.parametrize(
+    ("family", "rule", "precision", "stop"),
+    pairwise(["SGD", "AdamW", "RMSprop"], RULES, ["32-true", "64-true", "bf16-true", "16-true", "bf16-mixed"], [6, 7]),
+)
 def test_a_trainer_resumes_exactly(family: str, rule: str, precision: Any, stop: int, tmp_path: Path) -> None:
     def fit(*callbacks: Callback, ckpt_path: Path | None = None) -> tuple[Accumulating, Trainer, list[float]]:
         module, hd = Accumulating(family, precision), HypergradientDescent(rule, RULES[rule])

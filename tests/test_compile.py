@@ -13,6 +13,7 @@ from torch.optim import SGD, Adam, AdamW, RMSprop
 
 from lightning_hd import HypergradientDescent, HypergradientLR
 from tests import reference
+from tests.pairs import pairwise
 from tests.test_callback import Reference, make_trainer, same
 from tests.test_hypergradient import BETAS
 
@@ -62,15 +63,16 @@ def compiled_submodule(backend: str) -> Callable[[Quiet], Quiet]:
     return compiled
 
 
-@pytest.mark.parametrize("submodule", [False, True])
-@pytest.mark.parametrize("backend", ["eager", "aot_eager"])
-@pytest.mark.parametrize(("cls", "rule"), [(SGD, "auto"), (Adam, "additive"), (Adam, "multiplicative")])
+@pytest.mark.parametrize(
+    ("trained", "backend", "submodule"),
+    pairwise([(SGD, "auto"), (Adam, "additive"), (Adam, "multiplicative")], ["eager", "aot_eager"], [False, True]),
+)
 def test_a_compiled_module_makes_the_same_rates(
-    cls: Any, rule: str, backend: str, submodule: bool, tmp_path: Path
+    trained: tuple[Any, str], backend: str, submodule: bool, tmp_path: Path
 ) -> None:
     compiled = compiled_submodule(backend) if submodule else lambda module: torch.compile(module, backend=backend)
-    expected, plain = fit(tmp_path, cls, rule, lambda module: module)
-    lrs, module = fit(tmp_path, cls, rule, compiled)
+    expected, plain = fit(tmp_path, *trained, lambda module: module)
+    lrs, module = fit(tmp_path, *trained, compiled)
     assert lrs == expected
     assert len(set(lrs)) > STEPS // 2
     assert same(module, plain)
@@ -111,19 +113,21 @@ def tuned(cls: Any, settings: dict[str, Any], rule: str, lr: Any) -> tuple[nn.Mo
     return network, HypergradientLR(cls(network.parameters(), lr=lr, **settings), rule, BETAS[rule])
 
 
-@pytest.mark.parametrize(("within", "backend"), [(True, "eager"), (False, "aot_eager")])
-@pytest.mark.parametrize("rule", BETAS)
-@pytest.mark.parametrize(("cls", "settings"), FAMILIES)
+@pytest.mark.parametrize(
+    ("family", "rule", "way"),
+    pairwise(FAMILIES, BETAS, [("a function that steps", "eager"), ("the step", "aot_eager")]),
+)
 def test_a_compiled_step_makes_the_same_rates_and_is_compiled_once(
-    cls: Any, settings: dict[str, Any], rule: str, within: bool, backend: str
+    family: tuple[Any, dict[str, Any]], rule: str, way: tuple[str, str]
 ) -> None:
-    network, hd = tuned(cls, settings, rule, torch.tensor(0.01))
+    network, hd = tuned(*family, rule, torch.tensor(0.01))
     expected = train(network, hd, hd.optimizer.step, STEPS)
 
     lr = torch.tensor(0.01)
-    other, hd = tuned(cls, settings, rule, lr)
+    other, hd = tuned(*family, rule, lr)
     optimizer = hd.optimizer
-    step = (lambda: optimizer.step()) if within else optimizer.step
+    what, backend = way
+    step = optimizer.step if what == "the step" else lambda: optimizer.step()
     lrs = train(other, hd, torch.compile(step, backend=backend), WARM)
     np.testing.assert_allclose(lrs, expected, rtol=1e-9)
     for p, q in zip(network.parameters(), other.parameters(), strict=True):

@@ -1,9 +1,12 @@
-"""The examples, as users start them, in short: they learn, and the callback leaves the configured rate."""
+"""The examples, in short: they learn, and the callback leaves the configured rate."""
 
+import logging
 import os
 import re
+import runpy
 import subprocess
 import sys
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -13,18 +16,23 @@ from tests.test_callback import scalars
 EXAMPLES = Path(__file__).parent.parent / "examples"
 
 
-def start(path: Path, name: str, *arguments: str) -> str:
-    """What an example prints, run in a process of its own that reaches no model hub."""
-    process = subprocess.run(
-        [sys.executable, str(EXAMPLES / name), *arguments],
-        cwd=path,
-        env={**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"},
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
-    assert process.returncode == 0, process.stderr
-    return process.stdout
+Start = Callable[..., str]
+
+
+@pytest.fixture
+def start(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Iterator[Start]:
+    """Runs an example with arguments as a script, but in this process, and returns what it prints."""
+    monkeypatch.chdir(tmp_path)
+    logger = logging.getLogger("lightning.pytorch")
+    level = logger.level  # the examples change it
+
+    def start(name: str, *arguments: str) -> str:
+        monkeypatch.setattr(sys, "argv", [name, *arguments])
+        runpy.run_path(str(EXAMPLES / name), run_name="__main__")
+        return capsys.readouterr().out
+
+    yield start
+    logger.setLevel(level)
 
 
 def table(output: str) -> list[dict[str, float]]:
@@ -47,8 +55,8 @@ def test_every_example_is_in_the_table_of_examples() -> None:
         ("adapters.py", "--epochs", "12"),
     ],
 )
-def test_digits_are_learned_from_a_rate_that_is_too_small(arguments: tuple[str, ...], tmp_path: Path) -> None:
-    *constant, tuned = table(start(tmp_path, *arguments))
+def test_digits_are_learned_from_a_rate_that_is_too_small(arguments: tuple[str, ...], start: Start) -> None:
+    *constant, tuned = table(start(*arguments))
     (same,) = (row for row in constant if row["configured"] == tuned["configured"])
     assert same["val accuracy"] < 0.5
     assert tuned["val accuracy"] > 0.8
@@ -57,19 +65,19 @@ def test_digits_are_learned_from_a_rate_that_is_too_small(arguments: tuple[str, 
     assert all(row["median lr"] == row["last lr"] == row["configured"] for row in constant)
 
 
-def test_the_transformer_predicts_characters(tmp_path: Path) -> None:
-    low, high, tuned = table(start(tmp_path, "transformer.py", "--steps", "60"))
+def test_the_transformer_predicts_characters(start: Start) -> None:
+    low, high, tuned = table(start("transformer.py", "--steps", "60"))
     assert max(row["val loss"] for row in (low, high, tuned)) < 3  # nats; the logarithm of 128 is 4.9
     assert tuned["val loss"] < low["val loss"]
     assert tuned["median lr"] > 1.5 * tuned["configured"] == 1.5 * low["configured"]
 
 
-def test_the_command_line_takes_the_callback_from_the_file_or_leaves_it_out(tmp_path: Path) -> None:
+def test_the_command_line_takes_the_callback_from_the_file_or_leaves_it_out(start: Start, tmp_path: Path) -> None:
     pytest.importorskip("jsonargparse")
     found = []
     for change in (("--trainer.callbacks.max_lr", "0.005"), ("--trainer.callbacks", "null")):
         configuration = ("fit", "--config", str(EXAMPLES / "cli.yaml"), "--trainer.max_epochs", "8")
-        output = start(tmp_path, "cli.py", *configuration, *change)
+        output = start("cli.py", *configuration, *change)
         found.append([float(number) for number in re.findall(r"val \w+ ([\d.]+)", output)])
     (accuracy, loss), (accuracy_without, loss_without) = found
     assert accuracy > 0.9 > 0.5 > accuracy_without
@@ -79,10 +87,21 @@ def test_the_command_line_takes_the_callback_from_the_file_or_leaves_it_out(tmp_
     assert min(rates.values()) < 2e-5
 
 
+@pytest.mark.slow
 def test_hugging_face_tunes_its_own_optimizer(tmp_path: Path) -> None:
+    """In a process of its own, as users start it, that reaches no model hub."""
     for package in ("transformers", "accelerate"):
         pytest.importorskip(package, reason=f"{package} is not installed")
-    *without, tuned = table(start(tmp_path, "hugging_face.py", "--epochs", "6"))
+    process = subprocess.run(
+        [sys.executable, str(EXAMPLES / "hugging_face.py"), "--epochs", "6"],
+        cwd=tmp_path,
+        env={**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert process.returncode == 0, process.stderr
+    *without, tuned = table(process.stdout)
     assert without[0]["configured"] == tuned["configured"]
     assert without[0]["val accuracy"] < 0.5 < 0.7 < tuned["val accuracy"]
     assert tuned["last scale"] > 10

@@ -1,6 +1,7 @@
 """The rules alone: on floats, on 0-dim tensors, and what they refuse."""
 
 import math
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -9,6 +10,8 @@ import torch
 
 from lightning_hd import Additive, Auto, Multiplicative, Observation, Rule
 from lightning_hd.rules import make_rule
+from lightning_hd.rules.greedy import Greedy
+from tests import reference
 
 SEEN = Observation(hypergradient=-6.0, grad_norm=4.0, direction_norm=3.0)
 
@@ -124,3 +127,75 @@ def test_a_rule_that_promises_more_must_keep_it() -> None:
         Promise().discount(0.1, 1)
     with pytest.raises(NotImplementedError, match="Promise picks its first rate"):
         Promise().first_lr(1.0, 1.0)
+
+
+def signals(seed: int, steps: int, leaps: float) -> Iterator[tuple[reference.Shown, float]]:
+    """What a run may show, in phases of 50 steps, and its losses; norms leap with this probability, and elsewhere."""
+    rng = np.random.default_rng(seed)
+    for t in range(steps):
+        if t % 50 == 0:
+            cosine, greedy = rng.choice([-0.3, 0.05, 0.3]), rng.choice([-0.1, 0.0, 0.4])
+            turn, growth = rng.choice([-0.9, 0, 0.95]), rng.choice([1.0, 1.0, 1.6])
+            level, loss = rng.choice([0.01, 1.0, 10.0]) if leaps > 0.01 else 1.0, rng.choice([0.5, 1.0, 2.0])
+        leap = growth ** max(t % 50 - 40, 0) * rng.choice([1.0, 8.0], p=[1 - leaps, leaps])
+        norm = level * leap * np.exp(0.2 * rng.standard_normal()) * rng.choice([1.0, 0.0], p=[0.99, 0.01])
+        move, moves = rng.choice([1.0, 0.0], p=[0.98, 0.02]), rng.choice([2.0, 0.0], p=[0.98, 0.02])
+        noise = 0.2 * rng.standard_normal(3)
+        products = (cosine + noise[:2]) * norm * moves
+        slope = -(greedy + noise[2]) * norm * move
+        shown = reference.Shown(products[0], norm, moves, products[1], turn + 0.05 * rng.standard_normal(), slope, move)
+        yield shown, loss + 0.05 * rng.standard_normal()
+
+
+@pytest.mark.parametrize(("seed", "leaps"), [(3, 0.03), (0, 0.002)])
+def test_whatever_auto_sees_its_rates_are_those_of_the_formula(seed: int, leaps: float) -> None:
+    rule, formula = Auto(), reference.AutoRule()
+    mine, expected = rule.first_lr(3.0, 7.0), 1e-4 * 3 / 7
+    formula.first, rule.cooldown = expected, 600.0
+    assert rule.discount(mine, 1) == formula.part_kept(expected, 1)
+    for t, (shown, loss) in enumerate(signals(seed, 1200, leaps), start=2):
+        weight = 1 / max(1.0, min(0.05 * 600, t / 5))  # of the newest in the running mean
+        before = (shown.late - weight * shown.product) / (1 - weight) if weight < 1 else 0.0  # type: ignore[operator]
+        product, g_norm, d_norm, _, *others = shown
+        mine = rule.update(mine, Observation(-product, g_norm, d_norm, -before, *others), t)
+        expected = formula.next_lr(expected, t, shown._replace(late=product) if weight == 1 else shown)
+        assert mine == pytest.approx(expected, rel=1e-9), t
+        mine, expected = rule.watch(mine, loss, t), formula.held_back(expected, t, loss, shown.slope)
+        assert mine == pytest.approx(expected, rel=1e-9), t
+        assert rule.used(mine, t) == pytest.approx(expected * np.exp(-formula.brake), rel=1e-9), t
+        assert rule.discount(mine, t) == pytest.approx(formula.part_kept(expected, t), rel=1e-9), t
+    assert rule.brakes == len(formula.braked) + len(formula.retreats)
+    assert min(map(len, (formula.braked, formula.retreats, formula.undone))) > 0, "the comparison needs all of them"
+
+
+def test_at_a_rate_of_0_auto_learns_nothing_and_goes_on() -> None:
+    rule, seen = Auto(), Observation(-1.0, 1.0, 1.0)
+    lr = rule.first_lr(1.0, 1.0)
+    rule.discount(lr, 1)
+    assert rule.update(0.0, seen, 2) == rule.watch(0.0, 1.0, 2) == 0.0
+    assert rule.discount(0.0, 2) == rule.discount(lr, 3) == 1 - 1 / 450
+    fresh = Auto(start="configured")
+    assert fresh.discount(0.0, 1) == fresh.discount(0.1, 2) == 1 - 1 / 450
+
+
+def test_where_the_step_is_not_linear_auto_forgets_nothing_and_moves_little() -> None:
+    rule = Auto()
+    lr = rule.first_lr(1.0, 1.0)
+    rule.nonlinear = True
+    assert [rule.discount(rate, step) for step, rate in enumerate([lr, 9 * lr, lr], start=1)] == [1.0] * 3
+    for sign in (1, -1):
+        assert rule.update(lr, Observation(-100.0 * sign, 1.0, 1.0, -100.0 * sign), 2) == pytest.approx(
+            lr * math.exp(0.02 * sign), rel=1e-12
+        )
+
+
+def test_a_rule_has_not_backed_off_at_first_and_what_is_not_observed_is_0() -> None:
+    assert (Additive().brakes, Auto().brakes) == (0, 0)
+    assert SEEN[3:] == (0.0, 0.0, 0.0, 0.0)
+
+
+def test_cosines_that_are_all_the_same_are_as_sure_as_their_rounding() -> None:
+    greedy = Greedy()
+    for step in range(2, 7):
+        greedy.see(0.25, step)
+    assert greedy.sigmas == pytest.approx(2**23 * math.sqrt(5), rel=1e-12)

@@ -23,6 +23,13 @@ def backward(w: nn.Parameter) -> Tensor:
     return loss
 
 
+def go_without_a_step(w: nn.Parameter) -> None:
+    """Thirty gradients that come and go."""
+    for _ in range(30):
+        w.grad = None
+        backward(w)
+
+
 @pytest.mark.parametrize("to_none", [True, False])
 def test_gradients_that_come_and_go_without_a_step_are_reported_once(to_none: bool) -> None:
     w = nn.Parameter(torch.zeros(3))
@@ -62,10 +69,17 @@ def test_nothing_is_said_where_gradients_are_accumulated_or_the_engine_is_gone()
 @pytest.mark.parametrize("duplicate", [copy.deepcopy, lambda hd: pickle.loads(pickle.dumps(hd))])
 def test_a_copy_watches_nothing(duplicate: Callable[[Any], HypergradientLR]) -> None:
     w = nn.Parameter(torch.zeros(3))
+    w.register_post_accumulate_grad_hook(lambda p: None)  # a handle holds all hooks, and pickle refuses this one
     hd = HypergradientLR(SGD([w], lr=0.1))
     backward(w)
     other = duplicate(hd)
     assert other.attached
+    (copied,) = other.optimizer.param_groups[0]["params"]
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        go_without_a_step(copied)
+    with pytest.warns(RuntimeWarning, match="no step was seen"):
+        go_without_a_step(w)
 
 
 class Sam(Optimizer):

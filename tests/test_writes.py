@@ -76,6 +76,26 @@ def test_a_few_writes_are_taken_over_in_silence(rule: str) -> None:
     assert train(change, rule)[1] == []
 
 
+@pytest.mark.parametrize(("count", "told"), [(11, 0), (12, 1)])
+def test_rates_that_are_written_before_twelve_steps_in_a_row_are_reported(count: int, told: int) -> None:
+    def change(optimizer: Optimizer, t: int) -> None:
+        if 1 < t <= 1 + count or 20 < t <= 31:  # a row ends where nothing is written
+            optimizer.param_groups[0]["lr"] = 0.001 * t
+
+    assert len(train(change, "additive")[1]) == told
+
+
+@pytest.mark.parametrize(("cuts", "told"), [((10, 20), 0), ((10, 20, 30), 1)])
+def test_the_third_cut_by_the_same_factor_is_reported(cuts: tuple[int, ...], told: int) -> None:
+    def change(optimizer: Optimizer, t: int) -> None:
+        if t in cuts:
+            optimizer.param_groups[0]["lr"] *= 0.5
+        elif t == 25:  # a rise is no cut
+            optimizer.param_groups[0]["lr"] *= 1.5
+
+    assert len(train(change, "additive")[1]) == told
+
+
 def test_a_schedule_in_optimizer_step_is_followed_where_the_callback_is_told(tmp_path: Path) -> None:
     class WarmingUp(Reference):
         def optimizer_step(self, epoch: int, batch_idx: int, optimizer: Any, closure: Any = None) -> None:

@@ -13,13 +13,19 @@ import torch
 import torch.distributed as dist
 
 
+def preload() -> None:
+    """Let the server that forks processes import what nearly all of them do: it takes seconds, but only once."""
+    multiprocessing.set_forkserver_preload(["tests.distributed.training", "tests.test_callback"])
+
+
 def run(worker: Callable[..., Any], world_size: int, *args: Any, timeout_s: float = 240) -> list[Any]:
     """What ``worker(*args)`` returns on each rank, the exception that it raised, or ``None`` of a rank that was killed.
 
     Raises:
         TimeoutError: A process did not end in time; all are killed then.
     """
-    context = multiprocessing.get_context("spawn")
+    preload()
+    context = multiprocessing.get_context("forkserver")
     with tempfile.TemporaryDirectory() as folder:
         processes = [
             context.Process(target=_work, args=(worker, rank, world_size, folder, args)) for rank in range(world_size)

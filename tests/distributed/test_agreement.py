@@ -30,7 +30,7 @@ from tests.distributed.processes import run
 from tests.distributed.training import CASES, OPTIMIZERS, Case, Kind, Trained, network, train
 from tests.test_callback import Reference, make_trainer, same
 
-STEPS = 40
+STEPS = 25
 
 
 @functools.cache

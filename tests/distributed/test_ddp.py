@@ -9,8 +9,10 @@ from typing import Any
 import pytest
 import torch.distributed as dist
 from lightning.pytorch import Callback, Trainer
+from lightning.pytorch.strategies import DDPStrategy
 
 from lightning_hd import HypergradientDescent
+from tests.distributed.processes import preload
 from tests.test_callback import Reference, make_trainer
 
 pytestmark = [
@@ -33,8 +35,10 @@ class Writer(Callback):
 
 
 def test_rates_are_bitwise_equal_on_both_ranks(tmp_path: Path) -> None:
+    preload()
+    strategy = DDPStrategy(start_method="forkserver")
     trainer = make_trainer(
-        tmp_path, HypergradientDescent(), Writer(tmp_path), strategy="ddp_spawn", devices=2, log_every_n_steps=10
+        tmp_path, HypergradientDescent(), Writer(tmp_path), strategy=strategy, devices=2, log_every_n_steps=10
     )
     trainer.fit(Reference())
     first, second = (json.loads((tmp_path / f"rank{rank}.json").read_text()) for rank in range(2))

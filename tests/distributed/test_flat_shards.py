@@ -17,7 +17,7 @@ from lightning_hd import HypergradientLR
 from tests.distributed.processes import run
 from tests.distributed.training import BATCH, OPTIMIZERS, made, share
 
-STEPS, SAVED = 60, 30
+STEPS, SAVED = 40, 20
 
 
 def flat(

@@ -1,4 +1,4 @@
-"""Jobs that torchrun starts: two nodes of which a process dies, and two models that train apart in one job."""
+"""A job that torchrun starts on two nodes, of which a process dies."""
 
 import gc
 import os
@@ -10,7 +10,6 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
@@ -18,15 +17,12 @@ from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.strategies import DDPStrategy
 from torch import Tensor
-from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
-from torch.distributed.fsdp import fully_shard
-from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Adam
 
-from lightning_hd import HypergradientDescent, HypergradientLR
+from lightning_hd import HypergradientDescent
 from tests import reference
+from tests.distributed.processes import run, tell_lightning
 from tests.distributed.test_example import finish, start
-from tests.distributed.training import whole
 from tests.loader import Resumable
 from tests.test_callback import Reference, make_trainer
 
@@ -35,9 +31,9 @@ pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="gloo processes 
 EPOCH, STEPS, SAVED, DEAD = 25, 50, 30, 37
 
 
-def torchrun(options: list[str], worker: str, folder: Path) -> subprocess.Popen[str]:
+def torchrun(options: list[str], folder: Path) -> subprocess.Popen[str]:
     root = Path(__file__).resolve().parents[2]
-    return start(root, "-m", "torch.distributed.run", *options, "-m", __name__, worker, str(folder))
+    return start(root, "-m", "torch.distributed.run", *options, "-m", __name__, str(folder))
 
 
 class DieOnce(Callback):
@@ -63,24 +59,32 @@ def train_node(folder: Path) -> tuple[int, list[float], list[Tensor]]:
     return int(os.environ["TORCHELASTIC_RESTART_COUNT"]), hd.lrs["lr-Adam"], list(module.state_dict().values())
 
 
+def train_undisturbed(folder: Path) -> tuple[int, list[float], list[Tensor]]:
+    """The same on processes that torchrun has not started, but which look so."""
+    tell_lightning()
+    os.environ.update(LOCAL_RANK="0", TORCHELASTIC_RUN_ID="none", TORCHELASTIC_RESTART_COUNT="0")
+    (folder / "died").touch()
+    return train_node(folder)
+
+
 def run_nodes(folder: Path) -> list[Any]:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     nodes = ["--nnodes", "2", "--nproc-per-node", "1", "--max-restarts", "3", "--local-addr", "127.0.0.1"]
     rendezvous = ["--rdzv-backend", "c10d", "--rdzv-id", "1", "--rdzv-endpoint", f"127.0.0.1:{port}"]
-    finish([torchrun(nodes + rendezvous, "train_node", folder) for _ in range(2)])
+    finish([torchrun(nodes + rendezvous, folder) for _ in range(2)])
     return [torch.load(folder / f"rank{rank}") for rank in range(2)]
 
 
+@pytest.mark.slow
 def test_a_job_whose_process_is_killed_is_restarted_and_ends_as_if_undisturbed(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     # Else restarted processes may find each other's former addresses in torchrun's store: pytorch/pytorch#135712.
     monkeypatch.setenv("TORCH_DISABLE_SHARE_RDZV_TCP_STORE", "1")
     (tmp_path / "undisturbed").mkdir()
-    (tmp_path / "undisturbed" / "died").touch()
-    undisturbed = run_nodes(tmp_path / "undisturbed")
+    undisturbed = run(train_undisturbed, 2, tmp_path / "undisturbed")
     disturbed = run_nodes(tmp_path)
     assert (tmp_path / "died").exists()
     assert [restarts for restarts, *_ in undisturbed] == [0, 0]
@@ -92,49 +96,12 @@ def test_a_job_whose_process_is_killed_is_restarted_and_ends_as_if_undisturbed(
         assert all(map(torch.equal, own, parameters))
 
 
-def train_pair(pair: int, data: DeviceMesh | None) -> tuple[list[float], list[Tensor]]:
-    """One of two models, on the processes of a mesh with DDP or sharded, or on this process alone."""
-    model: Any = reference.torch_network()
-    group, part = None, slice(None)
-    if data is not None:
-        group, part = data.get_group(), slice(data.get_local_rank(), None, 2)
-        model = DistributedDataParallel(model, process_group=group) if pair == 0 else fully_shard(model, mesh=data)
-    optimizer = Adam(model.parameters())
-    hd = HypergradientLR(optimizer, process_group=group)
-    lrs = []
-    for x, y in reference.torch_batches()[pair::2][:STEPS]:
-        optimizer.zero_grad()
-        reference.torch_loss(model, x[part], y[part]).backward()
-        optimizer.step()
-        lrs += hd.lrs
-    hd.check_agreement()
-    return lrs, [whole(p) for p in model.parameters()]
-
-
-def train_pairs(folder: Path) -> tuple[list[float], list[Tensor]]:
-    mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("models", "data"))
-    return train_pair(mesh.get_local_rank("models"), mesh["data"])
-
-
-def test_two_models_in_one_job_tune_apart(tmp_path: Path) -> None:
-    finish([torchrun(["--standalone", "--nproc-per-node", "4"], "train_pairs", tmp_path)])
-    ranks = [torch.load(tmp_path / f"rank{rank}") for rank in range(4)]
-    for pair in range(2):
-        (lrs, parameters), (others, _) = ranks[2 * pair : 2 * pair + 2]
-        assert lrs == others, "bit for bit"
-        expected, parameters_alone = train_pair(pair, None)
-        np.testing.assert_allclose(lrs, expected, rtol=1e-12)
-        for p, q in zip(parameters, parameters_alone, strict=True):
-            torch.testing.assert_close(p, q, rtol=1e-9, atol=1e-12)
-    assert ranks[0][0][-1] != pytest.approx(ranks[2][0][-1], rel=0.01)
-
-
 if __name__ == "__main__":
     signal.alarm(90)  # it must end, even if torchrun was killed
     torch.set_num_threads(1)
     os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
-    output = Path(sys.argv[2])
-    result = {"train_node": train_node, "train_pairs": train_pairs}[sys.argv[1]](output)
+    output = Path(sys.argv[1])
+    result = train_node(output)
     torch.save(result, output / f"rank{dist.get_rank()}")
     gc.collect()  # what is left of models holds process groups, whose threads must not outlive the interpreter
     dist.destroy_process_group()

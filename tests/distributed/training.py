@@ -15,6 +15,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.optim import SGD, Adam, AdamW, Optimizer, RMSprop
 
 from lightning_hd import HypergradientLR
+from tests.pairs import covering
 
 BATCH = 16
 OPTIMIZERS: dict[str, Callable[..., Optimizer]] = {
@@ -140,4 +141,4 @@ def train(kind: Kind, cases: list[Case], steps: int, width: int, probe: Any = "d
     }
 
 
-CASES: list[Case] = [(name, rule, scope) for name in OPTIMIZERS for rule in RULES for scope in ("global", "group")]
+CASES: list[Case] = covering(OPTIMIZERS, RULES, ("global", "group"))  # type: ignore[assignment]
