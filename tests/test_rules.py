@@ -7,19 +7,19 @@ import numpy as np
 import pytest
 import torch
 
-from lightning_hd import Additive, Auto, Multiplicative, Observation, Rule
+from lightning_hd import Additive, Auto, Context, Multiplicative, Observation, Rule
 from lightning_hd.rules import make_rule
 
 SEEN = Observation(hypergradient=-6.0, grad_norm=4.0, direction_norm=3.0)
 
 
 def test_additive() -> None:
-    assert Additive(0.1).update(1.0, SEEN, 2) == 1.0 + 0.1 * 6.0
+    assert Additive(0.1).update(1.0, SEEN, Context(2)) == 1.0 + 0.1 * 6.0
 
 
 def test_multiplicative() -> None:
     assert SEEN.cosine == 0.5
-    assert Multiplicative(0.1).update(2.0, SEEN, 2) == 2.0 * (1 + 0.1 * 0.5)
+    assert Multiplicative(0.1).update(2.0, SEEN, Context(2)) == 2.0 * (1 + 0.1 * 0.5)
 
 
 @pytest.mark.parametrize("rule", [Additive(0.1), Multiplicative(0.1), Additive(0.1, limit_lr=0.3)])
@@ -27,10 +27,10 @@ def test_rules_compute_with_0_dim_tensors_as_with_floats(rule: Any) -> None:
     tensors: Any = [torch.tensor(x, dtype=torch.float64) for x in SEEN]
     seen = Observation(*tensors)
     two: Any = torch.tensor(2.0, dtype=torch.float64)
-    lr: Any = rule.update(two, seen, 2)
+    lr: Any = rule.update(two, seen, Context(2))
     assert torch.is_tensor(lr)
-    assert float(lr) == rule.update(2.0, SEEN, 2)
-    assert float(rule.used(lr, 3)) == pytest.approx(rule.used(float(lr), 3), rel=1e-15)
+    assert float(lr) == rule.update(2.0, SEEN, Context(2))
+    assert float(rule.used(lr, Context(3))) == pytest.approx(rule.used(float(lr), Context(3)), rel=1e-15)
 
 
 @pytest.mark.parametrize("kind", [float, torch.tensor])
@@ -56,11 +56,11 @@ def test_bind_copies() -> None:
 
 def test_the_transition_of_section_5() -> None:
     rule = Additive(0.1, limit_lr=0.5)
-    assert rule.used(2.0, 1) == 2.0
-    assert rule.used(2.0, 4) == pytest.approx(2.0 / 16 + 0.5 * 15 / 16)
+    assert rule.used(2.0, Context(1)) == 2.0
+    assert rule.used(2.0, Context(4)) == pytest.approx(2.0 / 16 + 0.5 * 15 / 16)
     linear = Multiplicative(0.1, limit_lr=0.5, weight=lambda step: max(0.0, 1 - (step - 1) / 10))
-    assert linear.used(2.0, 6) == pytest.approx(1.25)
-    assert linear.used(2.0, 50) == 0.5
+    assert linear.used(2.0, Context(6)) == pytest.approx(1.25)
+    assert linear.used(2.0, Context(50)) == 0.5
 
 
 def test_make_rule() -> None:
@@ -80,7 +80,7 @@ def test_numbers_of_numpy_are_saved_as_plain_ones() -> None:
         def __init__(self) -> None:
             self.mean, self.on, self.count, self.x = np.float64(0.5), True, 3, torch.ones(2, requires_grad=True)
 
-        def update(self, lr: float, seen: Observation, step: int) -> float:
+        def update(self, lr: float, seen: Observation, context: Context) -> float:
             return lr
 
     saved = Own().state_dict()
@@ -117,10 +117,10 @@ def test_a_rule_that_promises_more_must_keep_it() -> None:
         long_horizon = True
         picks_start = True
 
-        def update(self, lr: Any, seen: Observation, step: int) -> Any:
+        def update(self, lr: Any, seen: Observation, context: Context) -> Any:
             return lr
 
     with pytest.raises(NotImplementedError, match="Promise has a long horizon"):
-        Promise().discount(0.1, 1)
+        Promise().discount(0.1, Context(1))
     with pytest.raises(NotImplementedError, match="Promise picks its first rate"):
         Promise().first_lr(1.0, 1.0)
