@@ -1,9 +1,10 @@
 """Checks of single values, which are arguments or saved numbers."""
 
+import copy
 import math
 import operator
-from collections.abc import Mapping
-from dataclasses import field, fields
+from collections.abc import Container, Mapping
+from dataclasses import Field, field, fields
 from typing import Any, SupportsIndex, TypeVar
 
 from torch import Tensor
@@ -46,14 +47,6 @@ def check_count(name: str, value: int) -> int:
     return number
 
 
-def check_divisor(name: str, value: float) -> float:
-    """``value`` as a finite number that is not 0; raises ``TypeError`` or ``ValueError`` otherwise."""
-    number = check_number(name, value)
-    if not number:
-        raise ValueError(f"{name} must not be 0")
-    return number
-
-
 def check_flag(name: str, value: bool) -> bool:
     """``value`` if it is ``True`` or ``False``; raises ``TypeError`` otherwise."""
     if not isinstance(value, bool):
@@ -69,26 +62,45 @@ def not_negative(default: float = 0.0) -> Any:
     return field(default=default, metadata={"minimum": 0.0})
 
 
-def check_fields(cls: type[_Fields], saved: Mapping[str, Any], prefix: str = "") -> _Fields:
-    """A dataclass of flags, counts and numbers, from what was saved of it under names with a prefix.
+def not_zero(default: float) -> Any:
+    """A field of a dataclass that ``check_fields`` refuses at 0."""
+    return field(default=default, metadata={"not_zero": True})
+
+
+def save_fields(value: Any, without: Container[str] = ()) -> dict[str, Any]:
+    """The fields of a dataclass, as plain values, for ``check_fields``."""
+    return {own.name: copy.copy(getattr(value, own.name)) for own in fields(value) if own.name not in without}
+
+
+def check_fields(cls: type[_Fields], saved: Mapping[str, Any], prefix: str = "", **others: Any) -> _Fields:
+    """A dataclass of flags, counts, numbers and lists of numbers, from what was saved of it.
 
     A number may be infinite if its default is.
+
+    Args:
+        cls: The dataclass. Its annotations say what is allowed.
+        saved: What was saved.
+        prefix: What the names of the fields begin with.
+        others: Fields that were not saved in this way.
 
     Raises:
         KeyError: A name is missing.
         TypeError: A value is of another type.
         ValueError: A value is out of range.
     """
-    found: dict[str, Any] = {}
-    for own in fields(cls):  # type: ignore[arg-type]
-        name = prefix + own.name
-        value = saved[name]
-        if own.type is bool:
-            found[own.name] = check_flag(name, value)
-        elif own.type is int:
-            found[own.name] = check_count(name, value)
-        elif own.default == math.inf and value == math.inf:
-            found[own.name] = math.inf
-        else:
-            found[own.name] = check_number(name, value, own.metadata.get("minimum", -math.inf))
-    return cls(**found)
+    wanted = [own for own in fields(cls) if own.name not in others]  # type: ignore[arg-type]
+    return cls(**{own.name: _check_field(own, prefix + own.name, saved) for own in wanted}, **others)
+
+
+def _check_field(own: "Field[Any]", name: str, saved: Mapping[str, Any]) -> Any:
+    value, minimum = saved[name], own.metadata.get("minimum", -math.inf)
+    if own.type == list[float]:
+        return [check_number(name, item) for item in value]
+    if own.type is bool:
+        return check_flag(name, value)
+    if value == own.default == math.inf:
+        return math.inf
+    number = check_count(name, value) if own.type is int else check_number(name, value, minimum)
+    if own.metadata.get("not_zero") and not number:
+        raise ValueError(f"{name} must not be 0")
+    return number

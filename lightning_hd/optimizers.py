@@ -1,7 +1,8 @@
-"""What follows from the class of an optimizer: whether it can be tuned, and what its step does with a gradient."""
+"""What is known of torch's optimizers: which can be tuned, what a step does with a gradient, who holds rates."""
 
 import inspect
-from collections.abc import Callable, Iterable
+import math
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -23,7 +24,10 @@ from torch.optim import (
     SparseAdam,
 )
 
-from lightning_hd.rules import Rule
+from lightning_hd.processes import exact_dtype
+
+LARGEST = torch.finfo(torch.float32).max
+"""The largest rate that torch can multiply a float32 tensor with."""
 
 _COUPLED: tuple[type[Optimizer] | None, ...] = (SGD, Adam, ASGD, Adadelta, Adagrad, Adamax, NAdam, RAdam, RMSprop)
 """Optimizers whose ``weight_decay`` adds ``λ θ`` to the gradient, unless the group sets ``decoupled_weight_decay``."""
@@ -59,24 +63,27 @@ def coupled_decay(optimizer: Optimizer, group: dict[str, Any]) -> float:
     return weight_decay if weight_decay and is_coupled(optimizer, group) else 0.0
 
 
-def objective_gradient(
-    optimizer: Optimizer, group: dict[str, Any], g: Tensor, p: Callable[[], Tensor], grad_scale: Tensor | None
-) -> Tensor:
-    """``g_t``: the gradient of the objective that the optimizer minimizes.
+def to_objective(
+    optimizer: Optimizer, group: dict[str, Any], gradients: list[Tensor], parameters: list[Tensor]
+) -> None:
+    """Turn gradients from backpropagation into ``g_t``, those of the objective that the optimizer minimizes, in place.
 
     Args:
         optimizer: The optimizer.
         group: The parameter group.
-        g: The gradient from backpropagation. It must not be written to.
-        p: Returns the parameters, in the shape of ``g``.
-        grad_scale: The factor that a GradScaler has left in the gradient, or ``None``.
+        gradients: The gradients of some of its parameters, or parts of them.
+        parameters: The same parts of the parameters.
     """
-    if grad_scale is not None:
-        g = g / grad_scale.to(g.device)
+    # A GradScaler sets this attribute during the step of a fused optimizer, which unscales by itself.
+    scale = getattr(optimizer, "grad_scale", None)
+    # torch has no public function that changes many tensors at once.
+    if scale is not None:
+        torch._foreach_div_(gradients, scale.to(gradients[0].device))
     if group.get("maximize", False):
-        g = -g
+        torch._foreach_neg_(gradients)
     decay = coupled_decay(optimizer, group)
-    return g.add(p(), alpha=decay) if decay else g
+    if decay:
+        torch._foreach_add_(gradients, parameters, alpha=decay)
 
 
 def device_of(optimizer: Optimizer) -> torch.device:
@@ -85,19 +92,9 @@ def device_of(optimizer: Optimizer) -> torch.device:
     return device
 
 
-def follow_rate(optimizer: Optimizer, group: dict[str, Any], lr: float) -> None:
-    """Make the next step use ``lr``, also in ASGD, which has derived its rate at the end of the step before."""
-    if torch_class(type(optimizer)) is ASGD:
-        for p in group["params"]:
-            state = optimizer.state.get(p, {})
-            if "eta" in state:
-                decay, power = float(group["lambd"]), float(group["alpha"])
-                state["eta"].fill_(lr / (1 + decay * lr * float(state["step"])) ** power)
-
-
-def check_gradients(parameters: Iterable[Tensor]) -> None:
+def check_gradients(optimizer: Optimizer) -> None:
     """Raise ``TypeError`` if a gradient is sparse."""
-    for p in parameters:
+    for p in parameters_of(optimizer):
         if p.grad is not None and p.grad.layout != torch.strided:
             raise TypeError(
                 f"a parameter of shape {tuple(p.shape)} has a gradient of layout {p.grad.layout}: sparse gradients are "
@@ -118,13 +115,142 @@ def is_normalized(optimizer: Optimizer) -> bool:
     return not isinstance(optimizer, (SGD, ASGD))
 
 
-def set_rounding(rule: Rule, optimizer: Optimizer) -> None:
-    """Give a rule the relative rounding of gradients, which is that of float64 if all parameters are so precise."""
-    parameters = [p for settings in optimizer.param_groups for p in settings["params"]]
-    exact = [p.dtype for p in parameters if p.is_floating_point() or p.is_complex()]
-    eps = max((torch.finfo(dtype).eps for dtype in exact), default=rule.rounding)
-    if eps < rule.rounding:
-        rule.rounding = eps
+def parameters_of(optimizer: Optimizer) -> Iterator[Tensor]:
+    """The parameters of all groups."""
+    for group in optimizer.param_groups:
+        yield from group["params"]
+
+
+def group_names(optimizer_name: str, optimizer: Optimizer) -> list[str]:
+    """A name for each parameter group: the optimizer's, then ``/`` and the group's ``name``, or ``pg1``, ``pg2``, ….
+
+    A single group without a name has the name of its optimizer. If names are not unique, they do not count.
+    """
+    groups = optimizer.param_groups
+    if len(groups) == 1 and "name" not in groups[0]:
+        return [optimizer_name]
+    names = [str(group.get("name", f"pg{i}")) for i, group in enumerate(groups, start=1)]
+    if len(set(names)) < len(names):
+        names = [f"pg{i}" for i in range(1, len(groups) + 1)]
+    return [f"{optimizer_name}/{name}" for name in names]
+
+
+def rounding_of(optimizer: Optimizer) -> float:
+    """The relative rounding of the narrowest parameters."""
+    dtypes = {p.dtype for p in parameters_of(optimizer) if p.is_floating_point() or p.is_complex()}
+    return max((torch.finfo(dtype).eps for dtype in dtypes), default=0.0)
+
+
+def get_lr(group: dict[str, Any]) -> float:
+    """The rate that a parameter group holds."""
+    return float(group["lr"])
+
+
+def get_lrs(groups: Sequence[dict[str, Any]]) -> list[float]:
+    """The rates that some groups hold. Tensors on one device are read at once."""
+    tensors = [group["lr"] for group in groups if isinstance(group["lr"], Tensor)]
+    if len({tensor.device for tensor in tensors}) != 1:
+        return [float(group["lr"]) for group in groups]
+    numbers = iter(
+        torch.stack([tensor.detach().to(exact_dtype(tensor.device)).view(()) for tensor in tensors]).tolist()
+    )
+    return [next(numbers) if isinstance(group["lr"], Tensor) else get_lr(group) for group in groups]
+
+
+def read_lrs(optimizer: Optimizer, minimum: float) -> list[float]:
+    """The rates that the groups hold, checked.
+
+    Raises:
+        TypeError: One is not a rate.
+        ValueError: One is not finite, or below ``minimum``.
+    """
+    names = [f"lr of {type(optimizer).__name__} param_groups[{i}]" for i in range(len(optimizer.param_groups))]
+    for name, group in zip(names, optimizer.param_groups, strict=True):
+        _check_kind(name, group["lr"])
+    lrs = get_lrs(optimizer.param_groups)
+    for name, lr in zip(names, lrs, strict=True):
+        if not math.isfinite(lr) or lr < minimum:
+            allowed = "a finite number" + ("" if minimum < 0 else " of at least 0 (or pass min_lr=None)")
+            raise ValueError(f"{name} must be {allowed}, got {lr}")
+    return lrs
+
+
+def _check_kind(name: str, lr: Any) -> None:
+    """Raise ``TypeError`` if ``lr`` cannot be read as a rate, or is a tensor that cannot hold one."""
+    if isinstance(lr, Tensor):
+        if lr.numel() != 1 or not lr.is_floating_point() or lr.is_meta:
+            raise TypeError(
+                f"{name} must be a floating-point tensor of one element on a real device, got one of shape "
+                f"{tuple(lr.shape)} and {lr.dtype} on '{lr.device}'"
+            )
+    elif lr is None:
+        raise TypeError(
+            f"{name} is None: the optimizer makes its own rate, relative to the size of the parameters, so there is "
+            "none to tune. Give it a number (and relative_step=False, where it has that argument)"
+        )
+    elif isinstance(lr, str) or not hasattr(lr, "__float__"):
+        raise TypeError(f"{name} must be a number or a tensor of one, got {lr!r}")
+
+
+def set_lr(group: dict[str, Any], lr: float) -> float:
+    """Write a rate into a group, in place if that holds a tensor. Return what the group holds then."""
+    held = group["lr"]
+    if isinstance(held, Tensor):
+        held.fill_(lr)
+    elif float(held) != lr:
+        group["lr"] = lr
+    return as_held(group, lr)
+
+
+def as_held(group: dict[str, Any], lr: float) -> float:
+    """What a group holds once this rate is written into it. It does not wait for a device."""
+    held = group["lr"]
+    return float(torch.tensor(lr, dtype=held.dtype)) if isinstance(held, Tensor) else lr
+
+
+def put_back(optimizer: Optimizer, during: Sequence[float], before: Sequence[float]) -> bool:
+    """Restore the rates in the groups after a step that raised, except for those that were changed in between.
+
+    Args:
+        optimizer: The optimizer.
+        during: The rates of the step.
+        before: The rates to restore.
+
+    Returns:
+        Whether all were restored.
+    """
+    holding = get_lrs(optimizer.param_groups)  # before any is written, because groups may share a tensor
+    for group, held, lr, rate in zip(optimizer.param_groups, holding, during, before, strict=False):
+        if held == lr:
+            set_lr(group, rate)
+    return all(held == lr for held, lr in zip(holding, during, strict=False))
+
+
+def give_back(optimizer: Optimizer, during: Sequence[float], before: Sequence[float]) -> None:
+    """Restore the scheduled rates after a step. If the optimizer has lowered its rate, lower them in proportion."""
+    holding = get_lrs(optimizer.param_groups)
+    for group, held, lr, rate in zip(optimizer.param_groups, holding, during, before, strict=True):
+        lowered = held / lr if lr else 1.0
+        set_lr(group, rate * lowered if 0 <= lowered < 1 else rate)
+
+
+def apply_lr(optimizer: Optimizer, index: int, lr: float, held: float) -> float:
+    """Make the next step use ``lr`` in a group that holds another rate. Return what the group holds then."""
+    group = optimizer.param_groups[index]
+    used = set_lr(group, lr)
+    if used != held:
+        follow_rate(optimizer, group, used)
+    return used
+
+
+def follow_rate(optimizer: Optimizer, group: dict[str, Any], lr: float) -> None:
+    """Make the next step use ``lr``, also in ASGD, which has derived its rate at the end of the step before."""
+    if torch_class(type(optimizer)) is ASGD:
+        for p in group["params"]:
+            state = optimizer.state.get(p, {})
+            if "eta" in state:
+                decay, power = float(group["lambd"]), float(group["alpha"])
+                state["eta"].fill_(lr / (1 + decay * lr * float(state["step"])) ** power)
 
 
 def check_optimizer(optimizer: Optimizer) -> None:

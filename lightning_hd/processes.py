@@ -1,6 +1,8 @@
-"""One collective per step: sums over the processes that train together. Each of them holds a copy or a shard."""
+"""The processes that train together, each with a replica or a shard: sums over them, and what the first one says."""
 
+import logging
 import math
+import warnings
 from collections.abc import Iterable, Sequence
 from typing import Any
 
@@ -9,6 +11,8 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed import ProcessGroup
 from torch.distributed.tensor import DTensor
+
+_log = logging.getLogger("lightning_hd")
 
 
 def as_real(tensor: Tensor) -> Tensor:
@@ -81,7 +85,7 @@ class Ranks:
         """Whether this process speaks for all of them."""
         return self.rank == 0
 
-    def copies(self, p: Tensor) -> float:
+    def replicas(self, p: Tensor) -> float:
         """The number of ranks that hold the same elements of a parameter."""
         if is_flat_shard(p):
             return 1.0
@@ -136,6 +140,31 @@ class Ranks:
                 "processes only: a rate that was written there, a scheduler that is stepped by a metric of its own "
                 "process (log it with sync_dist=True), or a step that was left out"
             )
+
+
+class Notices:
+    """Warnings, one of each kind, and log messages about one optimizer, from the first process.
+
+    Args:
+        name: The name that messages begin with.
+        ranks: The processes.
+    """
+
+    def __init__(self, name: str, ranks: Ranks) -> None:
+        self._name = name
+        self._ranks = ranks
+        self._given: set[str] = set()
+
+    def warn(self, kind: str, message: str) -> None:
+        """Warn, unless there was a warning of that kind before."""
+        if kind not in self._given and self._ranks.is_first:
+            warnings.warn(f"{self._name}: {message}", RuntimeWarning, stacklevel=3)
+        self._given.add(kind)
+
+    def log(self, message: str) -> None:
+        """Write a message to the log."""
+        if self._ranks.is_first:
+            _log.info("%s: %s", self._name, message)
 
 
 def flat_offsets(parameters: Sequence[Tensor], ranks: Ranks) -> dict[Tensor, tuple[int, int]]:

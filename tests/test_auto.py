@@ -30,7 +30,7 @@ from torch.optim import (
     lr_scheduler,
 )
 
-from lightning_hd import Auto, HypergradientDescent, HypergradientLR, Observation
+from lightning_hd import Auto, Context, HypergradientDescent, HypergradientLR, Observation
 from tests import reference
 from tests.test_callback import Digits, Reference, make_trainer, scalars, tags
 from tests.test_checkpoints import differences
@@ -57,13 +57,6 @@ OPTIMIZERS: dict[str, tuple[Any, dict[str, Any]]] = {
     },
     **({"Muon": (torch.optim.Muon, {})} if hasattr(torch.optim, "Muon") else {}),
 }
-
-
-@pytest.mark.parametrize(("normalized", "longest"), [(True, 2.0), (False, math.log(1e4) - math.log(2.5))])
-def test_only_steps_that_follow_the_gradient_are_braked_by_all_of_a_leap(normalized: bool, longest: float) -> None:
-    rule = Auto(start="configured").bind(normalized)
-    feed(rule, [Observation(0.0, norm, 1.0) for norm in (1.0, 1.0, 1e4)])
-    assert rule.used(1.0, 3) == pytest.approx(math.exp(-longest), rel=1e-12)
 
 
 RATES = [1.0, 0.0, 1e-8, 1e-3, 1e3]
@@ -367,7 +360,7 @@ def feed(rule: Auto, observations: Iterable[Observation], lr: float = 1.0, start
     """The rates that the rule makes of a sequence, from its second step on."""
     lrs = []
     for step, seen in enumerate(observations, start=start):
-        lr = rule.update(lr, seen, step)
+        lr = rule.update(lr, seen, Context(step))
         lrs.append(lr)
     return lrs
 
@@ -433,7 +426,7 @@ def test_a_leap_alone_is_braked_for_a_while() -> None:
     excess = math.log(8.0) - mean - max(math.log(2.5), 3 * math.sqrt(variance))
     assert 0 < excess < 1
     for waited in range(200):
-        assert rule.used(1.0, 6) == pytest.approx(math.exp(-excess * 0.95**waited), rel=1e-12)
+        assert rule.used(1.0, Context(6)) == pytest.approx(math.exp(-excess * 0.95**waited), rel=1e-12)
         feed(rule, [Observation(0.0, 1.0, 1.0)])
     assert rule.brakes == 1
 
@@ -447,7 +440,14 @@ def test_leaps_in_a_row_lower_the_rate() -> None:
     assert lrs[6] == pytest.approx(math.exp(-1), rel=1e-12), "by a factor of e at most"
     assert lrs[7] == pytest.approx(math.exp(-2), rel=1e-12)
     assert lrs[-1] == lrs[7]
-    assert rule.used(lrs[7], 14) == pytest.approx(lrs[7] * math.exp(-2 * 0.95**5), rel=1e-12)
+    assert rule.used(lrs[7], Context(14)) == pytest.approx(lrs[7] * math.exp(-2 * 0.95**5), rel=1e-12)
+
+
+@pytest.mark.parametrize(("normalized", "longest"), [(True, 2.0), (False, math.log(1e4) - math.log(2.5))])
+def test_only_steps_that_follow_the_gradient_are_braked_by_all_of_a_leap(normalized: bool, longest: float) -> None:
+    rule = Auto(start="configured").bind(normalized)
+    feed(rule, [Observation(0.0, norm, 1.0) for norm in (1.0, 1.0, 1e4)])
+    assert rule.used(1.0, Context(3)) == pytest.approx(math.exp(-longest), rel=1e-12)
 
 
 def test_a_leap_to_a_level_that_stays_costs_the_rate_nothing() -> None:
@@ -462,10 +462,12 @@ def test_no_brake_takes_it_below_its_first_rate() -> None:
     first = rule.first_lr(1.0, 1.0)
     lr = 20 * first
     for t, norm in enumerate([1.0] * 5 + [100.0**i for i in range(40)], start=2):
-        lr = rule.update(lr, Observation(0.0, norm, 1.0), t)
+        lr = rule.update(lr, Observation(0.0, norm, 1.0), Context(t))
     assert rule.brakes > 10
     assert lr == first
-    assert rule.update(lr / 2, Observation(0.0, 1e100, 1.0), 50) == lr / 2, "where the cosine has taken it, it stays"
+    assert rule.update(lr / 2, Observation(0.0, 1e100, 1.0), Context(50)) == lr / 2, (
+        "where the cosine has taken it, it stays"
+    )
 
 
 def test_it_does_not_brake_before_it_has_seen_two_norms() -> None:
@@ -487,7 +489,7 @@ def test_a_zero_gradient_tells_it_nothing() -> None:
     rule = Auto(start="configured")
     feed(rule, noise(20))
     before = rule.state_dict()
-    assert rule.update(0.7, Observation(0.0, 0.0, 3.0), 22) == 0.7
+    assert rule.update(0.7, Observation(0.0, 0.0, 3.0), Context(22)) == 0.7
     assert rule.state_dict() == before
 
 

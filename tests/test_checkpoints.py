@@ -273,9 +273,9 @@ def test_tensors_of_another_run_are_not_mixed_in() -> None:
 
 def lose_moves(state: dict[str, Any]) -> None:
     view = state["hd"]["view"]
-    view["parameters"][0][2] += 1  # of another size
+    view["parameters"][0]["size"] += 1  # of another size
     del view["parameters"][1:]
-    view["memory"] = view["memory"][:, : view["parameters"][0][3]]
+    view["memory"] = view["memory"][:, : view["parameters"][0]["count"]]
 
 
 @pytest.mark.parametrize(

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from lightning.pytorch.cli import LightningCLI
 
-from lightning_hd import Additive, Auto, HypergradientDescent, Multiplicative, Observation, Rule
+from lightning_hd import Additive, Auto, Context, HypergradientDescent, Multiplicative, Observation, Rule
 from tests.test_callback import Reference, make_trainer, same, scalars
 
 pytestmark = [
@@ -41,7 +41,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
 class Sign(Rule):
     """A rule of a user's own, without arguments."""
 
-    def update(self, lr: float, seen: Observation, step: int) -> float:
+    def update(self, lr: float, seen: Observation, context: Context) -> float:
         return lr * (1.01 if seen.cosine > 0 else 0.99)
 
 

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from lightning_hd import Auto, Observation
+from lightning_hd import Auto, Context, Observation
 from lightning_hd.rules.greedy import Greedy
 
 
@@ -42,12 +42,12 @@ def test_a_rate_that_is_too_low_for_single_steps_does_not_fall_and_comes_back() 
     rule, low = Auto(start="configured"), 1.0
     falls = [Observation(1.0, 1.0, 1.0, 1.0, 0.0, 0.5, 1.0)] * 60  # longer and single steps: both too long
     for step, seen in enumerate(falls, start=2):
-        low = rule.update(low, seen, step)
+        low = rule.update(low, seen, Context(step))
     assert low < 0.5
     rates = [low]
     for step in range(62, 200):
         slope = -0.5 + 0.01 * (step % 2)  # single steps are too short now, whatever the memory shows
-        rates.append(rule.update(rates[-1], Observation(1.0, 1.0, 1.0, 1.0, 0.0, slope, 1.0), step))
+        rates.append(rule.update(rates[-1], Observation(1.0, 1.0, 1.0, 1.0, 0.0, slope, 1.0), Context(step)))
     lowest = rates.index(min(rates))
     assert lowest < 20, "until the mean of the cosines is positive"
     assert np.all(np.diff(rates[lowest:]) >= 0)

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import SGD, Adam, AdamW, Optimizer, RMSprop, lr_scheduler
 
-from lightning_hd import Additive, Auto, HypergradientLR, Multiplicative, Observation, Rule
+from lightning_hd import Additive, Auto, Context, HypergradientLR, Multiplicative, Observation, Rule
 from lightning_hd.rules import make_rule
 from tests import reference
 from tests.test_directions import CLASSES, REFUSED, CautiousAdam, SignDescent
@@ -43,10 +43,10 @@ BETAS = {"additive": 1e-5, "multiplicative": 0.02, "auto": None}
 
 
 class Standing(Auto):
-    def update(self, lr: float, seen: Observation, step: int) -> float:
+    def update(self, lr: float, seen: Observation, context: Context) -> float:
         return lr
 
-    def watch(self, lr: float, loss: float, step: int) -> float:
+    def watch(self, lr: float, loss: float, context: Context) -> float:
         return lr
 
 
@@ -470,7 +470,7 @@ class Counting(Rule):
     def __init__(self) -> None:
         self.updates = 0
 
-    def update(self, lr: float, seen: Observation, step: int) -> float:
+    def update(self, lr: float, seen: Observation, context: Context) -> float:
         self.updates += 1
         if seen.grad_norm > 10:
             raise OSError("gone")
@@ -752,13 +752,13 @@ class LongHorizon(Rule):
     long_horizon = True
     picks_start = True
 
-    def discount(self, lr: float, step: int) -> float:
-        return 1 - 1 / (step + 1)
+    def discount(self, lr: float, context: Context) -> float:
+        return 1 - 1 / (context.step + 1)
 
     def first_lr(self, param_norm: float, direction_norm: float) -> float:
         return 0.01 * param_norm / direction_norm
 
-    def update(self, lr: float, seen: Observation, step: int) -> float:
+    def update(self, lr: float, seen: Observation, context: Context) -> float:
         return lr * (1 + 0.1 * seen.cosine)
 
 
@@ -842,7 +842,7 @@ class Cooling(Rule):
     def __init__(self) -> None:
         self.count = 0
 
-    def update(self, lr: float, seen: Observation, step: int) -> float:
+    def update(self, lr: float, seen: Observation, context: Context) -> float:
         self.count += 1
         return lr * (1 + 0.1 * seen.cosine / self.count)
 
@@ -859,7 +859,7 @@ def test_the_numbers_of_a_rule_of_ones_own_are_saved() -> None:
 @pytest.mark.parametrize("value", [None, "0.1", [0.1]])
 def test_a_rule_that_returns_no_number_is_named(value: Any) -> None:
     class Broken(Rule):
-        def update(self, lr: float, seen: Observation, step: int) -> float:
+        def update(self, lr: float, seen: Observation, context: Context) -> float:
             return value  # type: ignore[no-any-return]
 
     network = reference.torch_network()

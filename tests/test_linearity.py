@@ -154,7 +154,7 @@ def test_auto_changes_slowly_where_a_change_moves_what_was_learned(optimizer: An
     assert (largest < 0.021) == (optimizer is DualAveraging)
     again = HypergradientLR(optimizer([w]))
     again.load_state_dict(hd.state_dict())  # it is not forgotten
-    assert again.state_dict()["rates"]["scopes"][0]["rule"]["nonlinear"] == (optimizer is DualAveraging)
+    assert again.state_dict()["nonlinear"] == (optimizer is DualAveraging)
 
 
 def test_a_rate_that_is_not_used_is_reported() -> None:

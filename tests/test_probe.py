@@ -14,7 +14,8 @@ from torch import Tensor, nn
 from torch.optim import SGD, Adam, AdamW
 
 from lightning_hd import HypergradientLR
-from lightning_hd.hypergradient.probe import Slot, allot, choose, gather, look, pack
+from lightning_hd.hypergradient.buckets import flatten, gather, pack
+from lightning_hd.hypergradient.probe import Slot, allot, choose, look
 from lightning_hd.processes import Ranks
 
 
@@ -60,7 +61,7 @@ def test_sums_over_a_probe_are_unbiased_estimates_of_those_over_everything() -> 
         slots = look([(i, j, p) for j, p in enumerate(parameters)], 4_000, Ranks(None), {})
         total = 0.0
         for bucket in pack(slots, lambda _: 0):
-            x = gather(bucket.views([slot.flat(slot.p.detach()) for slot in slots])).double()
+            x = gather(bucket.views(flatten(slots, [slot.p.detach() for slot in slots]))).double()
             assert bucket.weights is not None
             total += float((x * x * bucket.weights).sum())
         found.append(total)
@@ -78,13 +79,13 @@ def test_positions_and_pieces_agree_in_every_layout(layout: str) -> None:
     p = nn.Parameter(values)
     (slot,) = slots_of([p], 100)
     (bucket,) = pack([slot], lambda _: 0)
-    found = gather(bucket.views([slot.flat(p.detach())]))
+    found = gather(bucket.views(flatten([slot], [p.detach()])))
     in_memory = p.detach().permute(*sorted(range(4), key=lambda i: -p.stride()[i])).flatten()
     expected = torch.cat([in_memory[start:stop] for start, stop in slot.blocks])
     assert torch.equal(found, expected)
     assert slot.positions().tolist() == list(range(100))
     gradient = p.detach().contiguous()  # rows, whatever the parameter's layout is
-    assert torch.equal(slot.flat(gradient), slot.flat(p.detach()))
+    assert torch.equal(*flatten([slot, slot], [gradient, p.detach()]))
 
 
 def train(budget: Any, rule: str, cls: Any, steps: int = 60) -> list[float]:

@@ -8,7 +8,7 @@ import pytest
 from torch.optim import SGD, Adam
 from torch.optim.lr_scheduler import ExponentialLR
 
-from lightning_hd import HypergradientDescent, Observation, Rule
+from lightning_hd import Context, HypergradientDescent, Observation, Rule
 from lightning_hd.reporting.summary import remarks, rows
 from tests.test_callback import Reference, make_trainer
 
@@ -71,11 +71,11 @@ def test_a_remark_says_where_the_scale_undoes_the_schedule(tmp_path: Path) -> No
     class Undo(Rule):
         """Keeps the effective rate as it is."""
 
-        def update(self, lr: float, seen: Observation, step: int) -> float:
+        def update(self, lr: float, seen: Observation, context: Context) -> float:
             return lr / 0.98
 
     class Leave(Undo):
-        def update(self, lr: float, seen: Observation, step: int) -> float:
+        def update(self, lr: float, seen: Observation, context: Context) -> float:
             return lr
 
     for rule, fights in ((Undo(), True), (Leave(), False)):

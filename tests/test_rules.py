@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from lightning_hd import Additive, Auto, Multiplicative, Observation, Rule
+from lightning_hd import Additive, Auto, Context, Multiplicative, Observation, Rule
 from lightning_hd.rules import make_rule
 from lightning_hd.rules.greedy import Greedy
 from tests import reference
@@ -17,12 +17,12 @@ SEEN = Observation(hypergradient=-6.0, grad_norm=4.0, direction_norm=3.0)
 
 
 def test_additive() -> None:
-    assert Additive(0.1).update(1.0, SEEN, 2) == 1.0 + 0.1 * 6.0
+    assert Additive(0.1).update(1.0, SEEN, Context(2)) == 1.0 + 0.1 * 6.0
 
 
 def test_multiplicative() -> None:
     assert SEEN.cosine == 0.5
-    assert Multiplicative(0.1).update(2.0, SEEN, 2) == 2.0 * (1 + 0.1 * 0.5)
+    assert Multiplicative(0.1).update(2.0, SEEN, Context(2)) == 2.0 * (1 + 0.1 * 0.5)
 
 
 @pytest.mark.parametrize("rule", [Additive(0.1), Multiplicative(0.1), Additive(0.1, limit_lr=0.3)])
@@ -30,10 +30,10 @@ def test_rules_compute_with_0_dim_tensors_as_with_floats(rule: Any) -> None:
     tensors: Any = [torch.tensor(x, dtype=torch.float64) for x in SEEN]
     seen = Observation(*tensors)
     two: Any = torch.tensor(2.0, dtype=torch.float64)
-    lr: Any = rule.update(two, seen, 2)
+    lr: Any = rule.update(two, seen, Context(2))
     assert torch.is_tensor(lr)
-    assert float(lr) == rule.update(2.0, SEEN, 2)
-    assert float(rule.used(lr, 3)) == pytest.approx(rule.used(float(lr), 3), rel=1e-15)
+    assert float(lr) == rule.update(2.0, SEEN, Context(2))
+    assert float(rule.used(lr, Context(3))) == pytest.approx(rule.used(float(lr), Context(3)), rel=1e-15)
 
 
 @pytest.mark.parametrize("kind", [float, torch.tensor])
@@ -59,11 +59,11 @@ def test_bind_copies() -> None:
 
 def test_the_transition_of_section_5() -> None:
     rule = Additive(0.1, limit_lr=0.5)
-    assert rule.used(2.0, 1) == 2.0
-    assert rule.used(2.0, 4) == pytest.approx(2.0 / 16 + 0.5 * 15 / 16)
+    assert rule.used(2.0, Context(1)) == 2.0
+    assert rule.used(2.0, Context(4)) == pytest.approx(2.0 / 16 + 0.5 * 15 / 16)
     linear = Multiplicative(0.1, limit_lr=0.5, weight=lambda step: max(0.0, 1 - (step - 1) / 10))
-    assert linear.used(2.0, 6) == pytest.approx(1.25)
-    assert linear.used(2.0, 50) == 0.5
+    assert linear.used(2.0, Context(6)) == pytest.approx(1.25)
+    assert linear.used(2.0, Context(50)) == 0.5
 
 
 def test_make_rule() -> None:
@@ -83,7 +83,7 @@ def test_numbers_of_numpy_are_saved_as_plain_ones() -> None:
         def __init__(self) -> None:
             self.mean, self.on, self.count, self.x = np.float64(0.5), True, 3, torch.ones(2, requires_grad=True)
 
-        def update(self, lr: float, seen: Observation, step: int) -> float:
+        def update(self, lr: float, seen: Observation, context: Context) -> float:
             return lr
 
     saved = Own().state_dict()
@@ -120,11 +120,11 @@ def test_a_rule_that_promises_more_must_keep_it() -> None:
         long_horizon = True
         picks_start = True
 
-        def update(self, lr: Any, seen: Observation, step: int) -> Any:
+        def update(self, lr: Any, seen: Observation, context: Context) -> Any:
             return lr
 
     with pytest.raises(NotImplementedError, match="Promise has a long horizon"):
-        Promise().discount(0.1, 1)
+        Promise().discount(0.1, Context(1))
     with pytest.raises(NotImplementedError, match="Promise picks its first rate"):
         Promise().first_lr(1.0, 1.0)
 
@@ -151,19 +151,20 @@ def signals(seed: int, steps: int, leaps: float) -> Iterator[tuple[reference.Sho
 def test_whatever_auto_sees_its_rates_are_those_of_the_formula(seed: int, leaps: float) -> None:
     rule, formula = Auto(), reference.AutoRule()
     mine, expected = rule.first_lr(3.0, 7.0), 1e-4 * 3 / 7
-    formula.first, rule.cooldown = expected, 600.0
-    assert rule.discount(mine, 1) == formula.part_kept(expected, 1)
+    formula.first = expected
+    assert rule.discount(mine, Context(1, 600.0)) == formula.part_kept(expected, 1)
     for t, (shown, loss) in enumerate(signals(seed, 1200, leaps), start=2):
+        context = Context(t, 600.0)
         weight = 1 / max(1.0, min(0.05 * 600, t / 5))  # of the newest in the running mean
         before = (shown.late - weight * shown.product) / (1 - weight) if weight < 1 else 0.0  # type: ignore[operator]
         product, g_norm, d_norm, _, *others = shown
-        mine = rule.update(mine, Observation(-product, g_norm, d_norm, -before, *others), t)
+        mine = rule.update(mine, Observation(-product, g_norm, d_norm, -before, *others), context)
         expected = formula.next_lr(expected, t, shown._replace(late=product) if weight == 1 else shown)
         assert mine == pytest.approx(expected, rel=1e-9), t
-        mine, expected = rule.watch(mine, loss, t), formula.held_back(expected, t, loss, shown.slope)
+        mine, expected = rule.watch(mine, loss, context), formula.held_back(expected, t, loss, shown.slope)
         assert mine == pytest.approx(expected, rel=1e-9), t
-        assert rule.used(mine, t) == pytest.approx(expected * np.exp(-formula.brake), rel=1e-9), t
-        assert rule.discount(mine, t) == pytest.approx(formula.part_kept(expected, t), rel=1e-9), t
+        assert rule.used(mine, context) == pytest.approx(expected * np.exp(-formula.brake), rel=1e-9), t
+        assert rule.discount(mine, context) == pytest.approx(formula.part_kept(expected, t), rel=1e-9), t
     assert rule.brakes == len(formula.braked) + len(formula.retreats)
     assert min(map(len, (formula.braked, formula.retreats, formula.undone))) > 0, "the comparison needs all of them"
 
@@ -171,20 +172,20 @@ def test_whatever_auto_sees_its_rates_are_those_of_the_formula(seed: int, leaps:
 def test_at_a_rate_of_0_auto_learns_nothing_and_goes_on() -> None:
     rule, seen = Auto(), Observation(-1.0, 1.0, 1.0)
     lr = rule.first_lr(1.0, 1.0)
-    rule.discount(lr, 1)
-    assert rule.update(0.0, seen, 2) == rule.watch(0.0, 1.0, 2) == 0.0
-    assert rule.discount(0.0, 2) == rule.discount(lr, 3) == 1 - 1 / 450
+    rule.discount(lr, Context(1))
+    assert rule.update(0.0, seen, Context(2)) == rule.watch(0.0, 1.0, Context(2)) == 0.0
+    assert rule.discount(0.0, Context(2)) == rule.discount(lr, Context(3)) == 1 - 1 / 450
     fresh = Auto(start="configured")
-    assert fresh.discount(0.0, 1) == fresh.discount(0.1, 2) == 1 - 1 / 450
+    assert fresh.discount(0.0, Context(1)) == fresh.discount(0.1, Context(2)) == 1 - 1 / 450
 
 
 def test_where_the_step_is_not_linear_auto_forgets_nothing_and_moves_little() -> None:
     rule = Auto()
     lr = rule.first_lr(1.0, 1.0)
-    rule.nonlinear = True
-    assert [rule.discount(rate, step) for step, rate in enumerate([lr, 9 * lr, lr], start=1)] == [1.0] * 3
+    contexts = [Context(step, nonlinear=True) for step in (1, 2, 3)]
+    assert [rule.discount(rate, context) for context, rate in zip(contexts, (lr, 9 * lr, lr), strict=True)] == [1.0] * 3
     for sign in (1, -1):
-        assert rule.update(lr, Observation(-100.0 * sign, 1.0, 1.0, -100.0 * sign), 2) == pytest.approx(
+        assert rule.update(lr, Observation(-100.0 * sign, 1.0, 1.0, -100.0 * sign), contexts[1]) == pytest.approx(
             lr * math.exp(0.02 * sign), rel=1e-12
         )
 

@@ -3,7 +3,8 @@
 from torch import nn
 from torch.optim import SGD, Adam, Optimizer
 
-from lightning_hd.reporting.names import group_names, optimizer_names, tag
+from lightning_hd.optimizers import group_names
+from lightning_hd.reporting.names import optimizer_names, tag
 
 
 def make(cls: type[Optimizer], *groups: dict[str, str]) -> Optimizer:

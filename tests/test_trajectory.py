@@ -12,7 +12,9 @@ from torch.optim import SGD, Adam
 from torch.optim.lr_scheduler import LambdaLR
 
 from lightning_hd import HypergradientDescent, HypergradientLR
-from lightning_hd.engine.trajectory import Trajectory
+from lightning_hd.checks import check_fields, save_fields
+from lightning_hd.engine.rates import Trajectory
+from lightning_hd.engine.suggestion import constant_rate
 from tests.benchmarks import tasks, training, tuners
 from tests.benchmarks.tuners import constant
 from tests.test_callback import Reference, make_trainer
@@ -25,14 +27,14 @@ pytestmark = [
 @pytest.mark.parametrize("steps", [1, 2, 7, 256, 257, 5000])
 def test_it_is_a_part_of_a_high_rate_of_the_first_half_and_few_points_suffice(steps: int) -> None:
     trajectory = Trajectory()
-    assert trajectory.suggestion() is None
+    assert constant_rate(trajectory.points) is None
     rates = np.exp(np.sin(np.arange(steps) / steps * 9)).tolist()
     for lr in rates:
         trajectory.add(lr)
     assert len(trajectory.points) <= 256
     expected = 0.6 * np.quantile(rates[: (steps + 1) // 2], 0.8)
-    assert trajectory.suggestion() == pytest.approx(expected, rel=1e-12 if steps <= 256 else 0.02)
-    again = Trajectory.loaded(trajectory.state_dict())
+    assert constant_rate(trajectory.points) == pytest.approx(expected, rel=1e-12 if steps <= 256 else 0.02)
+    again = check_fields(Trajectory, save_fields(trajectory))
     assert again == trajectory
 
 

@@ -9,7 +9,7 @@ from sklearn.datasets import load_digits
 from torch import nn
 from torch.optim import SGD, Adam, Optimizer, RMSprop
 
-from lightning_hd import Auto, HypergradientLR, Observation
+from lightning_hd import Auto, Context, HypergradientLR, Observation
 from tests import reference
 
 
@@ -23,7 +23,7 @@ def test_a_gradient_that_is_rounding_raises_nothing_by_hand_and_in_the_formula()
     for t, norm in enumerate([1.0] * 20 + list(10.0 ** np.arange(0, -9, -0.5)) + [1e-8] * 300, start=2):
         cosine, moved = rng.uniform(0.1, 0.9), float(t % 7 > 0)
         before = lr
-        lr = rule.update(lr, Observation(-cosine * norm * moved, norm, moved, -cosine * norm * moved), t)
+        lr = rule.update(lr, Observation(-cosine * norm * moved, norm, moved, -cosine * norm * moved), Context(t))
         mine = formula.next_lr(mine, t, reference.Shown(cosine * norm * moved, norm, moved))
         assert lr == pytest.approx(mine, rel=1e-9)
         changes.append(np.log(lr / before))

@@ -4,13 +4,13 @@ import torch
 from lightning.pytorch import Trainer
 from typing_extensions import assert_type
 
-from lightning_hd import Auto, HypergradientDescent, HypergradientLR, Observation, Rule
+from lightning_hd import Auto, Context, HypergradientDescent, HypergradientLR, Observation, Rule
 
 
 class Sign(Rule):
     """A rule of one's own."""
 
-    def update(self, lr: float, seen: Observation, step: int) -> float:
+    def update(self, lr: float, seen: Observation, context: Context) -> float:
         return lr * (1.01 if seen.cosine > 0 else 0.99)
 
 

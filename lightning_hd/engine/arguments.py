@@ -6,6 +6,7 @@ from torch.optim import Optimizer
 
 from lightning_hd.checks import check_count, check_flag, check_number
 from lightning_hd.engine.cooldown import Decline
+from lightning_hd.optimizers import parameters_of
 from lightning_hd.processes import is_flat_shard
 from lightning_hd.rules import Rule, make_rule
 
@@ -89,7 +90,7 @@ def check_callback_arguments(
 
 def check_flat_shards(optimizer: Optimizer, rule: Rule) -> None:
     """Raise ``TypeError`` if parameters are flat shards and the rule needs the direction of the last step."""
-    flat = any(is_flat_shard(p) for settings in optimizer.param_groups for p in settings["params"])
+    flat = any(map(is_flat_shard, parameters_of(optimizer)))
     if flat and not rule.long_horizon:
         raise TypeError(
             f"rule {type(rule).__name__} does not support FullyShardedDataParallel: use rule='auto', or shard the "

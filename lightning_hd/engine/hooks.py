@@ -1,15 +1,23 @@
-"""StepHooks: calls back in every step of an optimizer, when its gradients are ready and when its parameters moved."""
+"""Step hooks: they call back in every step of an optimizer, when its gradients are ready and when parameters moved."""
 
 import inspect
 import weakref
-from collections.abc import Callable
-from time import perf_counter
+from collections.abc import Callable, Sequence
 from types import FrameType
 from typing import Any
 
 import torch
+from torch import Tensor
 from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
+
+from lightning_hd.engine.step import Tuning
+from lightning_hd.optimizers import parameters_of
+from lightning_hd.processes import Notices, is_flat_shard
+
+_GRADIENTS, _PASSES = 20, 1000
+"""The warning that no step is seen comes after so many gradients, each a new tensor, or so many backward passes.
+Gradients are seldom accumulated for so long."""
 
 _attached: "weakref.WeakSet[Optimizer]" = weakref.WeakSet()
 
@@ -18,44 +26,30 @@ class StepHooks:
     """Calls back around every step of an optimizer.
 
     The gradients may be ready before the step, or a closure may compute them in it. A step that calls the step of its
-    parent class counts as one.
+    parent class runs the hooks twice, and counts as one. The frame that has called the outer one tells them apart.
 
     Args:
         optimizer: The optimizer.
-        begin: Called when a step begins. The step before may not have ended. It returns whether to tune this one.
-        prepare: Called when the gradients are ready, before the parameters move. It returns whether it is done. If so,
-            it is not called again where the optimizer evaluates its closure twice.
-        hear: Called with the value that a closure returns, before ``prepare``.
-        pass_by: Called for a step that cannot be tuned, because it moves the parameters before it evaluates its
-            closure.
-        finish: Called when the step is over. It is not called if a GradScaler skips the step or an exception ends it.
+        tuning: What is called back.
+        notices: Where a warning goes if gradients come and go, but no step is seen; ``None``: this is not watched.
+
+    Attributes:
+        proven: Whether a step has ended. From then on an early move is passed by, not refused.
 
     Raises:
         RuntimeError: The optimizer has such hooks already.
     """
 
-    def __init__(
-        self,
-        optimizer: Optimizer,
-        begin: Callable[[], bool],
-        prepare: Callable[[], bool],
-        hear: Callable[[Any], None],
-        pass_by: Callable[[], None],
-        finish: Callable[[], None],
-    ) -> None:
+    def __init__(self, optimizer: Optimizer, tuning: Tuning, notices: Notices | None) -> None:
         if optimizer in _attached:
             raise RuntimeError(
                 f"this {type(optimizer).__name__} is tuned by a HypergradientLR (or a HypergradientDescent callback) "
                 "already: use one, or detach() the first"
             )
         self._optimizer = optimizer
-        self._begin = begin
-        self._prepare = prepare
-        self._hear = hear
-        self._pass_by = pass_by
-        self.seconds = 0.0  # the time that all calls have taken
-        self.proven = False  # whether a step has ended: from then on an early move is passed by, not refused
-        self._finish = finish
+        self._tuning = tuning
+        self.proven = False
+        self._watch = _Watch(optimizer, notices) if notices is not None else None
         self._caller: FrameType | None = None  # the frame that has called the current step
         self._handles: list[RemovableHandle] = [
             optimizer.register_step_pre_hook(self._before_step),
@@ -70,99 +64,126 @@ class StepHooks:
         """Remove the hooks from the optimizer."""
         for handle in self._handles:
             handle.remove()
+        self._end_watch()
         self._caller = None
         _attached.discard(self._optimizer)
 
+    def _end_watch(self) -> None:
+        if self._watch is not None:
+            self._watch.end()
+            self._watch = None
+
     def _before_step(
-        self,
-        optimizer: Optimizer,
-        args: tuple[Any, ...],
-        kwargs: dict[str, Any],
+        self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
         caller = _calling_frame()
         if self._caller is not None and _is_within(caller, self._caller):
             return None  # the step of a subclass calls that of its parent class
         self._caller = None
-        if not self._begin():
+        self._end_watch()
+        if not self._tuning.begin():
             return None
         self._caller = caller
         closure = args[1] if len(args) > 1 else kwargs.get("closure")
         if not callable(closure):
-            self._call_prepare()
+            try:
+                self._tuning.prepare()
+            except BaseException:
+                self._caller = None  # the frame would keep the caller's variables alive
+                raise
             return None
         if len(args) > 1:
             return (args[0], self._wrap(closure), *args[2:]), kwargs
         return args, {**kwargs, "closure": self._wrap(closure)}
 
     def _wrap(self, closure: Callable[[], Any]) -> Callable[[], Any]:
-        before, caller = self._versions(), self._caller
-        parameters = [p for settings in self._optimizer.param_groups for p in settings["params"]]
-        copies = [] if self.proven else [p.detach().clone() for p in parameters]  # the error puts them back
+        """A closure that prepares the step when it has computed the gradients."""
+        parameters, caller = list(parameters_of(self._optimizer)), self._caller
+        versions = _versions(parameters)
+        originals = [] if self.proven else [p.detach().clone() for p in parameters]
         done = False
 
         def prepare_after_backward() -> Any:
             nonlocal done
             if done or self._caller is not caller:  # the step has failed, or the hooks were removed
                 return closure()
-            if self._versions() != before:
-                if not copies:
-                    done = True
-                    self._pass_by()
-                    return closure()
-                self._caller = None
-                with torch.no_grad():
-                    for p, copy in zip(parameters, copies, strict=True):
-                        p.copy_(copy)
-                raise TypeError(
-                    f"{type(self._optimizer).__name__} moves the parameters before it evaluates its closure. It is not "
-                    "supported, because such a step cannot be measured. Tune the optimizer inside of it, if it has one"
-                )
+            if _versions(parameters) != versions:
+                if originals:
+                    self._refuse(parameters, originals)
+                done = True
+                self._tuning.pass_by()
+                return closure()
             try:
                 loss = closure()
+                if self._caller is caller:
+                    self._tuning.hear(loss)
+                    done = self._tuning.prepare()
             except BaseException:
                 self._caller = None
                 raise
-            if self._caller is caller:
-                self._hear(loss)
-                done = self._call_prepare()
             return loss
 
         return prepare_after_backward
 
-    @torch.compiler.disable  # type: ignore[untyped-decorator]  # torch's
-    def _call_prepare(self) -> bool:
-        begin = perf_counter()
-        try:
-            return self._prepare()
-        except BaseException:
-            self._caller = None  # the frame would keep the caller's variables alive
-            raise
-        finally:
-            self.seconds += perf_counter() - begin
-
-    @torch.compiler.disable  # type: ignore[untyped-decorator]
-    def _call_finish(self) -> None:
-        begin = perf_counter()
-        self._finish()
-        self.seconds += perf_counter() - begin
-
-    def _versions(self) -> list[int]:
-        """How often each parameter was written to. torch has no public name for the counter that autograd keeps."""
-        return [p._version for settings in self._optimizer.param_groups for p in settings["params"]]
+    def _refuse(self, parameters: Sequence[Tensor], originals: Sequence[Tensor]) -> None:
+        """Undo an early move, and raise ``TypeError``."""
+        self._caller = None
+        with torch.no_grad():
+            for p, original in zip(parameters, originals, strict=True):
+                p.copy_(original)
+        raise TypeError(
+            f"{type(self._optimizer).__name__} moves the parameters before it evaluates its closure. It is not "
+            "supported, because such a step cannot be measured. Tune the optimizer inside of it, if it has one"
+        )
 
     def _after_step(self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if self._caller is not None and _calling_frame() is self._caller:
             self._caller = None
             self.proven = True
-            self._call_finish()
+            self._tuning.finish()
+
+
+class _Watch:
+    """Warns once if gradients come and go, but the optimizer is stepped in a way that no hook sees, or not at all."""
+
+    def __init__(self, optimizer: Optimizer, notices: Notices) -> None:
+        self._notices = notices
+        self._gradients = 0
+        self._passes = 0
+        self._last: weakref.ref[Tensor] | None = None
+        self._handle: RemovableHandle | None = None
+        for p in parameters_of(optimizer):
+            if self._handle is None and p.requires_grad and p.is_leaf and not is_flat_shard(p):
+                self._handle = p.register_post_accumulate_grad_hook(self._count)  # type: ignore[no-untyped-call]
+
+    def end(self) -> None:
+        if self._handle is not None:
+            self._handle.remove()
+
+    def _count(self, p: Tensor) -> None:
+        self._passes += 1
+        if p.grad is not None and (self._last is None or self._last() is not p.grad):
+            self._gradients += 1
+            self._last = weakref.ref(p.grad)
+        if self._gradients > _GRADIENTS or self._passes > _PASSES:
+            self.end()
+            self._notices.warn(
+                "no step",
+                "gradients came and went, but no step was seen. Call the `step` of this very optimizer. Until then its "
+                "learning rate is not tuned",
+            )
+
+
+def _versions(parameters: Sequence[Tensor]) -> list[int]:
+    """How often each parameter was written to. torch has no public name for the counter that autograd keeps."""
+    return [p._version for p in parameters]
 
 
 def _calling_frame() -> FrameType | None:
     """The frame that called the step hook from which this is called."""
     frame = inspect.currentframe()
-    for _ in range(2):
-        frame = frame.f_back if frame is not None else None
-    return frame
+    hook = frame.f_back if frame is not None else None
+    return hook.f_back if hook is not None else None
 
 
 def _is_within(frame: FrameType | None, outer: FrameType) -> bool:

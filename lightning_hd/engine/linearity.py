@@ -5,7 +5,7 @@ import copy
 import inspect
 import math
 import random
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -13,11 +13,9 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Adafactor, Optimizer
 
-from lightning_hd.engine.rates import Rates
-from lightning_hd.hypergradient.products import squared_norm
-from lightning_hd.notices import Notices
-from lightning_hd.optimizers import device_of, inner_optimizers, torch_class
-from lightning_hd.processes import Ranks, as_real, local
+from lightning_hd.hypergradient import squared_norm
+from lightning_hd.optimizers import device_of, inner_optimizers, parameters_of, torch_class
+from lightning_hd.processes import Notices, Ranks, as_real, local
 
 _LARGEST = 2**20
 """About how many coordinates the copy has. It is made of the smallest parameters."""
@@ -52,64 +50,68 @@ class Linearity:
 
     Args:
         optimizer: The optimizer.
-        rates: The rates of its groups.
         ranks: The processes that train together.
         notices: Where warnings go.
         long_horizon: Whether the rule looks at the moves of many steps.
+
+    Attributes:
+        due: The numbers of steps after which one is still to be tested.
+        failed: Whether a step was found not to be linear in the rate. For a rule that looks at the moves of many steps,
+            it fails only if a change of the rate also changes what former steps have done. The parameters then move by
+            more than the step itself.
     """
 
-    def __init__(self, optimizer: Optimizer, rates: Rates, ranks: Ranks, notices: Notices, long_horizon: bool) -> None:
+    def __init__(self, optimizer: Optimizer, ranks: Ranks, notices: Notices, long_horizon: bool) -> None:
         self._optimizer = optimizer
-        self._rates = rates
         self._ranks = ranks
         self._notices = notices
         self._long_horizon = long_horizon
-        if any({"d", "d0"} <= settings.keys() for settings in optimizer.param_groups):
+        if any({"d", "d0"} <= group.keys() for group in optimizer.param_groups):
             notices.warn(
                 "own estimate",
                 "this optimizer estimates its learning rate itself, as Prodigy and D-Adaptation do. Two estimates on "
                 "top of each other fail. Use it alone, or tune a plain optimizer",
             )
         known = torch_class(type(optimizer))
-        self._due = list(_DUE) if known is None or known is Adafactor else []
+        self.due = list(_DUE) if known is None or known is Adafactor else []
+        self.failed = False
 
-    def fails(self, step_count: int) -> bool:
-        """Whether the next step is found not to be linear in the rate. Call it when the gradients are ready.
+    def test(self, step_count: int, lrs: Sequence[float]) -> None:
+        """Test the next step. Call it when the gradients are ready.
 
-        For a rule that looks at the moves of many steps, a step fails only if a change of the rate also changes what
-        former steps have done. The parameters then move by more than the step itself.
+        Args:
+            step_count: The number of steps so far.
+            lrs: The rate of each group in the last one.
         """
-        if not self._due or step_count < self._due[0]:
-            return False
         if step_count > _PATIENCE:
-            self._due = []
-            return False
-        rates = {i: group.lr for i, group in enumerate(self._rates.groups) if group.lr}
+            self.due = []
+            return
+        rates = {i: lr for i, lr in enumerate(lrs) if lr}
         found = _replay(self._optimizer, rates) if rates else None
-        votes = [found is not None, found is not None and found.ignores]
-        votes.append(found is not None and (found.growth > _GROWTH if self._long_horizon else found.left > _PART))
-        known, ignoring, wrong = self._sum([float(vote) for vote in votes])
-        if not known:
-            self._due[0] = step_count + 1
-            return False
-        del self._due[0]
-        if ignoring == known:
-            self._due = []
+        votes = [False, False, False]
+        if found is not None:
+            wrong = found.growth > _GROWTH if self._long_horizon else found.left > _PART
+            votes = [True, found.ignores, wrong]
+        moved, ignoring, failed = self._sum(votes)
+        if not moved:
+            self.due[0] = step_count + 1
+        elif ignoring == moved:
+            self.due = []
             self._notices.warn(
                 "rate not used",
                 "its steps do not depend on the lr of its parameter groups, so the rate that is reported is not used. "
                 + inner_optimizers(self._optimizer),
             )
-            return False
-        if wrong:
-            self._due = []
+        elif failed:
+            self.due, self.failed = [], True
             advice = _ADVICE[self._long_horizon]
             self._notices.warn("not linear", f"its step is not linear in its learning rate, so {advice}")
-        return bool(wrong)
+        else:
+            del self.due[0]
 
-    def _sum(self, numbers: list[float]) -> list[float]:
-        """The sums of some numbers over all processes."""
-        tensor = torch.tensor(numbers, dtype=torch.float32, device=device_of(self._optimizer))
+    def _sum(self, votes: list[bool]) -> list[float]:
+        """How many processes vote for each."""
+        tensor = torch.tensor(votes, dtype=torch.float32, device=device_of(self._optimizer))
         sums: list[float] = self._ranks.sum(tensor).tolist()
         return sums
 
@@ -126,9 +128,9 @@ def _replay(optimizer: Optimizer, rates: dict[int, float]) -> _Found | None:
     """Compare two moves of a copy; ``None`` if the optimizer cannot be copied or its moves are lost in rounding."""
     parameters = [p for i in rates for p in optimizer.param_groups[i]["params"] if p.grad is not None]
     chosen = _smallest(parameters)
-    settings = [{**group, "params": None} for group in optimizer.param_groups]
+    groups = [{**group, "params": None} for group in optimizer.param_groups]
     states = [dict(optimizer.state[p]) for p in chosen if p in optimizer.state]
-    if not _is_plain([_attributes(optimizer), settings, states]):
+    if not _is_plain([_attributes(optimizer), groups, states]):
         return None
     try:
         once = _moves(optimizer, rates, chosen)
@@ -157,32 +159,47 @@ def _smallest(parameters: list[Tensor]) -> list[Tensor]:
 
 
 def _moves(optimizer: Optimizer, rates: dict[int, float], chosen: list[Tensor]) -> list[Tensor]:
-    """The moves of some parameters in a step at these rates, in float64."""
-    memo: dict[int, Any] = {}  # the counterparts in the copy, by the ids of the originals
-    for settings in optimizer.param_groups:
-        for p in settings["params"]:
-            memo[id(p)] = nn.Parameter(torch.empty_like(p, device="meta"), requires_grad=False)
-    for p in chosen:
-        twin = memo[id(p)] = nn.Parameter(p.detach().clone(), requires_grad=p.requires_grad)
+    """The moves of some parameters in a step at these rates, in float64. A copy of the optimizer takes the step."""
+    twins = [nn.Parameter(p.detach().clone(), requires_grad=p.requires_grad) for p in chosen]
+    for twin, p in zip(twins, chosen, strict=True):
         twin.grad = None if p.grad is None else p.grad.detach().clone()
-    groups, copied = [], set(map(id, chosen))
-    for i, settings in enumerate(optimizer.param_groups):
-        own = {key: copy.deepcopy(value, memo) for key, value in settings.items() if key != "params"}
-        own["params"] = [memo[id(p)] for p in settings["params"] if id(p) in copied]
-        if i in rates:
-            held = settings["lr"]
-            own["lr"] = torch.full_like(held, rates[i]) if isinstance(held, Tensor) else rates[i]
-        memo[id(settings)] = own  # an inner optimizer may share the group
-        groups.append(own)
-    memo[id(optimizer.param_groups)] = groups
-    state = {memo[id(p)]: copy.deepcopy(dict(optimizer.state[p]), memo) for p in chosen if p in optimizer.state}
-    twin_optimizer: Optimizer = type(optimizer).__new__(type(optimizer))
-    vars(twin_optimizer).update(copy.deepcopy(_attributes(optimizer), memo))
-    twin_optimizer.__setstate__({"param_groups": groups, "state": type(optimizer.state)(dict, state)})
+    copied = _copy(optimizer, rates, dict(zip(map(id, chosen), twins, strict=True)))
     with _kept_random_state(chosen), torch.no_grad():
         # without torch's wrapper of the step, which calls hooks that are registered for all optimizers
-        inspect.unwrap(type(optimizer).step, stop=lambda step: not getattr(step, "hooked", False))(twin_optimizer)
-    return [as_real(local(memo[id(p)].detach())).double() - as_real(local(p.detach())).double() for p in chosen]
+        inspect.unwrap(type(optimizer).step, stop=lambda step: not getattr(step, "hooked", False))(copied)
+    return [
+        as_real(local(twin.detach())).double() - as_real(local(p.detach())).double()
+        for twin, p in zip(twins, chosen, strict=True)
+    ]
+
+
+def _copy(optimizer: Optimizer, rates: dict[int, float], twins: dict[int, nn.Parameter]) -> Optimizer:
+    """A copy of an optimizer for a few of its parameters.
+
+    Args:
+        optimizer: The optimizer.
+        rates: The rates that some of its groups get.
+        twins: The copies of some parameters, by the ids of the originals. The others are left out.
+    """
+    memo: dict[int, Any] = {  # what the copy has in place of an original, by the id of that
+        id(p): twins[id(p)] if id(p) in twins else nn.Parameter(torch.empty_like(p, device="meta"), requires_grad=False)
+        for p in parameters_of(optimizer)
+    }
+    groups = []
+    for i, group in enumerate(optimizer.param_groups):
+        copied = {key: copy.deepcopy(value, memo) for key, value in group.items() if key != "params"}
+        copied["params"] = [twins[id(p)] for p in group["params"] if id(p) in twins]
+        if i in rates:
+            held = group["lr"]
+            copied["lr"] = torch.full_like(held, rates[i]) if isinstance(held, Tensor) else rates[i]
+        memo[id(group)] = copied  # an inner optimizer may share the group
+        groups.append(copied)
+    memo[id(optimizer.param_groups)] = groups
+    state = {memo[id(p)]: copy.deepcopy(dict(s), memo) for p, s in optimizer.state.items() if id(p) in twins}
+    twin: Optimizer = type(optimizer).__new__(type(optimizer))
+    vars(twin).update(copy.deepcopy(_attributes(optimizer), memo))
+    twin.__setstate__({"param_groups": groups, "state": type(optimizer.state)(dict, state)})
+    return twin
 
 
 def _attributes(optimizer: Optimizer) -> dict[str, Any]:
@@ -204,9 +221,8 @@ def _is_plain(value: Any, depth: int = 0) -> bool:
     if depth > _DEPTH:
         return False
     if isinstance(value, Optimizer):
-        return sum(p.numel() for settings in value.param_groups for p in settings["params"]) <= 2 * _LARGEST and (
-            _is_plain(_attributes(value), depth + 1)
-        )
+        size = sum(p.numel() for p in parameters_of(value))
+        return size <= 2 * _LARGEST and _is_plain(_attributes(value), depth + 1)
     if isinstance(value, dict):
         return all(_is_plain(item, depth + 1) for pair in value.items() for item in pair)
     return isinstance(value, (list, tuple, set)) and all(_is_plain(item, depth + 1) for item in value)

@@ -1,21 +1,54 @@
-"""Rates: the learning rate of every parameter group is the configured or scheduled rate times a learned scale."""
+"""Rates: what each scope learns in a step, and the learning rate of each parameter group that follows from it.
+
+The rate of a group is its configured or scheduled rate times the learned scale of its scope.
+"""
 
 import math
 from collections.abc import Container, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
-from torch import Tensor
 from torch.optim import Optimizer
 
-from lightning_hd.checks import check_divisor, check_flag, check_number
-from lightning_hd.engine.lr import as_held, check_lr, get_lrs, set_lr
-from lightning_hd.engine.scopes import Group, Scope
-from lightning_hd.optimizers import is_normalized, set_rounding
-from lightning_hd.rules import Rule
+from lightning_hd.checks import not_zero
+from lightning_hd.engine.decision import Decision, Step
+from lightning_hd.engine.scopes import Group, Scope, anchor, check_groups, grow, join, restarted, write
+from lightning_hd.hypergradient import Retained
+from lightning_hd.optimizers import LARGEST, apply_lr, is_normalized, read_lrs, rounding_of
+from lightning_hd.processes import Notices
+from lightning_hd.rules import Context, Observation, Rule
+
+_LOW = 0.5
+"""A schedule is low below this part of its peak."""
+
+_ROUNDING = 2.0**-23
+"""The relative rounding of gradients in float32."""
+
+
+_POINTS = 256
+"""The largest number of points. When it is exceeded, every second one is dropped, and half as many are added later."""
+
+
+@dataclass
+class Trajectory:
+    """The rates of the steps so far, one of every ``stride``."""
+
+    points: list[float] = field(default_factory=list)
+    stride: int = not_zero(1)
+    steps: int = 0
+
+    def add(self, lr: float) -> None:
+        """Add a step that was taken at this rate."""
+        if self.steps % self.stride == 0:
+            self.points.append(lr)
+        self.steps += 1
+        if len(self.points) > _POINTS:
+            self.points = self.points[::2]
+            self.stride *= 2
 
 
 class Rates:
-    """Effective learning rates of an optimizer's parameter groups: the configured or scheduled rates times a scale.
+    """The rates of an optimizer's parameter groups.
 
     The learned rate ``α`` of a scope is the scale times a reference. The reference is the largest rate that is
     configured in the scope, or the largest that its schedule has reached if that is higher. With a rule that picks its
@@ -25,70 +58,148 @@ class Rates:
         optimizer: The optimizer.
         rule: The rule. Each scope gets a copy.
         kind: ``"global"``: one scope; ``"group"``: one for each parameter group.
-        min_lr: Lower clamp on the effective rates.
-        max_lr: Upper clamp.
+        limits: The lower and the upper clamp on the effective rates.
+        notices: Where warnings and log messages go.
 
     Raises:
-        ValueError: A configured rate is out of range, or groups with rates of their own share one tensor.
+        TypeError, ValueError: A configured rate is out of order, or groups with rates of their own share one tensor.
     """
 
-    def __init__(self, optimizer: Optimizer, rule: Rule, kind: str, min_lr: float, max_lr: float) -> None:
+    def __init__(
+        self, optimizer: Optimizer, rule: Rule, kind: str, limits: tuple[float, float], notices: Notices
+    ) -> None:
         self.optimizer = optimizer
         self.kind = kind
+        self.limits = limits
         self.scheduled: bool | None = None  # set by the user; None: it is detected
         self.scopes: list[Scope] = []
         self.groups: list[Group] = []
+        self.trajectories: list[Trajectory] = []  # of each scope: α_t times the scheduled part of the peak
         self.held: list[float] = []  # what each param_groups[i]["lr"] held when a step began
         self._rule = rule.bind(is_normalized(optimizer))  # a copy
-        set_rounding(self._rule, optimizer)
-        self._min_lr = min_lr
-        self._max_lr = max_lr
+        self._notices = notices
+        self._rounding = min(_ROUNDING, rounding_of(optimizer) or _ROUNDING)
         self.under_schedule = self.is_scheduled()
         self.sync()
 
+    # ------------------------------------------------------------------ what others have changed
+
+    def read(self) -> list[float]:
+        """The rates in the optimizer's groups. Raise ``TypeError`` or ``ValueError`` if one is out of order."""
+        minimum = -math.inf if self.limits[0] < 0 or self.is_scheduled() else 0.0
+        return read_lrs(self.optimizer, minimum)
+
     def sync(self) -> None:
         """Take over changes since the last step: rates written, groups added, a scheduler built or stepped."""
-        settings = self.optimizer.param_groups
-        if len(settings) < len(self.groups):
-            raise RuntimeError(
-                f"{type(self.optimizer).__name__} has {len(settings)} parameter groups, but it had {len(self.groups)} "
-                "in its last step: groups can be added but not removed while its learning rate is tuned"
-            )
-        scheduled = self.is_scheduled()
-        self.check()
-        held = self.held
+        if len(self.optimizer.param_groups) != len(self.groups):
+            check_groups(self.optimizer, len(self.groups), apart=self.kind == "group")
+        scheduled, held = self.is_scheduled(), self.read()
         fresh = set(range(len(self.scopes))) if scheduled != self.under_schedule else set()
-        self.under_schedule = scheduled
-        for i in range(len(self.groups), len(settings)):
-            group = Group(scope=i if self.kind == "group" else 0, lr=held[i])
-            self.groups.append(group)
-            if group.scope == len(self.scopes):
-                self.scopes.append(Scope(self._rule.bind(is_normalized(self.optimizer))))
-                fresh.add(group.scope)
-            elif not self._join(group):
-                fresh.add(group.scope)
+        self.held, self.under_schedule = held, scheduled
+        if len(held) > len(self.groups):
+            fresh |= self._add_groups()
         for group, lr in zip(self.groups, held, strict=True):
             if scheduled:
-                group.base = lr
+                group.share = lr * group.join
             elif lr != group.lr and group.scope not in fresh:
                 if all(held[i] != self.groups[i].lr for i in self.members(group.scope)):
                     fresh.add(group.scope)
                 else:
-                    self._write(group, lr)
-        for scope in fresh:
-            self._anchor(scope)
+                    write(self.scopes[group.scope], group, lr)
+        configured = [self._configured(i) for i in range(len(self.groups))] if fresh else []
+        for index in fresh:
+            members = self.members(index)
+            groups, span = [self.groups[i] for i in members], slice(members.start, members.stop)
+            anchor(self.scopes[index], groups, held[span], configured[span], not any(configured), scheduled)
 
-    @property
-    def limits(self) -> tuple[float, float]:
-        """The clamps."""
-        return self._min_lr, self._max_lr
+    def is_scheduled(self) -> bool:
+        """Whether the rates in the groups belong to a schedule: set by the user, or detected."""
+        if self.scheduled is not None:
+            return self.scheduled
+        return any("initial_lr" in group for group in self.optimizer.param_groups)
 
-    def members(self, scope: int) -> range:
-        """The indices of a scope's parameter groups."""
-        return range(scope, scope + 1) if self.kind == "group" else range(len(self.groups))
+    def _configured(self, index: int) -> float:
+        group = self.optimizer.param_groups[index]
+        return float(group["initial_lr"]) if self.under_schedule and "initial_lr" in group else self.held[index]
 
-    def follow_schedule(self, index: int) -> float:
-        """Let a scope's reference and its rate rise with the schedule. The rule works on the rate at the peak.
+    def _add_groups(self) -> set[int]:
+        """Take in groups that were added. Return the scopes that start from scratch."""
+        fresh = set()
+        default = float(self.optimizer.defaults.get("lr", math.nan))
+        for i in range(len(self.groups), len(self.held)):
+            group = Group(scope=i if self.kind == "group" else 0, lr=self.held[i])
+            self.groups.append(group)
+            if group.scope == len(self.scopes):
+                self.scopes.append(Scope(self._bound_rule()))
+                self.trajectories.append(Trajectory())
+                fresh.add(group.scope)
+            elif not join(self.scopes[group.scope], group, default, self.under_schedule):
+                fresh.add(group.scope)
+        return fresh
+
+    def _bound_rule(self) -> Rule:
+        return self._rule.bind(is_normalized(self.optimizer))
+
+    def restart(self, index: int, step_count: int) -> None:
+        """Let the rule of a scope pick the first rate again, after ``step_count`` steps."""
+        self.scopes[index] = restarted(self.scopes[index], self._bound_rule(), step_count)
+        self.trajectories[index] = Trajectory()
+
+    # ------------------------------------------------------------------ what each scope learns
+
+    def decide(self, step: Step) -> None:
+        """Decide ``α_t`` and ``γ_t`` of each scope. If a number is not finite, they are the last ones."""
+        step.decisions = [self._decide(step, i, seen) for i, seen in enumerate(step.seen)]
+        if self.under_schedule and all(scope.from_zero for scope in self.scopes):
+            self._notices.warn(
+                "zero schedule",
+                "the scheduled learning rate is 0, and no scale changes that. Nothing is learned unless it rises",
+            )
+
+    def _decide(self, step: Step, index: int, seen: Observation | None) -> Decision:
+        scope = self.scopes[index]
+        rule, context, backoffs = scope.rule, self._context(step, scope), scope.rule.brakes
+        finite = seen is None or all(map(math.isfinite, seen))
+        stopped = step.stopped and scope.tuned
+        lr, cause = scope.lr, "the loss has risen"
+        step.rules.append(rule.state_dict())
+        if seen is not None and finite and not stopped:
+            lr = number(rule.update(lr, seen, context), rule, "update")
+            if rule.brakes > backoffs:
+                cause = f"the gradient's norm leapt to {seen.grad_norm:.3g}"
+            lr = self._bounded(step, index, lr) if rule.long_horizon else lr
+            if step.loss is not None and math.isfinite(lr):
+                lr = number(rule.watch(lr, step.loss, context), rule, "watch")
+        lr *= self._follow_schedule(index)
+        if finite and abs(lr) <= LARGEST:
+            lr = self.clamp(index, lr)
+            used = (lr if stopped else number(rule.used(lr, context), rule, "used")) * step.factor
+            if abs(used) <= LARGEST:
+                if rule.brakes > backoffs:
+                    backed_off = f"the rate backs off from {scope.used:.3g} to {used:.3g}"
+                    self._notices.log(f"step {step.number}: {cause}; {backed_off}")
+                return Decision(lr, used, seen)
+        made = f"the rate that {type(rule).__name__} made of {seen}"
+        self.stay(step, index, made if finite else f"one of (hypergradient, ‖g‖, ‖d‖) = {tuple(seen or ())}")
+        return Decision(scope.lr, scope.used, seen)
+
+    def _context(self, step: Step, scope: Scope) -> Context:
+        return Context(step.number - scope.since, step.cooldown, self._rounding, step.nonlinear)
+
+    def _bounded(self, step: Step, index: int, lr: float) -> float:
+        """``α_t`` of a rule with a long horizon, bounded where former moves would ask for a rate that is too high.
+
+        While a schedule is low, no step shows whether ``α`` is too high for its peak. So where it rises again, ``α`` is
+        at most what it was at the last peak. In the decline, ``α`` does not rise: old moves at higher rates would ask
+        for it.
+        """
+        scope = self.scopes[index]
+        if scope.low and self._scheduled_part(index) >= _LOW:
+            lr = min(lr, scope.peak)
+        return min(lr, scope.lr) if step.factor < 1 else lr
+
+    def _follow_schedule(self, index: int) -> float:
+        """Raise a scope's reference and its rate with the schedule. The rule works on the rate at the peak.
 
         If the rule picks its own first rate, the rate does not rise: it was learned where the schedule was before.
 
@@ -97,53 +208,96 @@ class Rates:
         """
         if not self.under_schedule:
             return 1.0
-        scope = self.scopes[index]
-        peak = self._scheduled(index)
-        factor = peak / scope.reference if peak and scope.from_zero else max(1.0, peak / abs(scope.reference))
-        scope.from_zero = scope.from_zero and not peak
-        if scope.rule.picks_start:
-            scope.reference = peak if peak and not scope.started else scope.reference * factor
-            return 1.0
-        self._grow(scope, factor)
-        return factor
+        scope, highest = self.scopes[index], self._highest(index)
+        factor = max(1.0, highest / abs(scope.reference))
+        if scope.from_zero and highest:
+            factor, scope.from_zero = highest / scope.reference, False
+        if not scope.rule.picks_start:
+            grow(scope, factor)
+            return factor
+        scope.reference = highest if highest and not scope.tuned else scope.reference * factor
+        return 1.0
 
-    def restart(self, index: int, step_count: int) -> None:
-        """Let the rule of a scope start anew."""
-        self.scopes[index].restart(self._rule.bind(is_normalized(self.optimizer)), step_count)
+    def stay(self, step: Step, index: int, what: str) -> None:
+        """Note that a number is not finite, so that a scope stays at its rate."""
+        step.finite = False
+        used = self.scopes[index].used
+        self._notices.warn(
+            "not finite",
+            f"step {step.number}: {what} is not a finite number; the learning rate stays at {used:g}. Further such "
+            "steps are counted in nonfinite_steps",
+        )
 
-    def scheduled_part(self, index: int) -> float:
+    def retain(self, step: Step) -> None:
+        """Decide what is left of the former moves of each scope, for rules with a long horizon."""
+        for scope, (lr, _, seen) in zip(self.scopes, step.decisions, strict=True):
+            rule, context = scope.rule, self._context(step, scope)
+            if rule.long_horizon and (seen is None or all(map(math.isfinite, seen))):
+                moves, smoothing = rule.discount(lr * step.factor, context), rule.smoothing(context)
+                step.retained.append(Retained(number(moves, rule, "discount"), number(smoothing, rule, "smoothing")))
+            else:
+                step.retained.append(None)
+
+    def remember(self, step: Step) -> None:
+        """Take over the rates of a step that was taken."""
+        for group, lr in zip(self.groups, step.lrs, strict=True):
+            group.lr = lr
+        for i, (scope, decision) in enumerate(zip(self.scopes, step.decisions, strict=True)):
+            scope.lr, scope.used, scope.last = decision.lr, decision.used, decision.seen
+            members = self.members(i)
+            follows = step.sights[i].has_gradient and any(step.weights[j] for j in members)
+            scope.tuned |= follows and (i in step.picked or not waits(scope))
+            scope.moved = scope.tuned and follows and any(step.lrs[j] for j in members)
+            part = self._scheduled_part(i)
+            scope.low = part < _LOW
+            scope.peak = scope.peak if scope.low else scope.lr
+            if scope.tuned:
+                self.trajectories[i].add(scope.lr * part)
+
+    # ------------------------------------------------------------------ the rates of the groups
+
+    def members(self, scope: int) -> range:
+        """The indices of a scope's parameter groups."""
+        return range(scope, scope + 1) if self.kind == "group" else range(len(self.groups))
+
+    def _highest(self, index: int) -> float:
+        """The highest rate that the schedule, or the configuration, gives the groups of a scope."""
+        return max(abs(self.groups[i].share) for i in self.members(index))
+
+    def _scheduled_part(self, index: int) -> float:
         """The scheduled rate of a scope over the highest one so far; 1 without a schedule."""
-        if not self.under_schedule:
-            return 1.0
-        return self._scheduled(index) / abs(self.scopes[index].reference)
+        return self._highest(index) / abs(self.scopes[index].reference) if self.under_schedule else 1.0
 
-    def _scheduled(self, index: int) -> float:
-        """The highest rate that the schedule gives the groups of a scope."""
-        return max(abs(self.groups[i].unscaled) for i in self.members(index))
-
-    def effective(self, used: Sequence[float], begun: Container[int] = ()) -> list[tuple[float, float]]:
+    def effective(self, used: Sequence[float], picked: Container[int] = ()) -> list[tuple[float, float]]:
         """For each group its rate, and the derivative of that with respect to the scope's rate, ``used[scope]``.
 
-        Scopes in ``begun`` take their first step. A group that is clamped does not follow its scope, so the derivative
+        Scopes in ``picked`` take their first step. A group that is clamped does not follow its scope, so the derivative
         is 0. But if all groups of a scope are clamped, it is taken without the clamps, so that the scope can come back.
         It is taken without them, too, as long as the rule has not picked the first rate.
         """
-        rates, clamped = [], []
+        low, high = self.limits
+        rates, inside = [], set()
         for group in self.groups:
-            scope = self.scopes[group.scope]
-            reference = scope.reference
-            free = used[group.scope]
-            if group.unscaled != reference:
-                free = group.unscaled * (free / reference)
-            frozen = group.zero and group.base == 0
-            lr = 0.0 if frozen else min(max(free, self._min_lr), self._max_lr)
-            rates.append((lr, group.unscaled / reference))
-            clamped.append(lr != free and (not scope.waits or group.scope in begun))
-        inside = {group.scope for group, out in zip(self.groups, clamped, strict=True) if group.base and not out}
+            scope, free = self.scopes[group.scope], used[group.scope]
+            if group.share != scope.reference:
+                free = group.share * (free / scope.reference)
+            frozen = group.share == 0 == group.base
+            lr = 0.0 if frozen else min(max(free, low), high)
+            clamped = lr != free and (not waits(scope) or group.scope in picked)
+            rates.append((lr, group.share / scope.reference, clamped))
+            if group.share and not clamped:
+                inside.add(group.scope)
         return [
-            (lr, 0.0 if out and group.scope in inside else weight)
-            for group, (lr, weight), out in zip(self.groups, rates, clamped, strict=True)
+            (lr, 0.0 if clamped and group.scope in inside else weight)
+            for group, (lr, weight, clamped) in zip(self.groups, rates, strict=True)
         ]
+
+    def apply(self, step: Step) -> None:
+        """Write the rates of the update into the groups."""
+        rates = self.effective([decision.used for decision in step.decisions], step.picked)
+        step.weights = [weight for _, weight in rates]
+        for i, ((lr, _), held) in enumerate(zip(rates, step.held, strict=True)):
+            step.lrs.append(apply_lr(self.optimizer, i, step.trial.get(i, lr), held))
 
     def clamp(self, index: int, lr: float) -> float:
         """Clamp a scope's rate to the range outside of which all of its groups are clamped.
@@ -152,199 +306,27 @@ class Rates:
         scale.
         """
         scope = self.scopes[index]
-        members = [self.groups[i] for i in self.members(index)]
-        weights = [abs(group.unscaled / scope.reference) for group in members if group.base]
-        if not weights:
+        shares = [abs(self.groups[i].share / scope.reference) for i in self.members(index) if self.groups[i].share]
+        if not shares:
             return scope.lr
-        low = min(self._min_lr / weight for weight in weights)
-        high = max(self._max_lr / weight for weight in weights)
+        low = min(self.limits[0] / share for share in shares)
+        high = max(self.limits[1] / share for share in shares)
         if self.under_schedule:
             low, high = min(low, scope.lr), max(high, scope.lr)
         return min(max(lr, low), high)
 
-    def suggestions(self) -> list[float] | None:
-        """A constant rate for each group, or its present one if it never moved; ``None`` if none did."""
-        suggested = [scope.trajectory.suggestion() for scope in self.scopes]
-        found = []
-        for i, group in enumerate(self.groups):
-            lr, highest = suggested[group.scope], self._scheduled(group.scope)
-            configured = [abs(self._configured(j)) for j in self.members(group.scope)]
-            ratio = group.unscaled / highest if highest else abs(self._configured(i)) / (max(configured) or 1.0)
-            frozen = lr is None or (group.zero and group.base == 0)
-            found.append(group.lr if frozen else min(max((lr or 0.0) * ratio, self._min_lr), self._max_lr))
-        return None if all(lr is None for lr in suggested) else found
 
-    def put_back(self, before: Sequence[float], during: Sequence[float]) -> bool:
-        """Restore the rates in the groups after a step that raised, except for those that were changed in between.
+def waits(scope: Scope) -> bool:
+    """Whether the rule has yet to pick the first rate."""
+    return scope.rule.picks_start and not scope.tuned
 
-        Returns:
-            Whether all were restored.
-        """
-        groups = self.optimizer.param_groups
-        holding = get_lrs(groups)  # before any is written, because groups may share a tensor
-        for settings, held, lr, rate in zip(groups, holding, during, before, strict=False):
-            if held == lr:
-                set_lr(settings, rate)
-        return all(held == lr for held, lr in zip(holding, during, strict=False))
 
-    def give_back(self, before: Sequence[float], during: Sequence[float]) -> None:
-        """Restore the scheduled rates after a step. If the optimizer has lowered its rate, lower them in proportion."""
-        groups = self.optimizer.param_groups
-        holding = get_lrs(groups)
-        for settings, held, lr, rate in zip(groups, holding, during, before, strict=True):
-            lowered = held / lr if lr else 1.0
-            set_lr(settings, rate * lowered if 0 <= lowered < 1 else rate)
+def number(value: Any, rule: Rule, method: str) -> float:
+    """What a rule's method returned, as a float.
 
-    def is_scheduled(self) -> bool:
-        """Whether the rates in the groups belong to a schedule: set by the user, or detected."""
-        if self.scheduled is not None:
-            return self.scheduled
-        return any("initial_lr" in settings for settings in self.optimizer.param_groups)
-
-    def _configured(self, index: int) -> float:
-        settings = self.optimizer.param_groups[index]
-        return float(settings["initial_lr"]) if self.under_schedule and "initial_lr" in settings else self.held[index]
-
-    def _anchor(self, index: int) -> None:
-        """Start a scope from the rates that its groups are configured with."""
-        scope = self.scopes[index]
-        configured = []
-        for i in self.members(index):
-            group = self.groups[i]
-            # a scheduler that is added in mid-training goes on from the present rate, whatever its own initial one is
-            configured.append((scope.started and self.held[i]) or self._configured(i))
-            group.lr = group.base = self.held[i]
-            group.join = 1.0
-            group.zero = configured[-1] == 0
-        reference = max(configured, key=abs)
-        # a group at 0 is frozen; but if all are at 0, the rule starts from there, as in the paper
-        scope.from_zero = reference == 0 and not any(map(self._configured, range(len(self.groups))))
-        scope.reference = reference or 1.0
-        scope.lr = scope.used = scope.reference
-        if scope.from_zero and not self.under_schedule:
-            scope.lr = scope.used = 0.0
-            for i in self.members(index):
-                self.groups[i].base = 1.0
-        if not scope.rule.picks_start and not scope.started:
-            scope.rule.check_start(scope.lr)
-
-    def _join(self, group: Group) -> bool:
-        """Let a group that was added in mid-training join its scope; ``False``: the scope must start from scratch.
-
-        The group joins at its configured rate, unless the clamp holds its scope at 0. If the rule has picked the first
-        rate, the optimizer's default rate or a scheduled rate is not the size of a step. A group with such a rate joins
-        in proportion to the others.
-        """
-        scope = self.scopes[group.scope]
-        group.base = group.lr
-        group.zero = group.lr == 0
-        default = group.lr == float(self.optimizer.defaults.get("lr", math.nan))
-        if scope.rule.picks_start and (default or self.under_schedule):
-            if scope.from_zero and group.zero and not self.under_schedule:
-                group.base, group.zero = 1.0, False
-            self._grow(scope, max(1.0, abs(group.unscaled / scope.reference)))
-            return True
-        if scope.used:
-            group.join = scope.reference / scope.used
-            self._grow(scope, max(1.0, abs(group.unscaled / scope.reference)))  # because α is the largest rate
-        return self.under_schedule or not (scope.from_zero and scope.used == 0)
-
-    def _write(self, group: Group, lr: float) -> None:
-        """Take over a rate that was written into one group of a scope. The other groups keep theirs."""
-        scope = self.scopes[group.scope]
-        group.zero = lr == 0
-        if scope.used:
-            group.base, group.join = lr / scope.scale, 1.0
-        elif group.base:  # the clamp held the scope at 0, so the ratio is not known: the whole scope comes back
-            scope.lr = scope.used = scope.reference * (lr / group.unscaled)
-        else:
-            group.base, scope.lr, scope.used = lr, scope.reference, scope.reference
-        group.lr = lr
-        self._grow(scope, max(1.0, abs(group.unscaled / scope.reference)))
-
-    @staticmethod
-    def _grow(scope: Scope, factor: float) -> None:
-        """Express a scope's rate for another reference, at the same scale."""
-        scope.reference *= factor
-        scope.lr *= factor
-        scope.used *= factor
-
-    def check(self) -> None:
-        """Read the rates in the optimizer's groups. Raise ``TypeError`` or ``ValueError`` if one is out of order."""
-        settings = self.optimizer.param_groups
-        scheduled = self.is_scheduled()
-        names = [f"lr of {type(self.optimizer).__name__} param_groups[{i}]" for i in range(len(settings))]
-        for name, group_settings in zip(names, settings, strict=True):
-            check_lr(name, group_settings["lr"])
-        self.held = get_lrs(settings)
-        for name, lr in zip(names, self.held, strict=True):
-            if not math.isfinite(lr) or (lr < 0 <= self._min_lr and not scheduled):
-                allowed = "a finite number" + ("" if self._min_lr < 0 else " of at least 0 (or pass min_lr=None)")
-                raise ValueError(f"{name} must be {allowed}, got {lr}")
-        if self.kind == "group" and len(settings) > len(self.groups):
-            self._check_tensors()
-
-    def _check_tensors(self) -> None:
-        tensors = [settings["lr"] for settings in self.optimizer.param_groups if isinstance(settings["lr"], Tensor)]
-        if len({id(tensor) for tensor in tensors}) < len(tensors):
-            raise ValueError(
-                "scope='group' needs a learning rate of its own for each group, but the optimizer's groups share one "
-                "lr tensor: give each group its own, as in {'params': ..., 'lr': torch.tensor(...)}"
-            )
-
-    def state_dict(self) -> dict[str, Any]:
-        """The rates of all scopes and groups, as plain numbers."""
-        return {
-            "scheduled": self.under_schedule,
-            "scopes": [scope.state_dict() for scope in self.scopes],
-            "groups": [
-                {"lr": group.lr, "held": lr, "base": group.base, "join": group.join, "zero": group.zero}
-                for group, lr in zip(self.groups, get_lrs(self.optimizer.param_groups), strict=False)
-            ],
-        }
-
-    def written(self) -> list[bool]:
-        """Whether each group holds another rate than that of the last step."""
-        held = get_lrs(self.optimizer.param_groups)
-        return [lr != group.lr for group, lr in zip(self.groups, held, strict=False)]
-
-    def load_state_dict(self, state_dict: dict[str, Any], keep: Sequence[bool]) -> None:
-        """Load what ``state_dict`` returned, for the same groups.
-
-        Args:
-            state_dict: The state.
-            keep: For each group, whether the rate that it holds now stays, because it was written.
-
-        Raises:
-            KeyError, TypeError, ValueError: The state is damaged, or of other groups.
-        """
-        saved_scopes, saved_groups = state_dict["scopes"], state_dict["groups"]
-        scopes = [scope.loaded(saved) for scope, saved in zip(self.scopes, saved_scopes, strict=True)]
-        groups = [
-            Group(
-                group.scope,
-                check_number("lr", saved["lr"]),
-                check_number("base", saved["base"]),
-                check_divisor("join", saved["join"]),
-                check_flag("zero", saved["zero"]),
-            )
-            for group, saved in zip(self.groups, saved_groups, strict=True)
-        ]
-        holding = [check_number("held", saved["held"]) for saved in saved_groups]
-        under_schedule = check_flag("scheduled", state_dict["scheduled"])
-        before = [scope.rule.state_dict() for scope in scopes]
-        try:
-            for scope, saved in zip(scopes, saved_scopes, strict=True):
-                scope.rule.load_state_dict(saved["rule"])
-        except Exception:
-            for scope, own in zip(scopes, before, strict=True):
-                scope.rule.load_state_dict(own)
-            raise
-        self.scopes, self.groups, self.under_schedule = scopes, groups, under_schedule
-        if self.under_schedule and not self.is_scheduled():
-            self.scheduled = True  # the user had set it, for a scheduler that cannot be detected
-        if not self.under_schedule:
-            for group, settings, lr, stays in zip(groups, self.optimizer.param_groups, holding, keep, strict=True):
-                group.lr = as_held(settings, group.lr)
-                if not stays:
-                    set_lr(settings, lr)
+    Raises:
+        TypeError: It is not a number.
+    """
+    if isinstance(value, str) or not hasattr(value, "__float__"):
+        raise TypeError(f"{type(rule).__name__}.{method} must return a number, got {value!r}")
+    return float(value)

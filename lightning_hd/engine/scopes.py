@@ -1,21 +1,15 @@
-"""Scopes and groups: a learned rate, and the rates that follow it."""
+"""Scopes and groups: a learned rate, the rates that follow it, and how both take over what others have changed."""
 
+import dataclasses
 import math
-from dataclasses import dataclass, field
-from typing import Any
+from collections.abc import Sequence
+from dataclasses import dataclass
 
-from lightning_hd.checks import check_count, check_divisor, check_flag, check_number
-from lightning_hd.engine.trajectory import Trajectory
+from torch import Tensor
+from torch.optim import Optimizer
+
+from lightning_hd.checks import not_zero
 from lightning_hd.rules import Observation, Rule
-
-_LOW = 0.5
-"""A schedule is low below this part of its peak."""
-
-
-_NUMBERS = ("lr", "used", "reference", "peak")
-_FLAGS = ("from_zero", "started", "moved", "low")
-_COUNTS = ("vanished", "since")
-"""What is saved of a scope, beside its rule."""
 
 
 @dataclass
@@ -25,73 +19,15 @@ class Scope:
     rule: Rule
     lr: float = 0.0  # α_t
     used: float = 0.0  # γ_t, the rate of the last step: α_t itself but for rules with a transition
-    reference: float = 1.0  # what α would be without learning
+    reference: float = not_zero(1.0)  # what α would be without learning
     from_zero: bool = False  # all groups are configured at 0: they count as equal, and the reference is 1
-    started: bool = False  # whether a step was taken at the learned rate
+    tuned: bool = False  # whether a step was taken at the learned rate
     moved: bool = False  # whether the last step was such a step, and not at a rate of 0
     peak: float = math.inf  # α where the schedule was last near its own peak
     low: bool = False  # whether the schedule is low now
     since: int = 0  # the number of steps before the rate started, or started anew
     vanished: int = 0  # how many trial steps have left no trace
-    trajectory: Trajectory = field(default_factory=Trajectory)  # α_t times the scheduled part of the peak
     last: Observation | None = None
-
-    def state_dict(self) -> dict[str, Any]:
-        """All of it as plain numbers, except for the last observation."""
-        numbers = {name: getattr(self, name) for name in (*_NUMBERS, *_FLAGS, *_COUNTS)}
-        return numbers | {"rule": self.rule.state_dict(), "trajectory": self.trajectory.state_dict()}
-
-    def loaded(self, saved: dict[str, Any]) -> "Scope":
-        """A scope from what ``state_dict`` returned. It has the rule of this one, whose state is loaded apart.
-
-        Raises:
-            KeyError, TypeError, ValueError: The state is damaged.
-        """
-        scope = Scope(self.rule)
-        for name in _NUMBERS:
-            endless = name == "peak" and saved[name] == math.inf
-            setattr(scope, name, math.inf if endless else check_number(name, saved[name]))
-        check_divisor("reference", scope.reference)
-        for name in _FLAGS:
-            setattr(scope, name, check_flag(name, saved[name]))
-        for name in _COUNTS:
-            setattr(scope, name, check_count(name, saved[name]))
-        scope.trajectory = Trajectory.loaded(saved["trajectory"])
-        return scope
-
-    def restart(self, rule: Rule, step_count: int) -> None:
-        """Let a new rule pick the first rate again, after ``step_count`` steps."""
-        rule.brakes, rule.nonlinear, self.rule = self.rule.brakes, self.rule.nonlinear, rule
-        self.started, self.moved, self.low, self.vanished, self.since = False, False, False, 0, step_count
-        self.trajectory = Trajectory()
-
-    def at_peak(self, lr: float, part: float) -> float:
-        """``α_t``. Where a schedule was low and rises again, it is at most what it was at the last peak.
-
-        While a schedule is low, no step shows whether ``α`` is too high for its peak.
-
-        Args:
-            lr: The rate from the rule.
-            part: The scheduled rate over the highest one so far.
-        """
-        return min(lr, self.peak) if self.low and part >= _LOW else lr
-
-    def mark(self, part: float) -> None:
-        """Record a step that was taken at this part of the schedule's peak."""
-        self.low = part < _LOW
-        self.peak = self.peak if self.low else self.lr
-        if self.started:
-            self.trajectory.add(self.lr * part)
-
-    @property
-    def waits(self) -> bool:
-        """Whether the rule has yet to pick the first rate."""
-        return self.rule.picks_start and not self.started
-
-    @property
-    def scale(self) -> float:
-        """The learned scale."""
-        return self.used / self.reference
 
 
 @dataclass
@@ -100,11 +36,121 @@ class Group:
 
     scope: int
     lr: float  # effective learning rate of the last step
-    base: float = 0.0  # the configured or scheduled rate of the group
-    join: float = 1.0  # the factor by which a group that is added in mid-training joins at its configured rate
-    zero: bool = False  # whether it is configured at 0: then no clamp moves it
+    base: float = 0.0  # the configured rate, or one that was written, over the scale at that time
+    join: float = not_zero(
+        1.0
+    )  # the factor by which a group that is added in mid-training joins at its configured rate
+    share: float = 0.0  # the group's rate at a scale of 1: what it is configured or scheduled at, times ``join``
 
-    @property
-    def unscaled(self) -> float:
-        """The group's rate at a scale of 1."""
-        return self.base * self.join
+
+def check_groups(optimizer: Optimizer, count: int, apart: bool) -> None:
+    """Check the groups where others were before.
+
+    Args:
+        optimizer: The optimizer.
+        count: How many groups there were.
+        apart: Whether each group has a rate of its own.
+
+    Raises:
+        RuntimeError: Groups were removed.
+        ValueError: Groups with rates of their own share one tensor.
+    """
+    groups = optimizer.param_groups
+    if len(groups) < count:
+        raise RuntimeError(
+            f"{type(optimizer).__name__} has {len(groups)} parameter groups, but it had {count} in its last step: "
+            "groups can be added but not removed while its learning rate is tuned"
+        )
+    tensors = [id(group["lr"]) for group in groups if isinstance(group["lr"], Tensor)]
+    if apart and len(set(tensors)) < len(tensors):
+        raise ValueError(
+            "scope='group' needs a learning rate of its own for each group, but the optimizer's groups share one "
+            "lr tensor: give each its own, as in {'params': ..., 'lr': torch.tensor(...)}"
+        )
+
+
+def grow(scope: Scope, factor: float) -> None:
+    """Express a scope's rate for another reference, at the same scale."""
+    scope.reference *= factor
+    scope.lr *= factor
+    scope.used *= factor
+
+
+def restarted(scope: Scope, rule: Rule, step_count: int) -> Scope:
+    """The scope with a new rule, which picks the first rate again, after ``step_count`` steps."""
+    rule.brakes = scope.rule.brakes
+    return dataclasses.replace(scope, rule=rule, tuned=False, moved=False, low=False, since=step_count, vanished=0)
+
+
+def anchor(
+    scope: Scope,
+    groups: Sequence[Group],
+    held: Sequence[float],
+    configured: Sequence[float],
+    all_zero: bool,
+    scheduled: bool,
+) -> None:
+    """Start a scope from the rates that its groups are configured with.
+
+    Args:
+        scope: The scope.
+        groups: Its groups.
+        held: The rate that each of them holds.
+        configured: The rate that each is configured with: another one under a schedule.
+        all_zero: Whether all groups of the optimizer are configured at 0. Then these count as equal, and the rule
+            starts from 0, as in the paper. Otherwise a group at 0 is frozen.
+        scheduled: Whether the held rates belong to a schedule.
+    """
+    # a scheduler that is added in mid-training goes on from the present rate, whatever its own initial one is
+    bases = [(scope.tuned and lr) or base for lr, base in zip(held, configured, strict=True)]
+    reference = max(bases, key=abs)
+    scope.from_zero = reference == 0 and all_zero
+    equal = scope.from_zero and not scheduled
+    scope.reference = reference or 1.0
+    scope.lr = scope.used = 0.0 if equal else scope.reference
+    for group, lr, base in zip(groups, held, bases, strict=True):
+        group.lr, group.join = lr, 1.0
+        group.base, group.share = (1.0, 1.0) if equal else (base, lr)
+    if not scope.rule.picks_start and not scope.tuned:
+        scope.rule.check_start(scope.lr)
+
+
+def join(scope: Scope, group: Group, default: float, scheduled: bool) -> bool:
+    """Let a group that was added in mid-training join its scope, at its configured rate.
+
+    If the rule has picked the first rate, the optimizer's default rate or a scheduled rate is not the size of a step.
+    A group with such a rate joins in proportion to the others.
+
+    Args:
+        scope: The scope.
+        group: The group, with the rate that it holds.
+        default: The default rate of the optimizer.
+        scheduled: Whether the held rates belong to a schedule.
+
+    Returns:
+        Whether it has joined. Otherwise the scope must start from scratch, because it has no rate yet.
+    """
+    in_proportion = scope.rule.picks_start and (scheduled or group.lr == default)
+    group.base = group.lr
+    if in_proportion and scope.from_zero and not group.lr and not scheduled:
+        group.base = 1.0
+    if not in_proportion and scope.used:
+        group.join = scope.reference / scope.used
+    group.share = group.base * group.join
+    if in_proportion or scope.used:
+        grow(scope, max(1.0, abs(group.share / scope.reference)))  # because α is the largest rate
+    return in_proportion or scheduled or not (scope.from_zero and scope.used == 0)
+
+
+def write(scope: Scope, group: Group, lr: float) -> None:
+    """Take over a rate that was written into one group of a scope. The other groups keep theirs."""
+    if scope.used:
+        group.join, group.base = 1.0, lr / (scope.used / scope.reference)
+        group.share = group.base
+    elif group.share:  # the clamp held the scope at 0, so the ratio is not known: the whole scope comes back
+        scope.lr = scope.used = scope.reference * (lr / group.share)
+    else:
+        group.base, group.share = lr, lr * group.join
+        scope.lr = scope.used = scope.reference
+    group.lr = lr
+    grow(scope, max(1.0, abs(group.share / scope.reference)))

@@ -1,13 +1,16 @@
 """Saves and loads the state of the tuning of one optimizer, and checks what is loaded."""
 
+import copy
+from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
-from lightning_hd.checks import check_count
-from lightning_hd.engine.loss import Losses
-from lightning_hd.engine.step import Tuning
-from lightning_hd.rules import rule_name
-
-_COUNTS = ("step_count", "nonfinite_steps")
+from lightning_hd.checks import check_count, check_fields, check_flag, save_fields
+from lightning_hd.engine.rates import Rates, Trajectory
+from lightning_hd.engine.scopes import Group, Scope
+from lightning_hd.engine.step import Tuning, check_loss
+from lightning_hd.optimizers import as_held, get_lrs, set_lr
+from lightning_hd.rules import Rule, rule_name
 
 
 def save(tuning: Tuning) -> dict[str, Any]:
@@ -16,23 +19,13 @@ def save(tuning: Tuning) -> dict[str, Any]:
         "optimizer": type(tuning.optimizer).__name__,
         "rule": type(tuning.rule).__name__,
         "scope": tuning.rates.kind,
-        **{name: getattr(tuning, name) for name in _COUNTS},
-        "rates": tuning.rates.state_dict(),
+        "step_count": tuning.step_count,
+        "nonfinite_steps": tuning.nonfinite_steps,
+        "nonlinear": tuning.linearity.failed,
+        "rates": _save_rates(tuning.rates),
         "view": tuning.view.state_dict(),
-        "losses": tuning.losses.state_dict(),
+        "losses": list(map(float, tuning.losses.reported)),
     }
-
-
-def _is_former(state_dict: dict[str, Any]) -> bool:
-    """Whether a state is of a version before this one."""
-    if "last" in state_dict and "view" not in state_dict:
-        return True
-    view = state_dict.get("view")
-    if isinstance(view, dict) and "mean" in view:
-        return True
-    rates = state_dict.get("rates")
-    scopes = rates.get("scopes") if isinstance(rates, dict) else None
-    return isinstance(scopes, list) and any(isinstance(s, dict) and s and "trajectory" not in s for s in scopes)
 
 
 def load(tuning: Tuning, state_dict: dict[str, Any], loaded: bool) -> None:
@@ -45,35 +38,89 @@ def load(tuning: Tuning, state_dict: dict[str, Any], loaded: bool) -> None:
             rates stay that were written.
 
     Raises:
-        ValueError: The state is of another optimizer class, rule, scope or layout of parameter groups, of a former
-            version, or damaged.
+        ValueError: The state is of another optimizer class, rule, scope or layout of parameter groups, or damaged.
     """
-    keep = [loaded or written for written in tuning.rates.written()]
+    before, held = [group.lr for group in tuning.rates.groups], get_lrs(tuning.optimizer.param_groups)
+    written = [lr != was for lr, was in zip(held, before, strict=False)] + [False] * (len(held) - len(before))
     tuning.rates.sync()
-    keep += [loaded] * (len(tuning.optimizer.param_groups) - len(keep))
-    own = save(tuning)
-    if isinstance(state_dict, dict) and _is_former(state_dict):
-        raise ValueError("the saved state is of a former version of lightning-hd")
-    if not isinstance(state_dict, dict) or not own.keys() <= state_dict.keys():
-        raise ValueError("the state is not what HypergradientLR.state_dict() returned")
-    for key in ("optimizer", "rule", "scope"):
-        if state_dict[key] != own[key]:
-            saved, now = (rule_name(d[key]) if key == "rule" else d[key] for d in (state_dict, own))
-            raise ValueError(f"the saved state has {key}={saved!r}, now it is {now!r}")
+    now = save(tuning)
+    _check_kind(state_dict, now)
+    scheduled = tuning.rates.under_schedule
     try:
-        groups = state_dict["rates"]["groups"]
-        if isinstance(groups, list) and len(groups) != len(own["rates"]["groups"]):
-            raise ValueError(
-                f"the saved state has {len(groups)} parameter groups, the optimizer {len(own['rates']['groups'])}"
-            )
-        Losses().load_state_dict(state_dict["losses"])  # raises before anything is changed
-        counts = {name: check_count(name, state_dict[name]) for name in _COUNTS}
-        scheduled = tuning.rates.under_schedule
+        losses = [check_loss(loss) for loss in state_dict["losses"]]
+        step_count, nonfinite = (check_count(name, state_dict[name]) for name in ("step_count", "nonfinite_steps"))
+        nonlinear = check_flag("nonlinear", state_dict["nonlinear"])
         tuning.view.load_state_dict(state_dict["view"])
-        tuning.rates.load_state_dict(state_dict["rates"], keep)  # the last that can fail; it changes all or nothing
+        stays = [loaded or was_written for was_written in written]
+        _load_rates(tuning.rates, state_dict["rates"], stays)  # the last that can fail; it changes all or nothing
     except (KeyError, IndexError, TypeError, ValueError, AttributeError) as error:
-        tuning.view.load_state_dict(own["view"])
+        tuning.view.load_state_dict(now["view"])
         raise ValueError(f"the saved state is damaged, or of other parameter groups: {error!r}") from error
     tuning.lost_schedule = scheduled and not tuning.rates.under_schedule
-    tuning.losses.load_state_dict(state_dict["losses"])
-    vars(tuning).update(counts)
+    tuning.losses.reported, tuning.linearity.failed = losses, nonlinear
+    tuning.step_count, tuning.nonfinite_steps = step_count, nonfinite
+
+
+def _check_kind(state_dict: Any, now: dict[str, Any]) -> None:
+    """Raise ``ValueError`` if a state is of another kind than this one."""
+    if not isinstance(state_dict, dict) or not now.keys() <= state_dict.keys():
+        raise ValueError("the state is not what HypergradientLR.state_dict() returned")
+    for key in ("optimizer", "rule", "scope"):
+        if state_dict[key] != now[key]:
+            saved, mine = (rule_name(d[key]) if key == "rule" else d[key] for d in (state_dict, now))
+            raise ValueError(f"the saved state has {key}={saved!r}, now it is {mine!r}")
+
+
+@dataclass
+class _SavedGroup(Group):
+    """A group, and the rate that the optimizer held between the steps."""
+
+    held: float = 0.0
+
+
+def _save_rates(rates: Rates) -> dict[str, Any]:
+    held = get_lrs(rates.optimizer.param_groups)
+    return {
+        "scheduled": rates.under_schedule,
+        "scopes": [
+            {**save_fields(scope, without=("rule", "last")), "rule": scope.rule.state_dict()} for scope in rates.scopes
+        ],
+        "trajectories": [save_fields(trajectory) for trajectory in rates.trajectories],
+        "groups": [{**save_fields(group), "held": lr} for group, lr in zip(rates.groups, held, strict=False)],
+    }
+
+
+def _load_rates(rates: Rates, saved: dict[str, Any], stays: Sequence[bool]) -> None:
+    """Load the rates of the same groups. ``stays`` says for each whether the rate that it holds now stays."""
+    if len(saved["groups"]) != len(rates.groups):
+        raise ValueError(
+            f"the saved state has {len(saved['groups'])} parameter groups, the optimizer {len(rates.groups)}"
+        )
+    scopes = [
+        check_fields(Scope, own, rule=_loaded(scope.rule, own["rule"]), last=None)
+        for own, scope in zip(saved["scopes"], rates.scopes, strict=True)
+    ]
+    trajectories = [check_fields(Trajectory, own) for own in saved["trajectories"]]
+    groups = [
+        check_fields(_SavedGroup, own, scope=group.scope)
+        for own, group in zip(saved["groups"], rates.groups, strict=True)
+    ]
+    under_schedule = check_flag("scheduled", saved["scheduled"])
+    rates.scopes, rates.trajectories, rates.under_schedule = scopes, trajectories, under_schedule
+    rates.groups = [Group(own.scope, own.lr, own.base, own.join, own.share) for own in groups]
+    if under_schedule and not rates.is_scheduled():
+        rates.scheduled = True  # the user had set it, for a scheduler that cannot be detected
+    if not under_schedule:
+        for group, own, param_group, stay in zip(
+            rates.groups, groups, rates.optimizer.param_groups, stays, strict=True
+        ):
+            group.lr = as_held(param_group, group.lr)
+            if not stay:
+                set_lr(param_group, own.held)
+
+
+def _loaded(rule: Rule, state: dict[str, Any]) -> Rule:
+    """A copy of a rule that has loaded a state, so that the rule itself stays as it is if that fails."""
+    rule = copy.deepcopy(rule)
+    rule.load_state_dict(state)
+    return rule

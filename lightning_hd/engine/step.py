@@ -1,29 +1,53 @@
 """One step of a tuned optimizer, from top to bottom: gather, sum, reduce, decide, set, remember."""
 
 import math
-from collections.abc import Sequence
+from dataclasses import dataclass, field
+from time import perf_counter
+from typing import Any
 
 import torch
+from torch import Tensor
 from torch.optim import Optimizer
 
 from lightning_hd.engine.cooldown import Decline
+from lightning_hd.engine.decision import Step
+from lightning_hd.engine.first_rate import FirstRates
 from lightning_hd.engine.linearity import Linearity
-from lightning_hd.engine.loss import Losses
-from lightning_hd.engine.lr import LARGEST, set_lr
-from lightning_hd.engine.moment import Step
-from lightning_hd.engine.rates import Rates
+from lightning_hd.engine.precheck import Precheck
+from lightning_hd.engine.rates import Rates, waits
 from lightning_hd.engine.scopes import Scope
-from lightning_hd.engine.start import Start
-from lightning_hd.engine.takeoff import TakeOff
-from lightning_hd.engine.watch import Watch
 from lightning_hd.engine.writes import Writes
-from lightning_hd.hypergradient.view import Kept, View
-from lightning_hd.notices import Notices
-from lightning_hd.optimizers import follow_rate
-from lightning_hd.processes import Ranks
-from lightning_hd.rules import Observation, Rule, returned
+from lightning_hd.hypergradient import Sight, View
+from lightning_hd.optimizers import check_gradients, give_back, put_back, set_lr
+from lightning_hd.processes import Notices, Ranks
+from lightning_hd.rules import Observation, Rule
 
 
+@dataclass(eq=False)
+class Losses:
+    """The losses that have become known since the last step. No tensor is read on the host before it is used."""
+
+    reported: list[Tensor | float] = field(default_factory=list)  # several are averaged
+    returned: list[Tensor | float] = field(default_factory=list)  # by the last closure; it counts if none is reported
+
+    def take(self, like: Tensor) -> Tensor:
+        """Return the sum and the number of the losses, of shape (2,), in a tensor like another one; and forget them."""
+        losses = self.reported or self.returned
+        self.reported, self.returned = [], []
+        found = [loss.to(like) if isinstance(loss, Tensor) else like.new_full((), loss) for loss in losses]
+        return torch.stack([sum(found, start=like.new_zeros(())), like.new_full((), len(found))])
+
+
+def check_loss(value: Any) -> Tensor | float:
+    """A loss as a number or a copy, because the loss may be written to. Raise ``TypeError`` if it is none."""
+    if isinstance(value, Tensor) and value.numel() == 1 and not value.is_complex() and not value.is_meta:
+        return value.detach().clone().reshape(())
+    if isinstance(value, (bool, str, Tensor)) or not hasattr(value, "__float__"):
+        raise TypeError(f"loss must be a real number or a tensor of one, got {value!r}")
+    return float(value)
+
+
+@dataclass(eq=False)
 class Tuning:
     """The steps of one optimizer.
 
@@ -38,86 +62,104 @@ class Tuning:
         stop_after: The number of steps after which the learned scale stays as it is; ``None``: never.
     """
 
-    def __init__(
-        self,
-        optimizer: Optimizer,
-        rule: Rule,
-        rates: Rates,
-        view: View,
-        ranks: Ranks,
-        notices: Notices,
-        decline: Decline,
-        stop_after: int | None,
-    ) -> None:
-        self.optimizer = optimizer
-        self.rule = rule
-        self.rates = rates
-        self.view = view
-        self.ranks = ranks
-        self.notices = notices
-        self.decline = decline
-        self.stop_after = math.inf if stop_after is None else stop_after
-        self.losses = Losses()
-        self.start = Start(optimizer, ranks)
-        self.linearity = Linearity(optimizer, rates, ranks, notices, rule.long_horizon)
-        self.takeoff = TakeOff(optimizer, rates, self.start, rule.long_horizon, self._stay)
-        self.watch = Watch(optimizer, notices)
-        self.writes = Writes(notices)
-        self.paused = False
-        self.step_count = 0
-        self.nonfinite_steps = 0
-        self.loss: float | None = None  # the loss of the last step, if it is known
-        self.lost_schedule = False  # whether there is a schedule, but there was none in the state that was loaded
-        self._checked = False  # whether the checks before the first step were passed
-        self._dry = False
-        self._step: Step | None = None
-        self._passed: tuple[list[float], list[float]] | None = None  # rates before and during a step that is not tuned
+    optimizer: Optimizer
+    rule: Rule
+    rates: Rates
+    view: View
+    ranks: Ranks
+    notices: Notices
+    decline: Decline
+    stop_after: int | None
+    losses: Losses = field(default_factory=Losses)
+    seconds: float = 0.0  # the time that tuning has taken
+    paused: bool = False
+    step_count: int = 0
+    nonfinite_steps: int = 0
+    loss: float | None = None  # the loss of the last step, if it is known
+    lost_schedule: bool = False  # whether there is a schedule, but there was none in the state that was loaded
+    _checked: bool = False  # whether the checks before the first step were passed
+    _dry: bool = False
+    _step: Step | None = None
+    _passed: tuple[list[float], list[float]] | None = None  # rates during and before a step that is not tuned
+
+    def __post_init__(self) -> None:
+        self.linearity = Linearity(self.optimizer, self.ranks, self.notices, self.rule.long_horizon)
+        self._precheck = Precheck(self.optimizer, self.ranks)
+        self._first_rates = FirstRates(self.optimizer, self.rates, self.ranks, self.rule.long_horizon)
+        self._writes = Writes(self.notices)
 
     # ------------------------------------------------------------------ called by the optimizer's hooks
 
     def begin(self) -> bool:
-        """Begin a step. Return whether to tune it."""
-        self.watch.end()
-        self.abandon()
+        """Begin a step; the one before may not have ended. Return whether to tune it."""
+        if self._step is not None or self._passed is not None:
+            self.abandon()
         self._dry = False
         if self.paused:
             self.view.pause()
         return not self.paused
 
+    @torch.compiler.disable  # type: ignore[untyped-decorator]  # torch's
     @torch.no_grad()
     def prepare(self) -> bool:
-        """Set the rates of the update when the gradients are ready. Return whether they were set."""
-        self._dry = self.start.is_dry(fresh=not self.step_count)
-        if self._dry:
-            return False
-        if not self._checked:
-            self._check()
+        """Set the rates of the update when the gradients are ready. Return whether they were set.
+
+        If so, it is not called again where the optimizer evaluates its closure twice.
+        """
+        begin = perf_counter()
         try:
-            return self._tune()
+            return self._prepare()
         except BaseException:
             self.abandon()
             raise
+        finally:
+            self.seconds += perf_counter() - begin
 
+    def _prepare(self) -> bool:
+        fresh = not self.step_count
+        self._dry = bool(fresh or not self.optimizer.state) and self._precheck.is_dry(fresh)
+        if self._dry:
+            return False
+        if not self._checked:
+            self._precheck.check(self.rates, self.rule, self.step_count)
+            if fresh:
+                self.view.start()
+            self._checked = True
+        return self._tune()
+
+    def hear(self, returned: Any) -> None:
+        """Take in what a closure has returned, if it is a loss. ``prepare`` comes next."""
+        try:
+            self.losses.returned = [check_loss(returned)]
+        except TypeError:
+            self.losses.returned = []
+
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
     @torch.no_grad()
     def finish(self) -> None:
-        """Finish a step, after the parameters have moved."""
+        """Finish a step, after the parameters have moved. It is not called if a GradScaler skips it or it raises."""
+        begin = perf_counter()
         if self._passed is not None:
-            self.rates.give_back(*self._passed)
+            give_back(self.optimizer, *self._passed)
             self._passed = None
         elif self._step is not None:
             self._remember(self._step)
             self._step = None
         elif self._dry:
             self.view.make_room()
+        self.seconds += perf_counter() - begin
 
     def pass_by(self) -> None:
-        """Let a step that cannot be tuned use the rate of the last one, or what a schedule makes of it."""
+        """Let a step that cannot be tuned use the rate of the last one, or what a schedule makes of it.
+
+        It moves the parameters before it evaluates its closure.
+        """
         self.view.pause()
         if self.rates.under_schedule:
             self.rates.sync()
             lrs = [lr for lr, _ in self.rates.effective([scope.used for scope in self.rates.scopes])]
-            held = [set_lr(settings, lr) for settings, lr in zip(self.optimizer.param_groups, lrs, strict=True)]
-            self._passed = list(self.rates.held), held
+            during = [set_lr(group, lr) for group, lr in zip(self.optimizer.param_groups, lrs, strict=True)]
+            self._passed = during, list(self.rates.held)
         self.notices.warn(
             "early move",
             f"step {self.step_count + 1} moves the parameters before it evaluates its closure, as sharpness-aware "
@@ -128,14 +170,14 @@ class Tuning:
         """Forget a step that began but raised an error. The rate stays as it was."""
         step, self._step = self._step, None
         if self._passed is not None:
-            self.rates.put_back(*self._passed)
+            put_back(self.optimizer, *self._passed)
             self._passed = None
         if step is None:
             return
         self.view.abandon()
-        for scope, rule in zip(self.rates.scopes, step.rules, strict=True):
+        for scope, rule in zip(self.rates.scopes, step.rules, strict=False):
             scope.rule.load_state_dict(rule)
-        if not self.rates.put_back(step.restore, step.lrs) and self.rates.under_schedule:
+        if not put_back(self.optimizer, step.lrs, step.held) and self.rates.under_schedule:
             self.notices.warn(
                 "schedule",
                 "a step raised an error, and the scheduler went on from the rate of that step. From here on its values "
@@ -144,65 +186,37 @@ class Tuning:
 
     # ------------------------------------------------------------------ before the update
 
-    def _check(self) -> None:
-        """Check before the first step what would fail later, with a clear error."""
-        self.start.check(self.rates, self.rule, self.step_count)
-        if not self.step_count:
-            self.view.start()
-        self._checked = True
-
     def _tune(self) -> bool:
         """Set the rates; ``False`` if no rank has a gradient, or a GradScaler makes the optimizer skip the step."""
-        groups = self.optimizer.param_groups
-        parameters = [p for settings in groups for p in settings["params"]]
-        if not parameters or (self.ranks.count == 1 and all(p.grad is None for p in parameters)):
+        gradients = [p.grad for group in self.optimizer.param_groups for p in group["params"]]
+        if not gradients or (all(g is None for g in gradients) and self.ranks.count == 1):
             return False
         self._sync()
-        sums, loss = self._sum()
-        if not any(has_gradient for *_, has_gradient, _, _ in sums):
+        sights, loss = self._look()
+        if not any(sight.has_gradient for sight in sights):
             return False
-        for i, (*_, joined) in enumerate(sums):
-            # parameters that are new on a few processes may only have had no gradient there before
-            if joined > self.ranks.count / 2 and self.rates.scopes[i].started and self.rates.scopes[i].rule.picks_start:
-                self.rates.restart(i, self.step_count)
-                self.view.forget(i)
-                self.notices.log(
-                    f"step {self.step_count + 1}: new parameters have gradients, so the learning rate starts anew"
-                )
-        if self.linearity.fails(self.step_count):
-            for scope in self.rates.scopes:
-                scope.rule.nonlinear = True
-        rules = [scope.rule.state_dict() for scope in self.rates.scopes]
-        step = self._step = Step(rules, restore=list(self.rates.held), loss=loss)
-        for i, found in enumerate(sums):
-            step.has_gradient.append(bool(found[-3]))
-            step.seen.append(self._see(i, found))
-            step.rates.append(self._decide(step, i))
-        if self.rates.under_schedule and all(scope.from_zero for scope in self.rates.scopes):
-            self.notices.warn(
-                "zero schedule",
-                "the scheduled learning rate is 0, and no scale changes that. Nothing is learned unless it rises",
-            )
-        self.takeoff.prepare(step)
-        step.kept = [self._discount(step, i) for i in range(len(sums))]
-        for i, (lr, weight) in enumerate(self.rates.effective(step.used, step.begun)):
-            step.lrs.append(set_lr(groups[i], step.trial.get(i, lr)))
-            step.weights.append(weight)
-            if step.lrs[i] != step.restore[i]:
-                follow_rate(self.optimizer, groups[i], step.lrs[i])
-            self.view.keep(i, step.lrs[i], weight)
+        for i, sight in enumerate(sights):
+            if sight.joined:
+                self._restart(i)
+        if self.linearity.due and self.step_count >= self.linearity.due[0]:
+            self.linearity.test(self.step_count, [group.lr for group in self.rates.groups])
+        step = self._step = self._new_step(sights, loss)
+        step.seen = [self._take_in(scope, sight) for scope, sight in zip(self.rates.scopes, sights, strict=True)]
+        self.rates.decide(step)
+        if not self.rule.long_horizon or any(map(waits, self.rates.scopes)):
+            self._first_rates.prepare(step)
+        self.rates.retain(step)
+        self.rates.apply(step)
+        self.view.prepare(step.lrs, step.weights)
         return True
 
     def _sync(self) -> None:
-        """Take over changes of the rates and groups since the last step, and of what is left of the decline."""
+        """Take over changes of the rates and groups since the last step."""
         before = [group.lr for group in self.rates.groups]
         self.rates.sync()
-        if self.rule.long_horizon:
-            cooldown = 0.0 if self.rates.under_schedule else self.decline.left(self.step_count + 1)
-            for scope in self.rates.scopes:
-                scope.rule.cooldown = cooldown
-        if self.step_count and not self.rates.under_schedule:
-            self.writes.see(before, self.rates.held)
+        held = self.rates.held[: len(before)]
+        if self.step_count and not self.rates.under_schedule and held != before:
+            self._writes.see(self.step_count, before, held)
         if self.lost_schedule and self.rates.under_schedule:
             self.notices.warn(
                 "new schedule",
@@ -211,42 +225,63 @@ class Tuning:
             )
         self.lost_schedule = False
 
-    def _sum(self) -> tuple[list[list[float]], float | None]:
-        """The observed sums of each scope and the loss, by one collective and one host read.
+    def _look(self) -> tuple[list[Sight], float | None]:
+        """What the step shows of each scope, and the loss, by one collective and one host read.
 
-        There are no sums if the step is skipped.
+        Nothing is shown if the step is skipped.
         """
-        scopes = [group.scope for group in self.rates.groups]
-        grad_scale = getattr(self.optimizer, "grad_scale", None)
-        losses = None
-        for wide in (False, True):
-            try:
-                sums = self.view.observe(scopes, grad_scale, wide)
-            except RuntimeError:
-                self.start.check_gradients()
-                raise
-            # A fused optimizer under a GradScaler unscales inside its step, and skips the step if it finds an inf. The
-            # scaler reports both by these two attributes, which exist during the step only.
-            found_inf = getattr(self.optimizer, "found_inf", None)
-            skips = sums.new_zeros(1) if found_inf is None else found_inf.to(sums).view(1)
-            losses = self.losses.take(sums) if losses is None else losses
-            *numbers, skipped, loss, known = self.ranks.sum(torch.cat([sums.flatten(), skips, losses])).tolist()
-            if skipped:
-                return [], None
-            table = [numbers[i : i + sums.shape[1]] for i in range(0, len(numbers), sums.shape[1])]
-            if not self.view.is_doubtful(table):
-                break
-        return table, loss / known if known and math.isfinite(loss) else None
+        try:
+            sums = self.view.observe([group.scope for group in self.rates.groups])
+        except RuntimeError:
+            check_gradients(self.optimizer)
+            raise
+        # A fused optimizer under a GradScaler unscales inside its step, and skips the step if it finds an inf. The
+        # scaler reports it by this attribute, which exists during the step only.
+        found_inf = getattr(self.optimizer, "found_inf", None)
+        skips = sums.new_zeros(1) if found_inf is None else found_inf.to(sums).view(1)
+        everything = self.ranks.sum(torch.cat([sums.flatten(), skips, self.losses.take(sums)])).tolist()
+        *numbers, skipped, loss, known = everything
+        if skipped:
+            return [], None
+        table = [numbers[i : i + sums.shape[1]] for i in range(0, len(numbers), sums.shape[1])]
+        return self.view.sights(table), loss / known if known and math.isfinite(loss) else None
 
-    def _see(self, index: int, found: Sequence[float]) -> Observation | None:
-        """What a step shows of a scope; ``None`` if there was no step before, or it was undone."""
+    def _restart(self, index: int) -> None:
+        """Let a scope pick its first rate again, because many parameters are new."""
         scope = self.rates.scopes[index]
-        *sums, _, known, _ = found
-        derivative, g_squared, d_squared = sums[:3]
-        if not known or scope.waits:
+        if scope.tuned and scope.rule.picks_start:
+            self.rates.restart(index, self.step_count)
+            self.view.forget(index)
+            self.notices.log(
+                f"step {self.step_count + 1}: new parameters have gradients, so the learning rate starts anew"
+            )
+
+    def _new_step(self, sights: list[Sight], loss: float | None) -> Step:
+        number, left, factor = self.step_count + 1, 0.0, 1.0
+        if self.decline.total is not None and not self.rates.under_schedule:  # a schedule declines by itself
+            left, factor = self.decline.left(number), self.decline.factor(number)
+            if self.decline.is_over(number):
+                self.notices.warn(
+                    "longer",
+                    f"training goes on after the {self.decline.total} steps that it was to take. It keeps the rate of "
+                    "the last one",
+                )
+        return Step(
+            number=number,
+            sights=sights,
+            loss=loss,
+            cooldown=left,
+            factor=factor,
+            stopped=self.stop_after is not None and self.step_count >= self.stop_after,
+            nonlinear=self.linearity.failed,
+            held=list(self.rates.held),
+        )
+
+    def _take_in(self, scope: Scope, sight: Sight) -> Observation | None:
+        """What a scope learns from; ``None`` if there was no step before, or it was undone."""
+        if not sight.known or waits(scope):
             return None
-        measured = any(self.view.measured(i) for i in self.rates.members(index))
-        if measured and d_squared == 0 < g_squared and (scope.last is None or scope.last.grad_norm > 0):
+        if sight.vanished and (scope.last is None or scope.last.grad_norm > 0):
             if scope.used == 0:
                 scope.vanished += 1
             else:
@@ -256,95 +291,26 @@ class Tuning:
                     "stays as it is. Either the optimizer does not move in its first steps (tuning begins once it "
                     "does), or the rate is too small for the precision of the parameters",
                 )
-        if d_squared == 0 and not scope.moved:
-            return None
-        further = self.view.further(sums)
-        return Observation(derivative, math.sqrt(g_squared), math.sqrt(d_squared), **further)
-
-    def _decide(self, step: Step, index: int) -> tuple[float, float]:
-        """``α_t`` and ``γ_t`` of a scope. If a number is not finite, they are the last ones."""
-        scope, seen, number = self.rates.scopes[index], step.seen[index], self.step_count + 1
-        lr, brakes, time = scope.lr, scope.rule.brakes, number - scope.since
-        factor = self._factor()
-        leapt, finite = False, seen is None or all(map(math.isfinite, seen))
-        stopped = self.step_count >= self.stop_after and scope.started
-        if seen is not None and finite and not stopped:
-            lr = returned(scope.rule.update(lr, seen, time), scope.rule, "update")
-            leapt = scope.rule.brakes > brakes
-            if scope.rule.long_horizon:
-                lr = scope.at_peak(lr, self.rates.scheduled_part(index))
-                lr = min(lr, scope.lr) if factor < 1 else lr  # old moves at higher rates would ask for them
-            if step.loss is not None and math.isfinite(lr):
-                lr = returned(scope.rule.watch(lr, step.loss, time), scope.rule, "watch")
-        lr *= self.rates.follow_schedule(index)
-        if not finite:
-            return self._stay(step, scope, f"one of (hypergradient, ‖g‖, ‖d‖) = {tuple(seen or ())}")
-        if abs(lr) <= LARGEST:
-            lr = self.rates.clamp(index, lr)
-            used = lr if stopped else returned(scope.rule.used(lr, time), scope.rule, "used")
-            used *= factor
-            if abs(used) <= LARGEST:
-                if seen is not None and scope.rule.brakes > brakes:
-                    why = f"the gradient's norm leapt to {seen.grad_norm:.3g}" if leapt else "the loss has risen"
-                    self.notices.log(f"step {number}: {why}; the rate backs off from {scope.used:.3g} to {used:.3g}")
-                return lr, used
-        return self._stay(step, scope, f"the rate that {type(scope.rule).__name__} made of {seen}")
-
-    def _factor(self) -> float:
-        """The factor of the rates in the decline. There is no decline under a schedule."""
-        if self.rates.under_schedule:
-            return 1.0
-        if self.decline.is_over(self.step_count + 1):
-            self.notices.warn(
-                "longer",
-                f"training goes on after the {self.decline.total} steps that it was to take. It keeps the rate of the "
-                "last one",
-            )
-        return self.decline.factor(self.step_count + 1)
-
-    def _stay(self, step: Step, scope: Scope, what: str) -> tuple[float, float]:
-        step.finite = False
-        self.notices.warn(
-            "not finite",
-            f"step {self.step_count + 1}: {what} is not a finite number; the learning rate stays at {scope.used:g}. "
-            "Further such steps are counted in nonfinite_steps",
-        )
-        return scope.lr, scope.used
-
-    def _discount(self, step: Step, index: int) -> Kept | None:
-        """What is kept of the moves of a scope, for a rule with a long horizon."""
-        rule, seen = self.rates.scopes[index].rule, step.seen[index]
-        if not self.rule.long_horizon or (seen is not None and not all(map(math.isfinite, seen))):
-            return None
-        lr = step.rates[index][0] * self._factor()
-        time = self.step_count + 1 - self.rates.scopes[index].since
-        moves = returned(rule.discount(lr, time), rule, "discount")
-        return Kept(moves, returned(rule.smoothing(time), rule, "smoothing"))
+        return sight.observation if sight.observation.direction_norm or scope.moved else None
 
     # ------------------------------------------------------------------ after the update
 
     def _remember(self, step: Step) -> None:
         """Take over the rates, and what the view has kept, after the parameters have moved."""
-        try:
-            self.takeoff.measure(step)
-        except BaseException:
-            for p, before in step.before.items():
-                p.copy_(before)
-            self.abandon()
-            raise
-        self.view.remember(step.kept)
         if step.trial:
-            self.takeoff.put_right(step)
-        for group, lr in zip(self.rates.groups, step.lrs, strict=True):
-            group.lr = lr
-        for i, scope in enumerate(self.rates.scopes):
-            (scope.lr, scope.used), scope.last = step.rates[i], step.seen[i]
-            moves = step.has_gradient[i] and any(step.weights[j] for j in self.rates.members(i))
-            scope.started |= moves and (i in step.begun or not scope.waits)
-            scope.moved = scope.started and moves and any(step.lrs[j] for j in self.rates.members(i))
-            scope.mark(self.rates.scheduled_part(i))
+            try:
+                self._first_rates.measure(step)
+            except BaseException:
+                for p, before in step.before.items():
+                    p.copy_(before)
+                self.abandon()
+                raise
+        self.view.remember(step.retained)
+        if step.trial:
+            self._first_rates.put_right(step)
+        self.rates.remember(step)
         if self.rates.under_schedule:
-            self.rates.give_back(step.restore, step.lrs)
+            give_back(self.optimizer, step.lrs, step.held)
         self.nonfinite_steps += not step.finite
         self.loss = step.loss
         self.step_count += 1

@@ -9,18 +9,13 @@ from torch.optim import Optimizer
 from lightning_hd.checks import check_count
 from lightning_hd.engine.arguments import check_arguments, check_flat_shards, make_decline
 from lightning_hd.engine.hooks import StepHooks
-from lightning_hd.engine.lr import get_lr
 from lightning_hd.engine.rates import Rates
 from lightning_hd.engine.state import load, save
-from lightning_hd.engine.step import Tuning
-from lightning_hd.hypergradient.copies import copies_of, drop_copies, keep_copies
-from lightning_hd.hypergradient.displacement import Moves
-from lightning_hd.hypergradient.last_step import LastStep
-from lightning_hd.hypergradient.probe import PROBE
-from lightning_hd.notices import Notices
-from lightning_hd.optimizers import check_optimizer, unwrap
-from lightning_hd.processes import Ranks
-from lightning_hd.reporting.names import group_names
+from lightning_hd.engine.step import Tuning, check_loss
+from lightning_hd.engine.suggestion import suggestions
+from lightning_hd.hypergradient import PROBE, Displacement, LastStep, View, copies_of, drop_copies, keep_copies
+from lightning_hd.optimizers import check_optimizer, get_lr, group_names, parameters_of, unwrap
+from lightning_hd.processes import Notices, Ranks
 from lightning_hd.rules import Observation, Rule
 
 
@@ -120,32 +115,29 @@ class HypergradientLR:
         decline: float | Literal["default"] = "default",
         stop_after: int | None = None,
     ) -> None:
-        self._rule, low, high = check_arguments(rule, hypergrad_lr, scope, min_lr, max_lr, probe, stop_after)
-        falling = make_decline(decline, total_steps, self._rule)
+        checked, low, high = check_arguments(rule, hypergrad_lr, scope, min_lr, max_lr, probe, stop_after)
+        falling = make_decline(decline, total_steps, checked)
         if total_steps is None and not isinstance(decline, str) and decline:
             raise ValueError(f"decline={decline!r} has no effect without total_steps, the number of steps")
         check_optimizer(optimizer)
         ranks = Ranks(process_group)
-        ranks.check_meshes(p for settings in optimizer.param_groups for p in settings["params"])
+        ranks.check_meshes(parameters_of(optimizer))
         self.optimizer = unwrap(optimizer)
         self.scope = scope
-        check_flat_shards(self.optimizer, self._rule)
-        rates = Rates(self.optimizer, self._rule, scope, low, high)
+        check_flat_shards(self.optimizer, checked)
         self._name = type(self.optimizer).__name__
         notices = Notices(f"{self._owner}({self._name})", ranks)
-        budget = (PROBE if self._rule.long_horizon else None) if probe == "default" else probe
+        rates = Rates(self.optimizer, checked, scope, (low, high), notices)
         self._copies = copies_of(self.optimizer)
         self._loads = 0  # how often the optimizer had loaded a state when this loaded its own
-        view: Moves | LastStep
-        if self._rule.long_horizon:
+        view: View
+        if checked.long_horizon:
             self._copies.tensors.clear()  # they belong to a rule that this training had before
-            view = Moves(self.optimizer, budget, ranks, notices)
+            view = Displacement(self.optimizer, PROBE if probe == "default" else probe, ranks, notices)
         else:
-            view = LastStep(self.optimizer, budget, ranks, notices, self._copies)
-        self._tuning = Tuning(self.optimizer, self._rule, rates, view, ranks, notices, falling, stop_after)
-        self._hooks: StepHooks | None = None
-        self._seconds = 0.0  # the time of hooks that were removed
-        self._attach()
+            view = LastStep(self.optimizer, None if probe == "default" else probe, ranks, notices, self._copies)
+        self._tuning = Tuning(self.optimizer, checked, rates, view, ranks, notices, falling, stop_after)
+        self._hooks: StepHooks | None = StepHooks(self.optimizer, self._tuning, notices)
 
     # ------------------------------------------------------------------ what others read
 
@@ -153,7 +145,7 @@ class HypergradientLR:
     def lrs(self) -> list[float]:
         """The effective learning rate of each parameter group, which the last step used."""
         known = [group.lr for group in self._tuning.rates.groups]
-        return known + [get_lr(settings) for settings in self.optimizer.param_groups[len(known) :]]
+        return known + [get_lr(group) for group in self.optimizer.param_groups[len(known) :]]
 
     @property
     def scales(self) -> list[float]:
@@ -161,7 +153,7 @@ class HypergradientLR:
 
         Where the rate is configured at 0, it is the effective rate itself.
         """
-        return [scope.scale for scope in self._tuning.rates.scopes]
+        return [scope.used / scope.reference for scope in self._tuning.rates.scopes]
 
     @property
     def brakes(self) -> list[int]:
@@ -207,7 +199,7 @@ class HypergradientLR:
         Raises:
             RuntimeError: No step was tuned yet.
         """
-        lrs = self._tuning.rates.suggestions()
+        lrs = suggestions(self._tuning.rates)
         if lrs is None:
             raise RuntimeError(f"{self._owner}({self._name}): no suggestion before a step has moved the parameters")
         return dict(zip(group_names(self._name, self.optimizer), lrs, strict=False)) if len(lrs) > 1 else lrs[0]
@@ -215,7 +207,7 @@ class HypergradientLR:
     @property
     def seconds(self) -> float:
         """The time that tuning has taken on this process, in seconds."""
-        return self._seconds + (self._hooks.seconds if self._hooks is not None else 0.0)
+        return self._tuning.seconds
 
     @property
     def limits(self) -> tuple[float, float]:
@@ -276,7 +268,9 @@ class HypergradientLR:
         Raises:
             TypeError: ``loss`` is neither.
         """
-        self._tuning.losses.report(loss, keep=self.attached and not self.paused)
+        known = check_loss(loss)
+        if self._hooks is not None and not self._tuning.paused:
+            self._tuning.losses.reported.append(known)
 
     @property
     def attached(self) -> bool:
@@ -294,10 +288,8 @@ class HypergradientLR:
         """
         self._tuning.abandon()
         if self._hooks is not None:
-            self._seconds = self.seconds
             self._hooks.remove()
             self._hooks = None
-        self._tuning.watch.end()
         drop_copies(self.optimizer, self._copies, keep_state)
 
     def state_dict(self) -> dict[str, Any]:
@@ -339,10 +331,4 @@ class HypergradientLR:
         vars(self).update(state, _hooks=None)
         if attached:  # torch does not copy the hooks of an optimizer
             keep_copies(self.optimizer, self._copies)
-            self._attach()
-
-    def _attach(self) -> None:
-        tuning = self._tuning
-        self._hooks = StepHooks(
-            self.optimizer, tuning.begin, tuning.prepare, tuning.losses.hear, tuning.pass_by, tuning.finish
-        )
+            self._hooks = StepHooks(self.optimizer, self._tuning, notices=None)

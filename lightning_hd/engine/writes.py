@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 
-from lightning_hd.notices import Notices
+from lightning_hd.processes import Notices
 
 _IN_A_ROW = 12
 """Rates that are written before so many steps in a row are no accident."""
@@ -21,16 +21,17 @@ class Writes:
     def __init__(self, notices: Notices) -> None:
         self._notices = notices
         self._row = 0
+        self._last = 0  # the step before which rates were written last
         self._factor = 0.0
         self._cuts = 0
 
-    def see(self, before: Sequence[float], held: Sequence[float]) -> None:
-        """Compare the rates of the last step with those that the groups hold before the next one."""
-        factors = [after / lr for lr, after in zip(before, held, strict=False) if lr and after != lr]
+    def see(self, step_count: int, before: Sequence[float], held: Sequence[float]) -> None:
+        """Compare the rates of the last step, whose number this is, with others that the groups hold now."""
+        factors = [after / lr for lr, after in zip(before, held, strict=True) if lr and after != lr]
         if not factors:
-            self._row = 0
             return
-        self._row += 1
+        self._row = self._row + 1 if step_count <= self._last + 1 else 1
+        self._last = step_count
         if factors[0] < 1:
             alike = abs(factors[0] - self._factor) < 1e-6 * factors[0]
             self._cuts, self._factor = (self._cuts + 1 if alike else 1), factors[0]

@@ -13,7 +13,7 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
-from lightning_hd.optimizers import torch_class
+from lightning_hd.optimizers import parameters_of, torch_class
 
 DIRECTION = "hd_direction"
 """Key of a parameter's copy in ``optimizer.state_dict()["state"]``."""
@@ -56,7 +56,7 @@ class Copies:
         """
         for handle in self._handles:
             handle.remove()
-        for p in _parameters(optimizer) if keep else ():
+        for p in parameters_of(optimizer) if keep else ():
             if p in self.tensors and (torch_class(type(optimizer)) is not None or optimizer.state.get(p)):
                 optimizer.state[p][DIRECTION] = self.tensors[p]
         self.tensors.clear()
@@ -74,7 +74,7 @@ class Copies:
     def _save(self, optimizer: Optimizer, state_dict: dict[str, Any]) -> dict[str, Any]:
         """Add the copies to the saved state. The dictionaries of the optimizer itself do not change."""
         state = dict(state_dict["state"])
-        for name, p in zip(_names(state_dict), _parameters(optimizer), strict=False):
+        for name, p in zip(_names(state_dict), parameters_of(optimizer), strict=False):
             if p in self.tensors:
                 state[name] = {**state.get(name, {}), DIRECTION: self.tensors[p]}
         return {**state_dict, "state": state}
@@ -84,7 +84,7 @@ class Copies:
         self.loads += 1
         self.tensors.clear()
         state = dict(state_dict["state"])
-        for name, p in zip(_names(state_dict), _parameters(optimizer), strict=False):  # torch checks the counts
+        for name, p in zip(_names(state_dict), parameters_of(optimizer), strict=False):  # torch checks the counts
             saved = state.get(name)
             if isinstance(saved, dict) and isinstance(saved.get(DIRECTION), Tensor):
                 self.tensors[p] = _placed(saved[DIRECTION], p)
@@ -133,11 +133,11 @@ def load_copies(model: nn.Module, optimizer: Optimizer, prefix: str, folder: Pat
         folder: The folder of the checkpoint.
     """
     saved = FileSystemReader(folder).read_metadata().state_dict_metadata
-    own, copies, tensors = set(_parameters(optimizer)), copies_of(optimizer), {}
+    trained, copies, tensors = set(parameters_of(optimizer)), copies_of(optimizer), {}
     for name, p in model.named_parameters():
         # torch.compile adds a part to the name, which the checkpoint leaves out
         path = f"{prefix}.state.{name.replace('_orig_mod.', '')}.{DIRECTION}"
-        if p in own and path in saved:
+        if p in trained and path in saved:
             tensors[path] = copies.place_for(p)
     if tensors:
         load(tensors, checkpoint_id=folder)  # it writes into the copies
@@ -153,8 +153,3 @@ def _placed(tensor: Tensor, p: Tensor) -> Tensor:
 def _names(state_dict: dict[str, Any]) -> Iterator[Any]:
     for group in state_dict["param_groups"]:
         yield from group["params"]
-
-
-def _parameters(optimizer: Optimizer) -> Iterator[Tensor]:
-    for settings in optimizer.param_groups:
-        yield from settings["params"]

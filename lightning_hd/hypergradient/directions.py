@@ -17,35 +17,29 @@ Adam-HD; the formulas of d in the documentation of ``torch.optim``.
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
-from typing import Any, ClassVar, Protocol
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 from torch.optim import ASGD, SGD, Adam, AdamW, Optimizer
 
+from lightning_hd.checks import check_fields
 from lightning_hd.optimizers import is_coupled, torch_class
 
 COPY, PARAMETER = "copy", "parameter"
 """What a direction may ask for, beside the tensors of the optimizer's state by their names."""
 
+Quantities = Callable[[str], Tensor]
+"""Gives a quantity by its name: a flat tensor of at least 32 bits per element, which must not be written to."""
+
 State = Callable[[str], Tensor | None]
-
-
-class Quantities(Protocol):
-    """The quantities from which a direction is computed, for one bucket."""
-
-    def __call__(self, name: str) -> Tensor:
-        """A quantity by its name: a flat tensor of at least 32 bits per element, which must not be written to."""
-
-    def spare(self, like: Tensor) -> Tensor:
-        """A tensor of the same size to write a direction into. The next bucket uses it again."""
 
 
 @dataclass(frozen=True)
 class Direction(ABC):
     """How ``d_t`` of one parameter group is computed, for the hyperparameters of the current step."""
 
-    copies: ClassVar[bool] = False
+    needs_copy: ClassVar[bool] = False
     """Whether a copy of the parameter's size is kept, because the optimizer's own state does not hold ``d_t``."""
     counts: ClassVar[bool] = False
     """Whether the direction depends on how many steps the optimizer has taken."""
@@ -89,7 +83,7 @@ class Gradient(Direction):
     direction is taken with respect to ``η_t``, which equals the learning rate while ``λ lr t`` is small.
     """
 
-    copies: ClassVar[bool] = True
+    needs_copy: ClassVar[bool] = True
     nesterov: float = 0.0
     decay: float = 0.0
 
@@ -101,7 +95,7 @@ class Gradient(Direction):
     def read(self, get: Quantities, step: int) -> Tensor:
         """The copy plus ``μ`` times the momentum buffer."""
         g = get(COPY)
-        return torch.add(g, get("momentum_buffer"), alpha=self.nesterov, out=get.spare(g)) if self.nesterov else g
+        return torch.add(g, get("momentum_buffer"), alpha=self.nesterov) if self.nesterov else g
 
     def ahead(self, g: Tensor, p: Tensor, state: State) -> Tensor | None:
         """``g + μ (μ v + g) + λ θ``."""
@@ -159,8 +153,7 @@ class AdaptiveMoments(Direction):
         """Computed from the optimizer's m and v: ``m √(1-β2^t) / (√v + ε √(1-β2^t)) / (1-β1^t)``."""
         root = (1 - self.beta2**step) ** 0.5
         first, second = self.needs
-        v = get(second)
-        scale = torch.sqrt(v, out=get.spare(v)).add_(self.eps * root)
+        scale = torch.sqrt(get(second)).add_(self.eps * root)
         d = torch.div(get(first), scale, out=scale).mul_(root / (1 - self.beta1**step))
         if self.decoupled:
             d.add_(get(PARAMETER), alpha=self.decoupled).div_(1 - self.lr * self.decoupled)
@@ -174,21 +167,8 @@ class AdaptiveMoments(Direction):
         v = g.square() * (1 - self.beta2)
         v = v if second is None else v.add_(second, alpha=self.beta2)
         v = torch.maximum(v, largest) if self.amsgrad and largest is not None else v
-        made = _Made({"exp_avg": m, "exp_avg_sq": v, "max_exp_avg_sq": v, PARAMETER: p})
-        return self.read(made, 1 + (0 if step is None else int(step)))
-
-
-@dataclass(frozen=True)
-class _Made:
-    """Quantities that are computed, not gathered."""
-
-    tensors: dict[str, Tensor]
-
-    def __call__(self, name: str) -> Tensor:
-        return self.tensors[name]
-
-    def spare(self, like: Tensor) -> Tensor:
-        return torch.empty_like(like)
+        made = {"exp_avg": m, "exp_avg_sq": v, "max_exp_avg_sq": v, PARAMETER: p}
+        return self.read(made.__getitem__, 1 + (0 if step is None else int(step)))
 
 
 @dataclass(frozen=True)
@@ -199,7 +179,7 @@ class Measured(Direction):
     no direction.
     """
 
-    copies: ClassVar[bool] = True
+    needs_copy: ClassVar[bool] = True
     lr: float
 
     @property
@@ -248,10 +228,6 @@ def direction_from_dict(saved: dict[str, Any]) -> Direction:
     """The inverse of ``Direction.to_dict``.
 
     Raises:
-        ValueError: It does not describe a direction.
+        KeyError, TypeError, ValueError: It does not describe a direction.
     """
-    values = dict(saved)
-    try:
-        return _FAMILIES[values.pop("family")](**values)
-    except (KeyError, TypeError):
-        raise ValueError(f"not a saved direction: {saved!r}") from None
+    return check_fields(_FAMILIES[saved["family"]], saved)

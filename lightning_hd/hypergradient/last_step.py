@@ -1,15 +1,17 @@
 """LastStep, the view of the paper's rules: it compares the new gradient with the direction of the last step."""
 
-from collections.abc import Callable, Sequence
+import math
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from lightning_hd.checks import check_count, check_number
+from lightning_hd.checks import check_count, check_fields
+from lightning_hd.hypergradient.buckets import Bucket, flatten, gather, pack, products
 from lightning_hd.hypergradient.copies import Copies
 from lightning_hd.hypergradient.directions import (
     COPY,
@@ -17,17 +19,30 @@ from lightning_hd.hypergradient.directions import (
     Direction,
     Gradient,
     Measured,
+    Quantities,
     direction_from_dict,
     direction_of,
 )
-from lightning_hd.hypergradient.probe import Bucket, gather, look, pack
-from lightning_hd.hypergradient.products import is_doubtful, products
-from lightning_hd.hypergradient.view import Kept, View
-from lightning_hd.notices import Notices
-from lightning_hd.optimizers import coupled_decay, objective_gradient
-from lightning_hd.processes import Ranks, gradient_of, local, widen
+from lightning_hd.hypergradient.probe import look
+from lightning_hd.hypergradient.view import Retained, Sight, View
+from lightning_hd.optimizers import coupled_decay, device_of, to_objective
+from lightning_hd.processes import Notices, Ranks, gradient_of, local, widen
+from lightning_hd.rules import Observation
 
 _GRADIENT = "gradient"
+
+
+class _Sums(NamedTuple):
+    """The numbers of one scope: two flags, and three sums over the coordinates."""
+
+    has_gradient: float
+    known: float
+    derivative: float  # -g·d
+    g_squared: float
+    d_squared: float
+
+
+_WIDTH = len(_Sums._fields) - 2
 
 
 @dataclass
@@ -36,7 +51,7 @@ class Last:
 
     weight: float = 0.0  # derivative of the group's rate with respect to the scope's
     direction: Direction | None = None
-    moved: list[Tensor] = field(default_factory=list)  # the parameters that were updated
+    moved: list[Tensor] = field(default_factory=list)  # the parameters that were updated, while d is known
 
 
 class LastStep(View):
@@ -55,105 +70,124 @@ class LastStep(View):
     ) -> None:
         super().__init__(optimizer, budget, ranks, notices)
         self._copies = copies
-        self._last: list[Last] = []
+        self._last: list[Last] = []  # of each group
         self._next: list[Last] = []  # filled during a step
         self._steps: dict[int, int] = {}  # steps taken with each parameter, by its id, if its direction depends on them
         self._loads = copies.loads
-        self._layout: Any = None  # the layout that the buckets are made for
-        self._known: set[int] = set()  # groups whose last direction is known
-        self._youngest: dict[int, Tensor] = {}  # a parameter with the most steps, for the groups that are alike
+        self._layout: Any = None  # what the buckets are made for
         self._buckets: list[Bucket] = []
+        self._flags: list[tuple[bool, bool]] = []  # of each scope: whether there is a gradient, and a known direction
+        self._measured: set[int] = set()  # scopes whose last step was measured, and moved them
 
     # ------------------------------------------------------------------ before a step
 
-    def observe(self, scopes: Sequence[int], grad_scale: Tensor | None, wide: bool = False) -> Tensor:
-        """For each scope ``-g·d``, ``‖g‖²``, ``‖d‖²`` and three flags; see ``View.observe``."""
+    def observe(self, scopes: Sequence[int]) -> Tensor:
+        """The numbers of ``_Sums`` for each scope; see ``View.observe``."""
         self._last += [Last() for _ in self._optimizer.param_groups[len(self._last) :]]
         if self._loads != self._copies.loads:
-            self._loads, self._steps = self._copies.loads, {}
-        self._prepare(scopes)
+            self._loads, self._steps, self._layout = self._copies.loads, {}, None
+        self._lay_out(scopes)
+        self._measured = {
+            scopes[i]
+            for i, last in enumerate(self._last)
+            if isinstance(last.direction, Measured) and last.direction.lr * last.weight
+        }
         flats: dict[tuple[str, int], Tensor] = {}
-        spare: dict[tuple[str, torch.dtype, torch.device], Tensor] = {}
-        sums, factors = [], []
+        rows, factors = [], []
         for bucket in self._buckets:
-            group, age = bucket.key
-            last, get = self._last[group], _Reader(self, bucket, flats, spare)
+            group, twin = bucket.key
+            last, get = self._last[group], partial(self._quantity, bucket, flats)
             d = None
-            if age is not None and last.direction is not None:
-                d = last.direction.read(get, self._latest(group) - age)
-            settings = self._optimizer.param_groups[group]
-            g = objective_gradient(self._optimizer, settings, get(_GRADIENT), partial(get, PARAMETER), grad_scale)
-            sums.append(products(g, d, bucket.weights, wide, get.spare(g, "product")))
-            share = 1 / bucket.copies
+            if twin is not None and last.direction is not None:
+                d = last.direction.read(get, self._steps_of(last, twin))
+            rows.append(products(self._gradient(bucket, get), d, bucket.weights))
+            share = 1 / bucket.replicas
             factors.append((scopes[group], -last.weight * share, share, last.weight**2 * share))
-        return self._combine(sums, factors, scopes, {slot.group for slot in self.slots}, self._known)
+        return self._sums.by_scope(rows, factors, self._flags, device_of(self._optimizer), _WIDTH)
 
-    def is_doubtful(self, sums: Sequence[Sequence[float]]) -> bool:
-        """Whether a norm may be wrong because of underflow or overflow."""
-        return any(known and is_doubtful(*squares) for _, *squares, _, known, _ in sums)
+    def _quantity(self, bucket: Bucket, flats: dict[tuple[str, int], Tensor], name: str) -> Tensor:
+        """A quantity of a bucket by its name. ``flats`` has those of parameters that are in several buckets."""
+        places = [place for place in bucket.parts if (name, place) not in flats]
+        slots = [self.slots[place] for place in places]
+        found = flatten(slots, [self._get(name, slot.p) for slot in slots])
+        flats |= {(name, place): flat for place, flat in zip(places, found, strict=True)}
+        return widen(gather(bucket.views({place: flats[name, place] for place in bucket.parts})))
 
-    def measured(self, group: int) -> bool:
-        """Whether the direction of a group was measured, in a step that moved it."""
-        last = self._last[group] if group < len(self._last) else Last()
-        return isinstance(last.direction, Measured) and last.direction.lr * last.weight != 0
+    def _get(self, name: str, p: Tensor) -> Tensor:
+        if name == _GRADIENT:
+            return gradient_of(p)
+        found = p.detach() if name == PARAMETER else self._find(name, p)
+        assert found is not None, "the layout knows which tensors are there"
+        return found
 
-    def _prepare(self, scopes: Sequence[int]) -> None:
+    def _gradient(self, bucket: Bucket, get: Quantities) -> Tensor:
+        """``g_t`` of a bucket."""
+        group, _ = bucket.key
+        param_group = self._optimizer.param_groups[group]
+        g = get(_GRADIENT).to(bucket.dtype, copy=True)
+        decays = coupled_decay(self._optimizer, param_group) != 0
+        to_objective(self._optimizer, param_group, [g], [get(PARAMETER)] if decays else [])
+        return g
+
+    def sights(self, sums: Sequence[Sequence[float]]) -> list[Sight]:
+        """What the step shows of each scope."""
+        found = []
+        for scope, row in enumerate(map(_Sums._make, sums)):
+            observation = Observation(row.derivative, math.sqrt(row.g_squared), math.sqrt(row.d_squared))
+            vanished = scope in self._measured and row.d_squared == 0 < row.g_squared
+            found.append(Sight(row.has_gradient > 0, row.known > 0, observation, vanished=vanished))
+        return found
+
+    def _lay_out(self, scopes: Sequence[int]) -> None:
         """Lay out the parameters that have a gradient, unless the last layout still holds."""
         alike = self._alike(scopes)
-        now = [[p for p in settings["params"] if p.grad is not None] for settings in self._optimizer.param_groups]
-        moved = [list(map(id, last.moved)) for last in self._last]
-        layout = (alike, [list(map(id, own)) for own in now], [list(map(Tensor.numel, own)) for own in now])
-        if layout == self._layout and layout[1] == moved and self._is_complete(now):
+        groups = self._optimizer.param_groups
+        places = ((i, j, p) for i, group in enumerate(groups) for j, p in enumerate(group["params"]))
+        seen = [(i, j, p) for i, j, p in places if p.grad is not None]
+        moved = [set(map(id, last.moved)) for last in self._last]
+        known = {id(p) for i, _, p in seen if id(p) in moved[i] and self._is_there(self._last[i], p)}
+        layout = (alike, [(i, j, id(p), p.numel()) for i, j, p in seen], known)
+        if layout == self._layout:
             return
-        seen: list[tuple[int, int, Tensor]] = []
-        steps: dict[int, int] = {}
-        for i, (settings, last) in enumerate(zip(self._optimizer.param_groups, self._last, strict=True)):
-            for j, p in enumerate(settings["params"]):
-                if p.grad is not None:
-                    seen.append((i, j, p))
-                    if id(p) in moved[i] and self._is_there(last, p):
-                        steps[id(p)] = self._steps_of(last, p)
-        latest = dict.fromkeys(alike, 0)
+        twins: dict[int, Tensor] = {}  # for each parameter, the first whose direction is computed with the same numbers
+        first: dict[tuple[int, int], Tensor] = {}
         for i, _, p in seen:
-            latest[alike[i]] = max(latest[alike[i]], steps.get(id(p), 0))
-        ages = {id(p): latest[alike[i]] - steps[id(p)] for i, _, p in seen if id(p) in steps}
-        self._known = {i for i, _, p in seen if id(p) in steps}
-        self._youngest = {alike[i]: p for i, _, p in seen if ages.get(id(p)) == 0}
+            if id(p) in known:
+                twins[id(p)] = first.setdefault((alike[i], self._steps_of(self._last[i], p)), p)
         self.slots = look(seen, self._budget, self._ranks, {})
-        self._buckets = pack(self.slots, lambda slot: (alike[slot.group], ages.get(id(slot.p))))
-        # The layout may serve again only if the last direction of every parameter with a gradient is known.
-        self._layout = layout if len(steps) == len(seen) else None
+        self._buckets = pack(self.slots, lambda slot: (alike[slot.group], twins.get(id(slot.p))))
+        with_gradient = {scopes[i] for i, _, _ in seen}
+        with_direction = {scopes[i] for i, _, p in seen if id(p) in known}
+        self._flags = [(scope in with_gradient, scope in with_direction) for scope in range(max(scopes) + 1)]
+        self._layout = layout
 
-    def _is_complete(self, now: Sequence[Sequence[Tensor]]) -> bool:
-        """Whether all tensors are there from which directions are computed."""
-        for last, own in zip(self._last, now, strict=True):
-            for name in last.direction.needs if last.direction is not None else ():
-                if any(tensor is None for tensor in map(self._finder(name), own)):
-                    return False
-        return True
-
-    def _finder(self, name: str) -> Callable[[Tensor], Tensor | None]:
-        """A function that returns the tensor of this name for a parameter, or ``None``."""
-        state, nothing = self._optimizer.state, dict[str, Any]()
-        return self._copies.tensors.get if name == COPY else lambda p: state.get(p, nothing).get(name)
-
-    def _latest(self, group: int) -> int:
-        """How many steps the optimizer has taken with the groups that are alike."""
-        p = self._youngest.get(group)
-        return 0 if p is None else self._steps_of(self._last[group], p)
+    def _alike(self, scopes: Sequence[int]) -> list[int]:
+        """For each group, the first group whose directions and gradients are computed with the same numbers."""
+        first: dict[Any, int] = {}
+        numbers = [
+            (scope, last.weight, last.direction, group.get("maximize", False), coupled_decay(self._optimizer, group))
+            for scope, group, last in zip(scopes, self._optimizer.param_groups, self._last, strict=True)
+        ]
+        return [first.setdefault(own, i) for i, own in enumerate(numbers)]
 
     def _is_there(self, last: Last, p: Tensor) -> bool:
         """Whether all tensors are there from which the direction of a parameter is computed; warns otherwise."""
-        for name in () if last.direction is None else last.direction.needs:
-            tensor = self._finder(name)(p)
-            if tensor is None or tensor.shape != p.shape:
-                self._notices.warn(
-                    "lost direction",
-                    "the optimizer's state has lost the last direction, so the learning rate stays as it is for one "
-                    "step. Was the state loaded from a checkpoint that was written without tuning?",
-                )
-                return False
-        return True
+        found = [self._find(name, p) for name in (last.direction.needs if last.direction is not None else ())]
+        if all(tensor is not None and tensor.shape == p.shape for tensor in found):
+            return True
+        self._notices.warn(
+            "lost direction",
+            "the optimizer's state has lost the last direction, so the learning rate stays as it is for one step. Was "
+            "the state loaded from a checkpoint that was written without tuning?",
+        )
+        return False
+
+    def _find(self, name: str, p: Tensor) -> Tensor | None:
+        """The tensor of this name for a parameter: the copy, or one of the optimizer's state."""
+        if name == COPY:
+            return self._copies.tensors.get(p)
+        found: Tensor | None = self._optimizer.state[p].get(name) if p in self._optimizer.state else None
+        return found
 
     def _steps_of(self, last: Last, p: Tensor) -> int:
         """How many steps the optimizer has taken with a parameter. It is read once, and counted from then on."""
@@ -163,53 +197,34 @@ class LastStep(View):
             self._steps[id(p)] = int(self._optimizer.state[p]["step"])
         return self._steps[id(p)]
 
-    def _alike(self, scopes: Sequence[int]) -> list[int]:
-        """For each group, the first group whose directions and gradients are computed with the same numbers."""
-        first: dict[Any, int] = {}
-        numbers = [
-            (last.weight, last.direction, settings.get("maximize", False), coupled_decay(self._optimizer, settings))
-            for settings, last in zip(self._optimizer.param_groups, self._last, strict=True)
-        ]
-        return [first.setdefault((scope, *own), i) for i, (scope, own) in enumerate(zip(scopes, numbers, strict=True))]
-
-    def tensors(self, name: str, parameters: Sequence[Tensor]) -> Sequence[Tensor]:
-        """A quantity of some parameters."""
-        if name == _GRADIENT:
-            return [gradient_of(p) for p in parameters]
-        if name == PARAMETER:
-            return [p.detach() for p in parameters]
-        if name == COPY:
-            return [self._copies.tensors[p] for p in parameters]
-        return [self._optimizer.state[p][name] for p in parameters]
-
     # ------------------------------------------------------------------ around the update
 
-    def keep(self, group: int, lr: float, weight: float) -> None:
-        """Keep what the direction of a group will need. Call it before the update at rate ``lr``."""
-        settings = self._optimizer.param_groups[group]
-        direction = direction_of(self._optimizer, settings, lr)
-        moved = [p for p in settings["params"] if p.grad is not None]
-        self._last[group].moved = []  # the last directions are overwritten here, and known again after the step
-        self._next.append(Last(weight, direction, moved))
-        if not direction.copies or not moved:
+    def prepare(self, lrs: Sequence[float], weights: Sequence[float]) -> None:
+        """Keep what the directions will need that is lost in the update."""
+        for group, lr, weight, last in zip(self._optimizer.param_groups, lrs, weights, self._last, strict=True):
+            last.moved = []  # the last directions are overwritten here, and known again after the step
+            moved = [p for p in group["params"] if p.grad is not None]
+            coming = Last(weight, direction_of(self._optimizer, group, lr), moved)
+            self._next.append(coming)
+            if moved:
+                self._copy(group, coming)
+
+    def _copy(self, group: dict[str, Any], coming: Last) -> None:
+        """Write what the direction of a group will need into the copies."""
+        if coming.direction is None or not coming.direction.needs_copy:
             return
-        # torch has no public function that copies many tensors at once.
-        copies = [local(self._copies.place_for(p)) for p in moved]
-        parameters = [local(p.detach()) for p in moved]
-        if isinstance(direction, Measured):
+        copies = [local(self._copies.place_for(p)) for p in coming.moved]
+        parameters = [local(p.detach()) for p in coming.moved]
+        # torch has no public function that changes many tensors at once.
+        if isinstance(coming.direction, Measured):
             torch._foreach_copy_(copies, parameters)
             return
-        torch._foreach_copy_(copies, [local(gradient_of(p)) for p in moved])
-        scale = getattr(self._optimizer, "grad_scale", None)
-        if scale is not None:
-            torch._foreach_div_(copies, scale.to(copies[0].device))
-        if settings.get("maximize", False):
-            torch._foreach_neg_(copies)
-        decay = coupled_decay(self._optimizer, settings) + (direction.decay if isinstance(direction, Gradient) else 0.0)
-        if decay:
-            torch._foreach_add_(copies, parameters, alpha=decay)
+        torch._foreach_copy_(copies, [local(gradient_of(p)) for p in coming.moved])
+        to_objective(self._optimizer, group, copies, parameters)
+        if isinstance(coming.direction, Gradient) and coming.direction.decay:
+            torch._foreach_add_(copies, parameters, alpha=coming.direction.decay)
 
-    def remember(self, kept: Sequence[Kept | None]) -> None:
+    def remember(self, retained: Sequence[Retained | None]) -> None:
         """Keep the directions of the step that was taken."""
         for last in self._next:
             if isinstance(last.direction, Measured) and last.moved:
@@ -222,7 +237,7 @@ class LastStep(View):
         self._last, self._next = self._next, []
 
     def abandon(self) -> None:
-        """Drop what was kept of a step that was not taken. The copies of the step before may be overwritten."""
+        """Drop what was prepared for a step that was not taken. The copies of the step before may be overwritten."""
         self._next = []
 
     def start(self) -> None:
@@ -242,22 +257,21 @@ class LastStep(View):
 
     def make_room(self) -> None:
         """Make empty copies, so that a checkpoint can be loaded into them."""
-        for settings in self._optimizer.param_groups:
-            if direction_of(self._optimizer, settings, 0.0).copies:
-                for p in settings["params"]:
+        for group in self._optimizer.param_groups:
+            if direction_of(self._optimizer, group, 0.0).needs_copy:
+                for p in group["params"]:
                     if p.grad is not None:
                         self._copies.place_for(p)
 
     def state_dict(self) -> list[dict[str, Any]]:
         """Which parameters were moved, and how. The tensors are in the optimizer's state dict."""
-        groups = zip(self._last, self._optimizer.param_groups, strict=False)
         return [
             {
                 "weight": last.weight,
                 "direction": None if last.direction is None else last.direction.to_dict(),
-                "moved": [i for i, p in enumerate(settings["params"]) if any(p is q for q in last.moved)],
+                "moved": [i for i, p in enumerate(group["params"]) if any(p is q for q in last.moved)],
             }
-            for last, settings in groups
+            for last, group in zip(self._last, self._optimizer.param_groups, strict=False)
         ]
 
     def load_state_dict(self, state_dict: list[dict[str, Any]]) -> None:
@@ -266,38 +280,13 @@ class LastStep(View):
         Raises:
             IndexError, KeyError, TypeError, ValueError: The state is damaged, or of other groups.
         """
-        groups = zip(state_dict, self._optimizer.param_groups, strict=False)
         self._last = [
-            Last(
-                check_number("weight", saved["weight"]),
-                None if saved["direction"] is None else direction_from_dict(saved["direction"]),
-                [settings["params"][check_count("moved", i)] for i in saved["moved"]],
+            check_fields(
+                Last,
+                saved,
+                direction=None if saved["direction"] is None else direction_from_dict(saved["direction"]),
+                moved=[group["params"][check_count("moved", i)] for i in saved["moved"]],
             )
-            for saved, settings in groups
+            for saved, group in zip(state_dict, self._optimizer.param_groups, strict=False)
         ]
-        self._steps = {}
-
-
-class _Reader:
-    """Gathers the quantities of one bucket."""
-
-    def __init__(self, view: LastStep, bucket: Bucket, flats: dict[Any, Tensor], spare: dict[Any, Tensor]) -> None:
-        self._view = view
-        self._bucket = bucket
-        self._flats = flats
-        self._spare = spare
-
-    def __call__(self, name: str) -> Tensor:
-        places = [place for place in self._bucket.parts if (name, place) not in self._flats]
-        slots = [self._view.slots[place] for place in places]
-        for place, slot, tensor in zip(places, slots, self._view.tensors(name, [s.p for s in slots]), strict=True):
-            self._flats[name, place] = slot.flat(tensor)
-        own = {place: self._flats[name, place] for place in self._bucket.parts}
-        return widen(gather(self._bucket.views(own)))
-
-    def spare(self, like: Tensor, what: str = "direction") -> Tensor:
-        """A tensor to write to. All buckets use the same one, so that its memory stays in the cache."""
-        known = self._spare.get((what, like.dtype, like.device))
-        if known is None or len(known) < len(like):
-            known = self._spare[what, like.dtype, like.device] = torch.empty_like(like)
-        return known[: len(like)]
+        self._steps, self._layout = {}, None

@@ -1,4 +1,4 @@
-"""The probe: which coordinates of the parameters are looked at, and how they are gathered into flat vectors.
+"""The probe: which coordinates of the parameters are looked at.
 
 Coordinates are those of the whole parameter, whatever part of it a process holds. So they are the same on any number of
 processes. They are chosen by a fixed seed, in contiguous blocks that are spread evenly over each parameter.
@@ -6,26 +6,22 @@ processes. They are chosen by a fixed seed, in contiguous blocks that are spread
 
 import math
 import random
-from collections.abc import Callable, Hashable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from functools import cached_property
 from itertools import pairwise
-from typing import Any
 
 import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
-from lightning_hd.processes import Ranks, as_real, exact_dtype, local
+from lightning_hd.processes import Ranks, as_real, local
 
 PROBE = 2**18
 """The number of coordinates of a probe by default. More do not change what is learned; fewer than some thousands do."""
 
 _BLOCK = 2**12
 """The number of coordinates in a block. Its size is some kilobytes, so that reads of the memory are few and long."""
-
-_CACHED, _LAUNCHED = 2**20, 2**24
-"""The numbers of coordinates in a bucket. On a CPU it should stay in the cache, elsewhere launches should be few."""
 
 Range = tuple[int, int]
 Key = tuple[int, int]
@@ -43,7 +39,7 @@ class Slot:
         size: The number of its real coordinates, over all processes.
         blocks: The coordinates to look at, in ascending order.
         runs: The places of these coordinates in the part that this process holds.
-        copies: The number of processes that hold the same elements.
+        replicas: The number of processes that hold the same elements.
         order: The dimensions by descending stride; ``None``: the parameter lies in memory row by row.
         offset: For a flat shard, its offset in the whole and the size of the whole; else ``None``.
     """
@@ -54,7 +50,7 @@ class Slot:
     size: int
     blocks: tuple[Range, ...]
     runs: tuple[Range, ...]
-    copies: float
+    replicas: float
     order: tuple[int, ...] | None
     offset: Range | None
 
@@ -83,13 +79,6 @@ class Slot:
         """Whether its tensors are real, whole, and lie in memory row by row."""
         return self.order is None and not isinstance(self.p, DTensor) and not self.p.is_complex()
 
-    def flat(self, tensor: Tensor) -> Tensor:
-        """This process's part of a tensor of the parameter's shape, in one dimension: a view if possible."""
-        if self.is_plain:
-            return tensor.reshape(-1)
-        tensor = as_real(local(tensor))
-        return (tensor if self.order is None else tensor.permute(self.order)).reshape(-1)
-
     def positions(self) -> Tensor:
         """For each number of ``runs``, its place among the parameter's coordinates in the probe."""
         own = coordinates(self.p, self.offset)
@@ -98,72 +87,6 @@ class Slot:
         before = torch.tensor([0, *(stop - start for start, stop in self.blocks)]).cumsum(0)
         block = torch.searchsorted(starts, ids, right=True) - 1
         return before[block] + ids - starts[block]
-
-
-@dataclass
-class Bucket:
-    """Coordinates of several parameters, gathered into one flat vector.
-
-    Args:
-        key: What the parameters have in common.
-        device: The device of the parameters.
-        copies: The number of processes that hold the same elements.
-        size: The number of coordinates.
-        parts: For each parameter, the place of its slot and the ranges in this process's part of it.
-        wholes: The places of the parameters of which the bucket has all that this process holds.
-        spans: The range of the coordinates of each parameter group.
-        roots: The square roots of the weights; ``None``: all are 1.
-    """
-
-    key: Any
-    device: torch.device
-    copies: float
-    size: int = 0
-    parts: dict[int, list[Range]] = field(default_factory=dict)
-    wholes: set[int] = field(default_factory=set)
-    spans: dict[int, Range] = field(default_factory=dict)
-    roots: Tensor | None = None
-
-    @property
-    def lengths(self) -> list[int]:
-        """The number of coordinates of each parameter."""
-        return [sum(stop - start for start, stop in runs) for runs in self.parts.values()]
-
-    @property
-    def weights(self) -> Tensor | None:
-        """The number of coordinates for which each one stands; ``None``: all stand for one."""
-        return None if self.roots is None else self.roots.square()
-
-    def add(self, place: int, slot: Slot, run: Range) -> None:
-        """Add a range of one parameter."""
-        self.parts.setdefault(place, []).append(run)
-        if run == (0, slot.numel):
-            self.wholes.add(place)
-        begin, _ = self.spans.get(slot.group, (self.size, 0))
-        self.size += run[1] - run[0]
-        self.spans[slot.group] = (begin, self.size)
-
-    def views(self, flats: Sequence[Tensor] | Mapping[int, Tensor]) -> list[Tensor]:
-        """The pieces of the bucket, as views of the flat tensors of all slots."""
-        if len(self.wholes) == len(self.parts):
-            return [flats[place] for place in self.parts]
-        pieces: list[Tensor] = []
-        for place, start, stop, sizes in self.cuts:
-            if sizes is not None:
-                pieces += flats[place][:stop].split_with_sizes(sizes)[1::2]
-            else:
-                pieces.append(flats[place] if place in self.wholes else flats[place][start:stop])
-        return pieces
-
-    @cached_property
-    def cuts(self) -> list[tuple[int, int, int, list[int] | None]]:
-        """For each parameter the place of its slot, where its pieces begin and end, and the sizes in between."""
-        cuts: list[tuple[int, int, int, list[int] | None]] = []
-        for place, runs in self.parts.items():
-            ends = [0, *(end for run in runs for end in run)]
-            sizes = None if len(runs) == 1 else [b - a for a, b in pairwise(ends)]
-            cuts.append((place, runs[0][0], runs[-1][1], sizes))
-        return cuts
 
 
 def look(
@@ -183,7 +106,7 @@ def look(
         blocks = choose(size, count, f"{group}.{index}")
         runs = _runs(p, blocks, offsets.get(p))
         order = _order(as_real(local(p)))
-        slots.append(Slot(group, index, p, size, blocks, runs, ranks.copies(p), order, offsets.get(p)))
+        slots.append(Slot(group, index, p, size, blocks, runs, ranks.replicas(p), order, offsets.get(p)))
     return slots
 
 
@@ -218,36 +141,6 @@ def choose(size: int, count: int, seed: str) -> tuple[Range, ...]:
         start = low + int(generator.random() * (high - low - length + 1))
         blocks.append((start, start + length))
     return tuple(blocks)
-
-
-def pack(slots: Sequence[Slot], key: Callable[[Slot], Hashable]) -> list[Bucket]:
-    """Pack slots, in the order of their groups, into buckets for one key, device and number of copies each."""
-    buckets: list[Bucket] = []
-    filling: dict[Hashable, Bucket] = {}
-    for place, slot in enumerate(slots):
-        device = local(slot.p).device
-        limit = _CACHED if device.type == "cpu" else _LAUNCHED
-        kind = (key(slot), device, slot.copies)
-        for start, stop in slot.runs:
-            while start < stop:
-                if kind not in filling or filling[kind].size == limit:
-                    filling[kind] = Bucket(*kind)
-                    buckets.append(filling[kind])
-                end = min(stop, start + limit - filling[kind].size)
-                filling[kind].add(place, slot, (start, end))
-                start = end
-    for bucket in buckets:
-        each = [(slots[place].weight, stop - start) for place, runs in bucket.parts.items() for start, stop in runs]
-        if any(weight != 1 for weight, _ in each):
-            lengths = torch.tensor([length for _, length in each])
-            weights = torch.tensor([weight for weight, _ in each], dtype=exact_dtype(bucket.device))
-            bucket.roots = weights.sqrt().repeat_interleave(lengths).to(bucket.device)
-    return buckets
-
-
-def gather(pieces: Sequence[Tensor]) -> Tensor:
-    """The pieces of a bucket as one vector; a view if there is only one piece."""
-    return pieces[0] if len(pieces) == 1 else torch.cat(list(pieces))
 
 
 def _size(p: Tensor, offsets: Mapping[Tensor, Range]) -> int:

@@ -1,21 +1,30 @@
-"""View: the base class of what an engine sees of the model before each step."""
+"""View: what an engine sees of the model around every step, whatever the rule needs."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Container, Sequence
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 from torch import Tensor
 from torch.optim import Optimizer
 
+from lightning_hd.hypergradient.buckets import Sums
 from lightning_hd.hypergradient.probe import Slot
-from lightning_hd.hypergradient.tables import Tables
-from lightning_hd.notices import Notices
-from lightning_hd.optimizers import device_of
-from lightning_hd.processes import Ranks
+from lightning_hd.processes import Notices, Ranks
+from lightning_hd.rules import Observation
 
 
-class Kept(NamedTuple):
-    """What a rule with a long horizon lets the view keep of a step: ``φ_t``, and ``w_t`` (see ``Rule.smoothing``)."""
+class Sight(NamedTuple):
+    """What a step shows of one scope, on all processes together."""
+
+    has_gradient: bool
+    known: bool  # whether there is a direction or a move to compare the gradient with
+    observation: Observation
+    joined: bool = False  # whether a large part of the parameters is new
+    vanished: bool = False  # whether the last step should have moved parameters, but left no trace
+
+
+class Retained(NamedTuple):
+    """What is left of former moves when a step is remembered: ``φ_t``, and ``w_t`` (see ``Rule.smoothing``)."""
 
     moves: float
     smoothing: float
@@ -29,19 +38,14 @@ class View(ABC):
         budget: How many coordinates to look at; ``None``: all.
         ranks: The processes that train together.
         notices: Where warnings go.
-
-    Attributes:
-        width: How many sums there are for each scope, beside the flags.
     """
-
-    width = 3
 
     def __init__(self, optimizer: Optimizer, budget: int | None, ranks: Ranks, notices: Notices) -> None:
         self._optimizer = optimizer
         self._budget = budget
         self._ranks = ranks
         self._notices = notices
-        self._tables = Tables()
+        self._sums = Sums()
         self.slots: list[Slot] = []
 
     @property
@@ -49,74 +53,52 @@ class View(ABC):
         """How many coordinates are looked at, and how many there are."""
         return sum(slot.count for slot in self.slots), sum(slot.size for slot in self.slots)
 
-    def _combine(
-        self,
-        sums: Sequence[Tensor],
-        factors: Sequence[tuple[float, ...]],
-        scopes: Sequence[int],
-        with_gradient: set[int],
-        known: set[int],
-        joined: Container[int] = (),
-    ) -> Tensor:
-        """The sums of buckets by scope, with three flags; see ``observe``. ``joined`` has scopes, the others groups."""
-        flagged = [{scopes[i] for i in groups} for groups in (with_gradient, known)]
-        flags = [(scope in flagged[0], scope in flagged[1], scope in joined) for scope in range(max(scopes) + 1)]
-        return self._tables.combine(sums, factors, flags, device_of(self._optimizer), self.width)
-
     @abstractmethod
-    def observe(self, scopes: Sequence[int], grad_scale: Tensor | None, wide: bool = False) -> Tensor:
-        """What this rank sees before a step. The sums over all ranks are what counts.
+    def observe(self, scopes: Sequence[int]) -> Tensor:
+        """What this process sees before a step.
 
         Args:
             scopes: The scope of each parameter group.
-            grad_scale: The factor that a GradScaler has left in the gradients, or ``None``.
-            wide: Whether to compute products in float64, if the view does not do so anyway.
 
         Returns:
-            Numbers for each scope, of shape (scopes, 6) or more. The first are the derivative, ``‖g‖²``, and the
-            squared norm of the direction or the sum of moves; then come those that ``further`` is for. The last three
-            are flags: whether there is a gradient, whether there is a direction or move, and whether a large part of
-            the parameters is new.
+            Numbers of each scope, of shape (scopes, n). Their sums over all processes are for ``sights``.
         """
 
-    def further(self, sums: Sequence[float]) -> dict[str, float]:
-        """What an observation has beside the derivative and two norms, from the sums of a scope over all ranks."""
-        return {}
+    @abstractmethod
+    def sights(self, sums: Sequence[Sequence[float]]) -> list[Sight]:
+        """What the step shows of each scope, from the sums over all processes."""
 
     @abstractmethod
-    def keep(self, group: int, lr: float, weight: float) -> None:
-        """Prepare for the update of a group.
+    def prepare(self, lrs: Sequence[float], weights: Sequence[float]) -> None:
+        """Prepare for the update.
 
         Args:
-            group: The parameter group.
-            lr: Its rate.
-            weight: The derivative of its rate with respect to the rate of its scope.
+            lrs: The rate of each group.
+            weights: The derivative of each rate with respect to the rate of its scope.
         """
 
     @abstractmethod
-    def remember(self, kept: Sequence[Kept | None]) -> None:
+    def remember(self, retained: Sequence[Retained | None]) -> None:
         """Remember a step that was taken.
 
         Args:
-            kept: For each scope, what is kept of former moves; ``None``: what it saw was not finite.
+            retained: For each scope, what is left of former moves; ``None``: what it saw was not finite.
         """
+
+    @abstractmethod
+    def abandon(self) -> None:
+        """Drop what was prepared for a step that was not taken."""
 
     def forget(self, scope: int) -> None:  # noqa: B027
         """Forget the moves of a scope, whose rate starts anew in the next step."""
 
-    @abstractmethod
-    def abandon(self) -> None:
-        """Drop what was kept of a step that was not taken."""
-
     def start(self) -> None:  # noqa: B027
         """Prepare for a first step. It is not called if a state was loaded."""
 
-    @abstractmethod
-    def pause(self) -> None:
+    def pause(self) -> None:  # noqa: B027
         """Prepare for steps that are not seen."""
 
-    @abstractmethod
-    def make_room(self) -> None:
+    def make_room(self) -> None:  # noqa: B027
         """Make the tensors that are saved with the optimizer, before the first step."""
 
     @abstractmethod
@@ -126,11 +108,3 @@ class View(ABC):
     @abstractmethod
     def load_state_dict(self, state_dict: Any) -> None:
         """Load what ``state_dict`` returned. It raises an error of any kind if the state is damaged."""
-
-    def is_doubtful(self, sums: Sequence[Sequence[float]]) -> bool:
-        """Whether these sums must be computed again in float64."""
-        return False
-
-    def measured(self, group: int) -> bool:
-        """Whether a group's last step was measured, so that it may have vanished in rounding."""
-        return False

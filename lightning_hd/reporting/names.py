@@ -44,17 +44,3 @@ def optimizer_names(optimizers: Sequence[Optimizer]) -> list[str]:
         names.append(f"{name}-{seen[name]}" if seen[name] else name)
         seen[name] += 1
     return names
-
-
-def group_names(optimizer_name: str, optimizer: Optimizer) -> list[str]:
-    """A name for each parameter group: the optimizer's, then ``/`` and the group's ``name``, or ``pg1``, ``pg2``, ….
-
-    A single group without a name has the name of its optimizer. If names are not unique, they do not count.
-    """
-    groups = optimizer.param_groups
-    if len(groups) == 1 and "name" not in groups[0]:
-        return [optimizer_name]
-    names = [str(group.get("name", f"pg{i}")) for i, group in enumerate(groups, start=1)]
-    if len(set(names)) < len(names):
-        names = [f"pg{i}" for i in range(1, len(groups) + 1)]
-    return [f"{optimizer_name}/{name}" for name in names]

@@ -9,9 +9,9 @@ import torch
 from torch.utils.hooks import RemovableHandle
 from torchmetrics import MeanMetric
 
-from lightning_hd.engine.lr import get_lrs
-from lightning_hd.engine.tuner import HypergradientLR
-from lightning_hd.reporting.names import group_names, tag
+from lightning_hd.engine import HypergradientLR
+from lightning_hd.optimizers import get_lrs, group_names
+from lightning_hd.reporting.names import tag
 from lightning_hd.reporting.runs import Curve, Curves
 
 _WINDOW = 100

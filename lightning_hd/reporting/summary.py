@@ -9,7 +9,7 @@ from typing import Any
 from lightning.pytorch import Trainer
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 
-from lightning_hd.engine.tuner import HypergradientLR
+from lightning_hd.engine import HypergradientLR
 from lightning_hd.reporting.recorder import Tracker
 
 _SHORT = 100

@@ -1,18 +1,18 @@
 """Rules, and the names by which they are chosen."""
 
 from lightning_hd.rules.auto import Auto
-from lightning_hd.rules.base import Observation, Rule, returned
+from lightning_hd.rules.base import Context, Observation, Rule
 from lightning_hd.rules.paper import PAPER_RULES, Additive, Multiplicative, inverse_square
 
 __all__ = [
     "Additive",
     "Auto",
+    "Context",
     "Multiplicative",
     "Observation",
     "Rule",
     "inverse_square",
     "make_rule",
-    "returned",
     "rule_name",
 ]
 

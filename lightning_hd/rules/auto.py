@@ -5,8 +5,8 @@ import math
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from lightning_hd.checks import check_count, check_fields, check_flag, not_negative
-from lightning_hd.rules.base import Observation, Rule
+from lightning_hd.checks import check_count, check_fields, not_negative
+from lightning_hd.rules.base import Context, Observation, Rule
 from lightning_hd.rules.brake import Brake
 from lightning_hd.rules.greedy import Greedy
 from lightning_hd.rules.guard import LossGuard
@@ -175,11 +175,11 @@ class Auto(Rule):
         own.gap = own.moves = 0.0
         return own.first_lr
 
-    def smoothing(self, step: int) -> float:
+    def smoothing(self, context: Context) -> float:
         """``1 / W_t``: a twentieth of the decline that is still to come, and at most a fifth of the steps taken."""
-        return 1 / max(1.0, min(_SMOOTHED * self.cooldown, _RECENT * step))
+        return 1 / max(1.0, min(_SMOOTHED * context.cooldown, _RECENT * context.step))
 
-    def discount(self, lr: float, step: int) -> float:
+    def discount(self, lr: float, context: Context) -> float:
         """``φ_t``, the part of ``E`` that is left when the next move is added, which is made at ``γ_t``."""
         own = self._own
         if own.fresh:
@@ -188,62 +188,62 @@ class Auto(Rule):
         if lr > 0 and own.lr > 0:
             own.gap += math.log(lr / own.lr)
         own.lr = lr if lr > 0 else own.lr  # at a rate of 0 nothing moves
-        kept = 1 - 1 / max(_HORIZON, _GROWTH * step)
+        kept = 1 - 1 / max(_HORIZON, _GROWTH * context.step)
         kept *= math.exp(-max(abs(own.gap) - _REACH, 0.0))
-        if self.nonlinear:
+        if context.nonlinear:
             kept = 1.0
         before, own.moves = kept * own.moves, kept * own.moves + 1
         own.gap *= before / own.moves
         return kept
 
-    def update(self, lr: float, seen: Observation, step: int) -> float:
+    def update(self, lr: float, seen: Observation, context: Context) -> float:
         """``α_t`` from ``α_{t-1}`` and what the step shows. A zero gradient changes nothing."""
         own, self._slope = self._own, seen.slope
         if seen.grad_norm == 0 or lr <= 0:
             return lr
-        resolved = _RESOLVED * self.rounding * own.largest_norm
+        resolved = _RESOLVED * context.rounding * own.largest_norm
         if seen.direction_norm == 0:
             return lr * math.exp(_CAP) if seen.grad_norm >= resolved else lr
-        change = self._change(seen, step)
-        fall = self._brake.see(seen.grad_norm, math.log(lr), self._normalized)
+        change = self._change(seen, context)
+        fall = self._brake.see(seen.grad_norm, math.log(lr), normalized=self._normalized)
         if fall is not None:
             self.brakes += 1
             return max(lr * math.exp(-fall), min(lr, own.first_lr))
         own.peak, own.largest_norm = max(own.peak, lr), max(own.largest_norm, seen.grad_norm)
         if own.norm < resolved * math.sqrt(own.norm_weight):
             return lr
-        cap = _CAP if lr < _CAREFUL_FROM * own.first_lr else _CAREFUL_CAP * min(1.0, _EARLY / step)
+        cap = _CAP if lr < _CAREFUL_FROM * own.first_lr else _CAREFUL_CAP * min(1.0, _EARLY / context.step)
         sigmas = self._greedy.sigmas
         if sigmas > _SURE and lr < own.peak and math.log(lr) < self._brake.limit:
             cap = max(cap, _FAST)
             if self._brake.left < _QUIET:
                 change = max(change, _FAST * min(1.0, (sigmas - _SURE) / _RAMP))
             self._guard.lift(math.log(lr))
-        if self.nonlinear:
+        if context.nonlinear:
             cap = min(cap, _NONLINEAR_CAP)
         return lr * math.exp(min(max(change, -cap), cap))
 
-    def watch(self, lr: float, loss: float, step: int) -> float:
+    def watch(self, lr: float, loss: float, context: Context) -> float:
         """``α_t``, lowered if the loss has risen; raised if that has not helped."""
         if lr <= 0:
             return lr
         before = math.log(lr)
-        after = self._guard.limit(before, loss, self._slope, step)
+        after = self._guard.limit(before, loss, self._slope, context.step)
         self._own.fresh |= self._guard.cut
         self.brakes += self._guard.cut and self._guard.tries
         return lr if after == before else math.exp(min(after, _LARGEST_LOG))
 
-    def used(self, lr: float, step: int) -> float:
+    def used(self, lr: float, context: Context) -> float:
         """``α_t``, lowered by what is left of the last brakes."""
         return lr * math.exp(-self._brake.left)
 
-    def _change(self, seen: Observation, step: int) -> float:
+    def _change(self, seen: Observation, context: Context) -> float:
         """The change of ``log α`` that the gradient asks for, before it is clipped."""
-        own = self._own
+        own, step = self._own, context.step
         memory = 1 - 1 / max(_NORMS, _NORMS_GROWTH * step)
         own.norm = math.hypot(math.sqrt(memory) * own.norm, math.sqrt(1 - memory) * seen.grad_norm)
         own.norm_weight = memory * own.norm_weight + 1 - memory
-        cosine = -self._derivative(seen, step) / (own.norm * seen.direction_norm) * math.sqrt(own.norm_weight)
+        cosine = -self._derivative(seen, context) / (own.norm * seen.direction_norm) * math.sqrt(own.norm_weight)
         bent = cosine + _OPTIMISM * min(1.0, _EARLY / step) * abs(cosine + own.cosine) / 2
         own.cosine = cosine
         own.squares *= 1 - 1 / _SQUARES
@@ -251,14 +251,14 @@ class Auto(Rule):
         pace = _HORIZON / max(_HORIZON, _GROWTH * step)
         return pace * bent / math.sqrt(own.squares) if own.squares else 0.0
 
-    def _derivative(self, seen: Observation, step: int) -> float:
+    def _derivative(self, seen: Observation, context: Context) -> float:
         """``h_t``: past the noise, round the bend, and bounded by the greedy derivative."""
         own = self._own
         own.turns = min(own.turns + 1, _TURNS)
         own.turn += (seen.turn - own.turn) / own.turns
         if seen.move_norm:
-            self._greedy.see(-seen.slope / (seen.grad_norm * seen.move_norm), step)
-        late = seen.late + self.smoothing(step) * (seen.hypergradient - seen.late)
+            self._greedy.see(-seen.slope / (seen.grad_norm * seen.move_norm), context.step)
+        late = seen.late + self.smoothing(context) * (seen.hypergradient - seen.late)
         part = min(max((-own.turn - _TURNING) / (_TURNED - _TURNING), 0.0), 1.0)
         derivative = late + part * (seen.hypergradient - late)
         straight = own.turn > _STRAIGHT or self._greedy.sigmas > _SURE
@@ -276,7 +276,7 @@ class Auto(Rule):
         """What the rule has learned, as plain numbers."""
         parts = {"own_": self._own, "greedy_": self._greedy, "brake_": self._brake, "guard_": self._guard}
         learned = {prefix + name: value for prefix, part in parts.items() for name, value in vars(part).items()}
-        return {"brakes": self.brakes, "nonlinear": self.nonlinear, **learned}
+        return {"brakes": self.brakes, **learned}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load what ``state_dict`` returned.
@@ -285,8 +285,7 @@ class Auto(Rule):
             KeyError, TypeError, ValueError: The state is damaged.
         """
         brakes = check_count("brakes", state_dict["brakes"])
-        nonlinear = check_flag("nonlinear", state_dict["nonlinear"])
         own, greedy = check_fields(Learned, state_dict, "own_"), check_fields(Greedy, state_dict, "greedy_")
         brake, guard = check_fields(Brake, state_dict, "brake_"), check_fields(LossGuard, state_dict, "guard_")
-        self.brakes, self.nonlinear = brakes, nonlinear
+        self.brakes = brakes
         self._own, self._greedy, self._brake, self._guard = own, greedy, brake, guard

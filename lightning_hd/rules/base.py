@@ -41,6 +41,23 @@ class Observation(NamedTuple):
         return -self.hypergradient / (norms + (norms == 0))  # the comparison keeps 0/0 out, for tensors as well
 
 
+class Context(NamedTuple):
+    """What a rule is told of the run, beside what the step shows.
+
+    Attributes:
+        step: ``t``, the number of the step, counted from 1. It starts anew where the rate starts anew.
+        cooldown: The length of the decline at the end that is still to come, in steps; 0 if there is none.
+        rounding: The relative rounding of gradients, in float32 or in float64.
+        nonlinear: Whether the optimizer's step is found not to be linear in its rate. A change of the rate then also
+            changes what former steps have done.
+    """
+
+    step: int
+    cooldown: float = 0.0
+    rounding: float = 2.0**-23
+    nonlinear: bool = False
+
+
 class Rule(ABC):
     """How a learning rate follows its hypergradient. Subclass it to try a rule of your own.
 
@@ -57,65 +74,53 @@ class Rule(ABC):
         picks_start: Whether the first learning rate comes from ``first_lr``. The configured rate then only sets the
             ratios between groups. Default: ``False``.
         brakes: How often the rule has backed off from an overshoot. The engine reports each increase.
-        cooldown: The length of the decline at the end that is still to come, in steps; 0 if there is none. The engine
-            sets it.
-        rounding: The relative rounding of gradients, in float32 or in float64. The engine sets it.
-        nonlinear: Whether the optimizer's step is found not to be linear in its rate. A change of the rate then also
-            changes what former steps have done. The engine sets it.
 
     Examples:
         >>> from lightning_hd import Rule
         >>> class Sign(Rule):
-        ...     def update(self, lr, seen, step):
+        ...     def update(self, lr, seen, context):
         ...         return lr * (1.01 if seen.cosine > 0 else 0.99)
     """
 
     long_horizon = False
     picks_start = False
     brakes = 0
-    nonlinear = False
-    cooldown = 0.0
-    rounding = 2.0**-23
 
     @abstractmethod
-    def update(self, lr: float, seen: Observation, step: int) -> float:
+    def update(self, lr: float, seen: Observation, context: Context) -> float:
         """The next learning rate ``α_t``.
 
         Args:
             lr: The learning rate ``α_{t-1}``.
-            seen: The observation of this step.
-            step: ``t``, counted from 1. The first step with an observation is the second.
+            seen: The observation of this step. The first step with an observation is the second.
+            context: What is known of the run.
         """
 
-    def watch(self, lr: float, loss: float, step: int) -> float:
+    def watch(self, lr: float, loss: float, context: Context) -> float:
         """``α_t`` if the loss of the step is known. It is called after ``update``.
 
         Args:
             lr: The rate from ``update``.
             loss: The loss of the step, averaged over the processes. It is a finite number.
-            step: ``t``.
+            context: What is known of the run.
         """
         return lr
 
-    def used(self, lr: float, step: int) -> float:
+    def used(self, lr: float, context: Context) -> float:
         """``γ_t``, the rate of step ``t``, if that is not ``α_t`` itself."""
         return lr
 
-    def discount(self, lr: float, step: int) -> float:
+    def discount(self, lr: float, context: Context) -> float:
         """``φ_t``, the part of ``E`` that is left when the next move is added, for a rule with ``long_horizon``.
 
         Args:
             lr: ``α_t`` times the factor of the decline at the end.
-            step: ``t``. It is called once for each step.
+            context: What is known of the run. It is called once for each step.
         """
         raise NotImplementedError(f"{type(self).__name__} has a long horizon, so it must implement discount()")
 
-    def smoothing(self, step: int) -> float:
-        """``w_t``, the weight of ``E_t`` in its running mean ``Ē_t = (1 - w_t) Ē_{t-1} + w_t E_t``.
-
-        Args:
-            step: ``t``.
-        """
+    def smoothing(self, context: Context) -> float:
+        """``w_t``, the weight of ``E_t`` in its running mean ``Ē_t = (1 - w_t) Ē_{t-1} + w_t E_t``."""
         return 1.0
 
     def first_lr(self, param_norm: float, direction_norm: float) -> float:
@@ -153,14 +158,3 @@ class Rule(ABC):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load what ``state_dict`` returned."""
         vars(self).update(copy.deepcopy(state_dict))
-
-
-def returned(value: Any, rule: Rule, method: str) -> float:
-    """What a rule's method returned, as a float.
-
-    Raises:
-        TypeError: It is not a number.
-    """
-    if isinstance(value, str) or not hasattr(value, "__float__"):
-        raise TypeError(f"{type(rule).__name__}.{method} must return a number, got {value!r}")
-    return float(value)

@@ -47,7 +47,7 @@ class Brake:
     quiet: int = _SERIES  # the number of steps since the last leap
     limit: float = math.inf  # log α up to which the rate may rise fast
 
-    def see(self, grad_norm: float, log_lr: float, normalized: bool) -> float | None:
+    def see(self, grad_norm: float, log_lr: float, *, normalized: bool) -> float | None:
         """By how much ``log α`` must fall if the norm has leapt; ``None`` if it has not."""
         log = math.log(grad_norm)
         grows, before = log > self.last, self.leap

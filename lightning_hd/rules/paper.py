@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from lightning_hd.checks import check_number
-from lightning_hd.rules.base import Observation, Rule
+from lightning_hd.rules.base import Context, Observation, Rule
 
 
 def inverse_square(step: int) -> float:
@@ -35,10 +35,10 @@ class _PaperRule(Rule):
         if not callable(self.weight):
             raise TypeError(f"weight must be a function of the step, got {self.weight!r}")
 
-    def used(self, lr: float, step: int) -> float:
+    def used(self, lr: float, context: Context) -> float:
         if self.limit_lr is None:
             return lr
-        weight = self.weight(step)
+        weight = self.weight(context.step)
         return weight * lr + (1 - weight) * self.limit_lr
 
     def bind(self, normalized: bool) -> "_PaperRule":
@@ -76,7 +76,7 @@ class Additive(_PaperRule):
         ValueError: ``hypergrad_lr`` is negative, or an argument not finite.
     """
 
-    def update(self, lr: float, seen: Observation, step: int) -> float:
+    def update(self, lr: float, seen: Observation, context: Context) -> float:
         """``α_t = α_{t-1} - β h_t``."""
         assert self.hypergrad_lr is not None, "bind() sets it"
         return lr - self.hypergrad_lr * seen.hypergradient
@@ -106,7 +106,7 @@ class Multiplicative(_PaperRule):
         ValueError: ``hypergrad_lr`` is negative, or an argument not finite.
     """
 
-    def update(self, lr: float, seen: Observation, step: int) -> float:
+    def update(self, lr: float, seen: Observation, context: Context) -> float:
         """``α_t = α_{t-1} (1 + β' cos(g_t, d_{t-1}))``."""
         assert self.hypergrad_lr is not None, "bind() sets it"
         return lr * (1 + self.hypergrad_lr * seen.cosine)

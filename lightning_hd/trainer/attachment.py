@@ -10,7 +10,7 @@ from lightning.pytorch import Callback, Trainer
 from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
-from lightning_hd.engine.tuner import HypergradientLR
+from lightning_hd.engine import HypergradientLR
 from lightning_hd.optimizers import unwrap
 from lightning_hd.reporting.names import optimizer_names
 from lightning_hd.reporting.recorder import Tracker

@@ -11,9 +11,8 @@ from lightning.pytorch.utilities import rank_zero_warn
 from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
-from lightning_hd.engine.arguments import check_arguments, check_callback_arguments, make_decline
-from lightning_hd.engine.tuner import HypergradientLR
-from lightning_hd.hypergradient.copies import copies_of, leave_copies, load_copies
+from lightning_hd.engine import HypergradientLR, check_arguments, check_callback_arguments, make_decline
+from lightning_hd.hypergradient import copies_of, leave_copies, load_copies
 from lightning_hd.reporting.loggers import describe, log, log_curves, show
 from lightning_hd.reporting.plotting import figure
 from lightning_hd.reporting.recorder import Tracker

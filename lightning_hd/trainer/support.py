@@ -13,9 +13,8 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
-from lightning_hd.engine.lr import get_lrs, set_lr
-from lightning_hd.engine.tuner import HypergradientLR
-from lightning_hd.optimizers import check_optimizer, unwrap
+from lightning_hd.engine import HypergradientLR
+from lightning_hd.optimizers import check_optimizer, get_lrs, set_lr, unwrap
 
 _SUPPORTED = {"SingleDeviceStrategy", "DDPStrategy", "FSDPStrategy", "ModelParallelStrategy"}
 _REFUSED = {"DeepSpeedStrategy", "XLAStrategy", "SingleDeviceXLAStrategy"}  # though they are subclasses of the former

@@ -32,7 +32,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parameters_to_vector, vector_to_parameters
 from torch.optim import Optimizer
 
-from lightning_hd import Observation, Rule
+from lightning_hd import Context, Observation, Rule
 
 Oracle = Callable[[Tensor], tuple[Tensor, Tensor]]
 """The loss of the present batch, and its gradient, at a point."""
@@ -114,7 +114,7 @@ class OSGMRule(Rule):
     def __init__(self, eta: float) -> None:
         self.eta, self.squares = eta, 0.0
 
-    def update(self, lr: float, seen: Observation, step: int) -> float:
+    def update(self, lr: float, seen: Observation, context: Context) -> float:
         if seen.direction_norm == 0:
             return lr
         slope = seen.hypergradient / seen.direction_norm**2

@@ -1,0 +1,43 @@
+"""What is known of one step of an optimizer while it runs, and what is decided in it."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+from torch import Tensor
+
+from lightning_hd.hypergradient import Retained, Sight
+from lightning_hd.rules import Observation
+
+
+class Decision(NamedTuple):
+    """The next rate of a scope."""
+
+    lr: float  # α_t
+    used: float  # γ_t
+    seen: Observation | None  # None: there was no step before, or it was undone
+
+
+@dataclass
+class Step:
+    """One call of ``optimizer.step``, from when the gradients are ready until the parameters have moved."""
+
+    number: int  # counted from 1
+    sights: Sequence[Sight]  # of each scope
+    loss: float | None  # averaged over the processes, where it is known
+    cooldown: float  # the length of the decline that is still to come
+    factor: float  # of all rates, in the decline
+    stopped: bool  # whether the learned scales stay as they are
+    nonlinear: bool  # whether the optimizer's step is found not to be linear in its rate
+    held: list[float]  # what param_groups[i]["lr"] held before
+    seen: Sequence[Observation | None] = ()  # what each scope learns from
+    rules: list[dict[str, Any]] = field(default_factory=list)  # the states of the rules before
+    finite: bool = True  # otherwise a scope stays at its rates
+    decisions: list[Decision] = field(default_factory=list)  # of each scope
+    retained: list[Retained | None] = field(default_factory=list)  # for each scope, of rules with a long horizon
+    picked: set[int] = field(default_factory=set)  # scopes whose first rate is picked in this step
+    lrs: list[float] = field(default_factory=list)  # what param_groups[i]["lr"] holds during the update
+    weights: list[float] = field(default_factory=list)  # derivative of the group's rate with respect to the scope's
+    trial: dict[int, float] = field(default_factory=dict)  # rates of short trial steps, for groups of unknown direction
+    awaiting: dict[int, float] = field(default_factory=dict)  # ‖θ_0‖ of scopes that get their first rate from a trial
+    before: dict[Tensor, Tensor] = field(default_factory=dict)  # θ_{t-1} of the groups on trial

@@ -1,0 +1,225 @@
+"""First rates that a rule picks, and short trial steps of optimizers whose direction is not known."""
+
+import math
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from functools import partial
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+
+from lightning_hd.engine.decision import Step
+from lightning_hd.engine.rates import Rates, number, waits
+from lightning_hd.hypergradient import Measured, direction_of, squared_norm
+from lightning_hd.optimizers import LARGEST, device_of, rounding_of, set_lr, to_objective
+from lightning_hd.processes import Ranks, as_real, exact_dtype, gradient_of, local, widen
+
+_TRIAL = 2.0**-13
+"""The length of a trial step over the norm of the parameters. It is about that of a first step, so an optimizer may
+keep the rate in its own state without harm. And it is long enough to be visible in float32."""
+
+_PATIENCE = 3
+"""After so many trial steps that left no trace, a longer one may be tried."""
+
+_NORMS = "the norm of parameters, gradient or direction, without which no first step is taken,"
+
+Weights = Mapping[int, float]
+"""For each group of a scope, the derivative of the group's rate with respect to the scope's."""
+
+
+class Outlook(NamedTuple):
+    """What is known of a scope before its first step: sums over its coordinates, and two counts of parameters."""
+
+    param_squared: float  # ‖θ_0‖²
+    grad_squared: float  # ‖g_1‖²
+    size: float  # the number of coordinates
+    direction_squared: float  # ‖d_1‖²
+    unknown: float  # where the direction is not known before the step
+    nonzero: float  # where the gradient is not zero
+
+    @property
+    def is_finite(self) -> bool:
+        """Whether a first rate can be computed from these numbers."""
+        return all(map(math.isfinite, (self.param_squared, self.grad_squared, self.direction_squared)))
+
+    @property
+    def param_norm(self) -> float:
+        """``‖θ_0‖``."""
+        return math.sqrt(self.param_squared)
+
+    @property
+    def direction_norm(self) -> float:
+        """``‖d_1‖``; 0 if it is not known before the step."""
+        return 0.0 if self.unknown else math.sqrt(self.direction_squared)
+
+    def trial_lr(self, rounding: float, vanished: int) -> float:
+        """A rate at which a step is short, whether its length follows the gradient's or not.
+
+        The step vanishes in rounding if it follows a tiny gradient. Only then a longer one is tried after some steps
+        without a trace. An optimizer may also leave no trace because it does not move in its first steps.
+
+        Args:
+            rounding: The relative rounding of the parameters.
+            vanished: How many trial steps have left no trace.
+        """
+        length = max(_TRIAL, 4 * rounding) * (self.param_norm or 1.0)
+        if not math.isfinite(length):
+            return _TRIAL
+        grad_norm, usual = math.sqrt(self.grad_squared), math.sqrt(self.size or 1.0)
+        norm = max(grad_norm, usual) if math.isfinite(grad_norm) else usual
+        invisible = length * grad_norm / norm < rounding * (self.param_norm or 1.0)
+        if vanished >= _PATIENCE and invisible and grad_norm:
+            norm = grad_norm
+        return min(length / norm, LARGEST)
+
+
+@dataclass(eq=False)
+class FirstRates:
+    """Finds the first rates of scopes whose rule picks them.
+
+    Args:
+        optimizer: The optimizer.
+        rates: The rates of its groups and scopes.
+        ranks: The processes that train together.
+        long_horizon: Whether the rule does without the direction of the last step.
+    """
+
+    optimizer: Optimizer
+    rates: Rates
+    ranks: Ranks
+    long_horizon: bool
+
+    # ------------------------------------------------------------------ before the update
+
+    def prepare(self, step: Step) -> None:
+        """Let rules pick first rates. If a direction must be measured first, prepare a short trial step."""
+        weights = self._unknown(step)
+        if not weights:
+            return
+        rounding = rounding_of(self.optimizer)
+        for index, outlook in self._outlooks(weights).items():
+            scope = self.rates.scopes[index]
+            if waits(scope) and not outlook.is_finite:
+                self.rates.stay(step, index, _NORMS)
+            elif waits(scope) and outlook.nonzero:
+                if outlook.direction_norm:
+                    self._pick(step, index, outlook.param_norm, outlook.direction_norm)
+                    continue
+                step.awaiting[index] = outlook.param_norm
+            step.trial |= dict.fromkeys(weights[index], outlook.trial_lr(rounding, scope.vanished))
+        for i in step.trial:
+            parameters = self.optimizer.param_groups[i]["params"]
+            step.before |= {p: p.clone(memory_format=torch.preserve_format) for p in parameters}
+
+    def _unknown(self, step: Step) -> dict[int, dict[int, float]]:
+        """Scopes that wait for a first rate, or for a direction at a rate of 0, with the weights of their groups."""
+        found: dict[int, dict[int, float]] = {}
+        used = [decision.used for decision in step.decisions]
+        for i, (lr, weight) in enumerate(self.rates.effective(used, step.picked)):
+            index = self.rates.groups[i].scope
+            if weight and step.sights[index].has_gradient:
+                directionless = lr == 0 and not self.long_horizon and self._is_measured(i)
+                if directionless or waits(self.rates.scopes[index]):
+                    found.setdefault(index, {})[i] = weight
+        return found
+
+    def _is_measured(self, group: int) -> bool:
+        return isinstance(direction_of(self.optimizer, self.optimizer.param_groups[group], 0.0), Measured)
+
+    def _pick(self, step: Step, index: int, param_norm: float, direction_norm: float) -> None:
+        """Let the rule pick ``α_1`` of a scope."""
+        rule = self.rates.scopes[index].rule
+        lr = number(rule.first_lr(param_norm, direction_norm), rule, "first_lr")
+        if not math.isfinite(lr):
+            raise ValueError(f"{type(rule).__name__}.first_lr must return a finite number, got {lr}")
+        lr = self.rates.clamp(index, min(max(lr, -LARGEST), LARGEST))
+        step.decisions[index] = step.decisions[index]._replace(lr=lr, used=lr)
+        step.picked.add(index)
+
+    def _outlooks(self, scopes: Mapping[int, Weights]) -> dict[int, Outlook]:
+        """What is known of some scopes before their first steps. It takes one collective."""
+        sums = self.ranks.sum(torch.stack([self._look(weights) for weights in scopes.values()]))
+        return dict(zip(scopes, map(Outlook._make, sums.tolist()), strict=True))
+
+    def _look(self, weights: Weights) -> Tensor:
+        """The numbers of an ``Outlook`` for one scope, on this process."""
+        sums = self._zeros(len(Outlook._fields))
+        for i, weight in weights.items():
+            group = self.optimizer.param_groups[i]
+            direction = direction_of(self.optimizer, group, 0.0)
+            for p in group["params"]:
+                if p.grad is not None:
+                    theta, g = widen(as_real(local(p.detach()))), widen(as_real(local(gradient_of(p)))).clone()
+                    nonzero = bool(g.any())
+                    to_objective(self.optimizer, group, [g], [theta])
+                    d = direction.ahead(g, theta, partial(self._state, p))
+                    row = Outlook(
+                        param_squared=float(squared_norm(theta)),
+                        grad_squared=float(squared_norm(g)),
+                        size=theta.numel(),
+                        direction_squared=0.0 if d is None else weight**2 * float(squared_norm(d)),
+                        unknown=d is None,
+                        nonzero=nonzero,
+                    )
+                    sums += sums.new_tensor(row) / self.ranks.replicas(p)
+        return sums
+
+    def _state(self, p: Tensor, name: str) -> Tensor | None:
+        tensor = self.optimizer.state.get(p, {}).get(name)
+        return None if tensor is None else widen(as_real(local(tensor)))
+
+    # ------------------------------------------------------------------ after the update
+
+    def measure(self, step: Step) -> None:
+        """Let rules pick first rates from the directions that trial steps have shown."""
+        if not step.awaiting:
+            return
+        trials = {
+            index: {i: step.weights[i] for i in self.rates.members(index) if i in step.trial} for index in step.awaiting
+        }
+        for (index, weights), norm in zip(trials.items(), self._move_norms(step, trials.values()), strict=True):
+            direction_norm = norm / step.trial[next(iter(weights))]
+            if not math.isfinite(direction_norm):
+                self.rates.stay(step, index, _NORMS)
+            elif direction_norm:
+                self._pick(step, index, step.awaiting[index], direction_norm)
+            else:
+                self.rates.scopes[index].vanished += 1
+
+    def _move_norms(self, step: Step, scopes: Iterable[Weights]) -> list[float]:
+        """``‖θ_0 - θ_1‖`` of some scopes. It takes one collective."""
+        sums = []
+        for weights in scopes:
+            total = self._zeros(1)
+            for i, weight in weights.items():
+                for p in self.optimizer.param_groups[i]["params"]:
+                    move = widen(as_real(local(step.before[p]))) - widen(as_real(local(p.detach())))
+                    total += (weight**2 * squared_norm(move)).to(total.device) / self.ranks.replicas(p)
+            sums.append(total)
+        return [math.sqrt(square) for square in self.ranks.sum(torch.cat(sums)).tolist()]
+
+    def put_right(self, step: Step) -> None:
+        """Shorten trial steps to the steps at the groups' own rates. Without a rate, the step is undone."""
+        used = [decision.used for decision in step.decisions]
+        for i, (lr, weight) in enumerate(self.rates.effective(used, step.picked)):
+            if i in step.trial:
+                group = self.optimizer.param_groups[i]
+                part = lr / step.trial[i] if self.rates.groups[i].scope in step.picked else 0.0
+                for p in group["params"]:
+                    _shorten(p, step.before[p], part)
+                step.lrs[i], step.weights[i] = set_lr(group, lr), weight
+
+    def _zeros(self, size: int) -> Tensor:
+        device = device_of(self.optimizer)
+        return torch.zeros(size, dtype=exact_dtype(device), device=device)
+
+
+def _shorten(p: Tensor, before: Tensor, part: float) -> None:
+    """Shorten the move of a parameter to a part of it; a part of 0 restores the parameter."""
+    if part:
+        p_real, origin = as_real(p), widen(as_real(before))
+        p_real.copy_(origin + (widen(p_real) - origin) * part)
+    else:
+        p.copy_(before)

@@ -1,0 +1,191 @@
+"""Buckets: coordinates of several parameters, gathered into one flat vector, and sums over such vectors by scope."""
+
+from collections.abc import Callable, Hashable, Mapping, Sequence
+from dataclasses import dataclass, field
+from itertools import chain, pairwise
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lightning_hd.hypergradient.probe import Range, Slot
+from lightning_hd.processes import as_real, exact_dtype, local
+
+_CACHED, _LAUNCHED = 2**18, 2**24
+"""The numbers of coordinates in a bucket. On a CPU it should stay in the cache, elsewhere launches should be few."""
+
+_CONSTANTS = 16
+"""How many constants stay on the device. A step needs a few, which seldom change."""
+
+
+@dataclass
+class Bucket:
+    """Coordinates of several parameters, gathered into one flat vector.
+
+    Args:
+        key: What the parameters have in common.
+        device: The device of the parameters.
+        replicas: The number of processes that hold the same elements.
+        size: The number of coordinates.
+        parts: For each parameter, the place of its slot and the ranges in this process's part of it.
+        wholes: The places of the parameters of which the bucket has all that this process holds.
+        spans: The range of the coordinates of each parameter group.
+        roots: The square roots of the numbers of coordinates for which each one stands; ``None``: all are 1.
+    """
+
+    key: Any
+    device: torch.device
+    replicas: float
+    size: int = 0
+    parts: dict[int, list[Range]] = field(default_factory=dict)
+    wholes: set[int] = field(default_factory=set)
+    spans: dict[int, Range] = field(default_factory=dict)
+    roots: Tensor | None = None
+
+    def __post_init__(self) -> None:
+        self.dtype = exact_dtype(self.device)
+
+    @property
+    def lengths(self) -> list[int]:
+        """The number of coordinates of each parameter."""
+        return [sum(stop - start for start, stop in runs) for runs in self.parts.values()]
+
+    @property
+    def weights(self) -> Tensor | None:
+        """The number of coordinates for which each one stands; ``None``: all stand for one."""
+        return None if self.roots is None else self.roots.square()
+
+    def add(self, place: int, slot: Slot, run: Range) -> None:
+        """Add a range of one parameter."""
+        self.parts.setdefault(place, []).append(run)
+        if run == (0, slot.numel):
+            self.wholes.add(place)
+        begin, _ = self.spans.get(slot.group, (self.size, 0))
+        self.size += run[1] - run[0]
+        self.spans[slot.group] = (begin, self.size)
+
+    def gather(self, pieces: Sequence[Tensor]) -> Tensor:
+        """A copy of pieces in one vector, in the widest dtype of the device."""
+        return gather(pieces).to(self.dtype, copy=True)
+
+    def views(self, flats: Sequence[Tensor] | Mapping[int, Tensor]) -> list[Tensor]:
+        """The pieces of the bucket, as views of the flat tensors of all slots."""
+        pieces: list[Tensor] = []
+        for place, runs in self.parts.items():
+            if place in self.wholes:
+                pieces.append(flats[place])
+            elif len(runs) == 1:
+                pieces.append(flats[place][slice(*runs[0])])
+            else:  # one operation for all runs: they are every second part, between the gaps
+                edges = [0, *chain(*runs)]
+                sizes = [stop - start for start, stop in pairwise(edges)]
+                pieces += flats[place][: edges[-1]].split_with_sizes(sizes)[1::2]
+        return pieces
+
+
+def flatten(slots: Sequence[Slot], tensors: Sequence[Tensor]) -> list[Tensor]:
+    """This process's parts of tensors of the parameters' shapes, in one dimension: views if possible."""
+    flats = []
+    for slot, tensor in zip(slots, tensors, strict=True):
+        if not slot.is_plain:
+            tensor = as_real(local(tensor))
+            tensor = tensor if slot.order is None else tensor.permute(slot.order)
+        flats.append(tensor.reshape(-1))
+    return flats
+
+
+def gather(pieces: Sequence[Tensor]) -> Tensor:
+    """The pieces of a bucket as one vector; a view if there is only one piece."""
+    return pieces[0] if len(pieces) == 1 else torch.cat(list(pieces))
+
+
+def pack(slots: Sequence[Slot], key: Callable[[Slot], Hashable]) -> list[Bucket]:
+    """Pack slots, in the order of their groups, into buckets for one key, device and number of replicas each."""
+    buckets: list[Bucket] = []
+    filling: dict[Hashable, Bucket] = {}
+    for place, slot in enumerate(slots):
+        device = local(slot.p).device
+        limit = _CACHED if device.type == "cpu" else _LAUNCHED
+        kind = (key(slot), device, slot.replicas)
+        for start, stop in slot.runs:
+            while start < stop:
+                if kind not in filling or filling[kind].size == limit:
+                    filling[kind] = Bucket(*kind)
+                    buckets.append(filling[kind])
+                end = min(stop, start + limit - filling[kind].size)
+                filling[kind].add(place, slot, (start, end))
+                start = end
+    for bucket in buckets:
+        each = [(slots[place].weight, stop - start) for place, runs in bucket.parts.items() for start, stop in runs]
+        if any(weight != 1 for weight, _ in each):
+            lengths = torch.tensor([length for _, length in each])
+            weights = torch.tensor([weight for weight, _ in each], dtype=exact_dtype(bucket.device))
+            bucket.roots = weights.sqrt().repeat_interleave(lengths).to(bucket.device)
+    return buckets
+
+
+def products(g: Tensor, d: Tensor | None, weights: Tensor | None = None) -> Tensor:
+    """``g·d``, ``‖g‖²`` and ``‖d‖²``, as one tensor of shape (3,) in float64 (float32 on devices without it).
+
+    Numbers are multiplied in this dtype, too, so no square is lost to underflow or overflow in a narrower one.
+
+    Args:
+        g: The gradient, of shape (n,).
+        d: The direction, of shape (n,); ``None``: zero.
+        weights: The weight of each number, of shape (n,); ``None``: all weights are 1.
+    """
+    g = g.to(exact_dtype(g.device))
+    d = torch.zeros_like(g) if d is None else d.to(g.dtype)
+    weighted = (g, d) if weights is None else (g * weights, d * weights)
+    return torch.stack([torch.dot(weighted[0], d), torch.dot(weighted[0], g), torch.dot(weighted[1], d)])
+
+
+def squared_norm(tensor: Tensor) -> Tensor:
+    """``‖tensor‖²``, accumulated in the widest dtype of the device, as a 0-dim tensor."""
+    norm: Tensor = torch.linalg.vector_norm(tensor, dtype=exact_dtype(tensor.device))
+    return norm.square()
+
+
+class Sums:
+    """Sums over buckets by scope. Constants stay on the device, and are made anew only when their numbers change."""
+
+    def __init__(self) -> None:
+        self._constants: dict[Hashable, Tensor] = {}
+
+    def constant(self, numbers: Sequence[float], device: torch.device) -> Tensor:
+        """A vector of these numbers."""
+        key = (tuple(numbers), device)
+        if key not in self._constants:
+            if len(self._constants) >= _CONSTANTS:
+                self._constants.clear()
+            self._constants[key] = torch.tensor(numbers, dtype=exact_dtype(device), device=device)
+        return self._constants[key]
+
+    def by_scope(
+        self,
+        rows: Sequence[Tensor],
+        factors: Sequence[tuple[float, ...]],
+        flags: Sequence[tuple[bool, ...]],
+        device: torch.device,
+        width: int,
+    ) -> Tensor:
+        """Sum the numbers of the buckets by scope.
+
+        Args:
+            rows: The numbers of each bucket, of shape (width,). A process without elements has no bucket.
+            factors: The scope of each bucket, and the factors of its numbers.
+            flags: Some flags of each scope.
+            device: The device for the sums.
+            width: How many numbers a bucket has.
+
+        Returns:
+            The flags and the sums of each scope, of shape (scopes, flags + width).
+        """
+        flagged = self.constant([*chain(*flags)], device).view(len(flags), -1)
+        if not rows:
+            return torch.cat([flagged, flagged.new_zeros(len(flags), width)], dim=1)
+        places = range(len(flags))
+        own = self.constant([scope == place for place in places for scope, *_ in factors], device)
+        factor = self.constant([*chain(*(numbers for _, *numbers in factors))], device).view(-1, width)
+        sums = own.view(len(flags), -1, 1) * factor * torch.stack([row.to(device) for row in rows])
+        return torch.cat([flagged, sums.sum(1)], dim=1)
