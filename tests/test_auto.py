@@ -123,8 +123,8 @@ def rising(t: int, loss: float) -> float:
 
 @pytest.mark.parametrize("method", ["sgdn", "adamw"])
 def test_the_trajectory_with_a_rising_loss_is_that_of_the_formula(method: str) -> None:
-    expected, _, rule = transcribed(method, steps=600, report=rising, decline=0.2)
-    calm, _, _ = transcribed(method, steps=600, decline=0.2)
+    expected, _, rule = transcribed(method, steps=600, report=rising, cooldown=0.2)
+    calm, _, _ = transcribed(method, steps=600, cooldown=0.2)
     assert rule.retreats, "the comparison needs losses that are seen to rise"
     assert rule.undone, "and cuts that have not helped"
     mine, _, hd = trained(method, 0.3, Auto(), 600, {}, rising, total_steps=600)
@@ -185,14 +185,14 @@ def test_the_scale_and_the_offset_of_the_loss_make_no_difference() -> None:
 @pytest.mark.parametrize(
     ("arguments", "error", "words"),
     [
-        ({"decline": 1.5}, ValueError, "decline must be a finite number of at least 0 and at most 1, got 1.5"),
-        ({"decline": "much"}, ValueError, "decline must be a number from 0 to 1, or 'default', got 'much'"),
-        ({"decline": None}, TypeError, "decline must be a number, got None"),
+        ({"cooldown": 1.5}, ValueError, "cooldown must be a finite number of at least 0 and at most 1, got 1.5"),
+        ({"cooldown": "much"}, ValueError, "cooldown must be a number from 0 to 1, or 'default', got 'much'"),
+        ({"cooldown": None}, TypeError, "cooldown must be a number, got None"),
         ({"total_steps": 0}, ValueError, "total_steps must be at least 1"),
         ({"total_steps": 10.0}, TypeError, "total_steps must be a whole number, got 10.0"),
     ],
 )
-def test_a_bad_decline_is_named(arguments: dict[str, Any], error: type[Exception], words: str) -> None:
+def test_a_bad_cooldown_is_named(arguments: dict[str, Any], error: type[Exception], words: str) -> None:
     with pytest.raises(error, match=words):
         HypergradientLR(SGD([nn.Parameter(torch.ones(1))], lr=0.1), **arguments)
 

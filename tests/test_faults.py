@@ -110,7 +110,7 @@ def test_a_bad_gradient_and_a_return_to_before_it_cost_one_step(
 
 @pytest.mark.parametrize("rule", RULES)
 def test_a_loss_of_inf_from_the_start_leaves_the_configured_rate(rule: str, tmp_path: Path) -> None:
-    hd, module = HypergradientDescent(rule, decline=0), Network(factor=lambda _: math.inf)
+    hd, module = HypergradientDescent(rule, cooldown=0), Network(factor=lambda _: math.inf)
     before = copy.deepcopy(module)
     step = 1 if rule == "auto" else 2
     with pytest.warns(RuntimeWarning, match=f"step {step}: .* is not a finite number"):

@@ -217,7 +217,7 @@ def test_batches_without_a_step_leave_no_trace(module: type[Reference], tmp_path
 
     runs = []
     for network in (module(), Shortened()):
-        hd = HypergradientDescent(decline=0)  # the lengths differ
+        hd = HypergradientDescent(cooldown=0)  # the lengths differ
         make_trainer(tmp_path, hd).fit(network)
         runs.append((hd.lrs, network))
     assert runs[0][0] == runs[1][0]
@@ -244,7 +244,7 @@ def test_a_rest_of_accumulated_batches_is_logged_where_the_loss_is(tmp_path: Pat
 
 @pytest.mark.parametrize("rule", ["multiplicative", "auto"])
 def test_a_warm_up_by_hand_is_gone_on_from(rule: str, tmp_path: Path) -> None:
-    hd = HypergradientDescent(rule, decline=0)
+    hd = HypergradientDescent(rule, cooldown=0)
     make_trainer(tmp_path, hd, limit_train_batches=20).fit(WarmingUp())
     used = hd.lrs["lr-SGD"]
     largest = 1.1 if rule == "multiplicative" else np.exp(0.5)

@@ -42,7 +42,7 @@ def beta(name: str, rule: str) -> float | None:
 
 def fit(path: Path, name: str, rule: str, precision: str, *callbacks: Callback) -> tuple[HypergradientDescent, Digits]:
     cls, settings = OPTIMIZERS[name]
-    module, hd = Digits(cls, **settings), HypergradientDescent(rule, beta(name, rule), decline=0)
+    module, hd = Digits(cls, **settings), HypergradientDescent(rule, beta(name, rule), cooldown=0)
     make_trainer(path, hd, *callbacks, precision=precision, limit_train_batches=STEPS).fit(module)
     return hd, module
 

@@ -235,7 +235,7 @@ def test_curves_keep_their_names_where_a_run_is_resumed_after_a_group_was_added(
 def test_what_is_learned_stays_after_some_steps(rule: str, configure: Any, tmp_path: Path) -> None:
     runs = []
     for stop in (None, 10):
-        hd = HypergradientDescent(rule, decline=0, stop_after=stop)
+        hd = HypergradientDescent(rule, cooldown=0, stop_after=stop)
         make_trainer(tmp_path, hd, limit_train_batches=30).fit(Reference(configure))
         runs.append(hd.lrs["lr-SGD"])
     assert runs[0][:10] == runs[1][:10]
@@ -247,9 +247,9 @@ def test_what_is_learned_stays_after_some_steps(rule: str, configure: Any, tmp_p
     assert len(set(runs[0][10:])) > 10
 
 
-def test_tuning_that_has_stopped_stays_so_on_resuming_and_declines(tmp_path: Path) -> None:
+def test_tuning_that_has_stopped_stays_so_on_resuming_and_cools_down(tmp_path: Path) -> None:
     def hd() -> HypergradientDescent:
-        return HypergradientDescent("auto", stop_after=30, decline=0.5)
+        return HypergradientDescent("auto", stop_after=30, cooldown=0.5)
 
     whole, first, second = hd(), hd(), hd()
     arguments = {"max_epochs": 2, "limit_train_batches": 20}

@@ -86,7 +86,7 @@ def test_an_engine_suggests_one_rate_or_one_for_each_group_and_goes_on_from_a_ch
     assert held.suggestion() == pytest.approx(0.6 * 0.02)
 
 
-def test_a_callback_names_the_groups_and_the_decline_does_not_count(tmp_path: Path) -> None:
+def test_a_callback_names_the_groups_and_the_cooldown_does_not_count(tmp_path: Path) -> None:
     def configure(network: nn.Module) -> Any:
         first, *others = network.parameters()
         return Adam([{"params": [first], "lr": 0.01}, {"params": others, "lr": 0.02, "name": "head"}])
@@ -99,7 +99,7 @@ def test_a_callback_names_the_groups_and_the_decline_does_not_count(tmp_path: Pa
     assert isinstance(lrs, dict)
     assert list(lrs) == ["Adam/pg1", "Adam/head"]
     assert lrs["Adam/head"] == pytest.approx(2 * lrs["Adam/pg1"])
-    falling, steady = HypergradientDescent("additive", 0.0, decline=1.0), HypergradientDescent("additive", 0.0)
+    falling, steady = HypergradientDescent("additive", 0.0, cooldown=1.0), HypergradientDescent("additive", 0.0)
     for callback in (falling, steady):
         make_trainer(tmp_path, callback).fit(Reference())
     assert falling.lrs["lr-SGD"][-1] < 0.1 * steady.lrs["lr-SGD"][-1]

@@ -14,7 +14,7 @@ class Sign(Rule):
         return lr * (1.01 if seen.cosine > 0 else 0.99)
 
 
-callback = HypergradientDescent(Auto(start="configured"), scope="group", max_lr=0.1, probe=None, decline=0.1)
+callback = HypergradientDescent(Auto(start="configured"), scope="group", max_lr=0.1, probe=None, cooldown=0.1)
 trainer = Trainer(callbacks=[callback, HypergradientDescent(rule=Sign(), hypergrad_lr=None)])
 assert_type(callback.engines, list[HypergradientLR])
 assert_type(callback.lrs, dict[str, list[float]])

@@ -5,13 +5,13 @@ import math
 from torch.optim import Optimizer
 
 from lightning_hd.checks import check_count, check_flag, check_number
-from lightning_hd.engine.cooldown import Decline
+from lightning_hd.engine.cooldown import Cooldown
 from lightning_hd.processes import is_flat_shard
 from lightning_hd.rules import Rule, make_rule
 
 _PART = 0.2
-"""The default length of the decline, as a part of the run. The noise of the gradient averages out within a fifth, and
-the steps before it learn as much as without a decline."""
+"""The default length of the cooldown, as a part of the run. The noise of the gradient averages out within a fifth, and
+the steps before it learn as much as without a cooldown."""
 
 
 def check_arguments(
@@ -49,20 +49,20 @@ def check_arguments(
     return make_rule(rule, hypergrad_lr), low, high
 
 
-def make_decline(part: float | str, total: int | None, rule: Rule) -> Decline:
-    """Build the decline from the arguments ``decline`` and ``total_steps``.
+def make_cooldown(part: float | str, total: int | None, rule: Rule) -> Cooldown:
+    """Build the cooldown from the arguments ``cooldown`` and ``total_steps``.
 
     Raises:
         TypeError: An argument is of the wrong type.
         ValueError: An argument is out of range.
     """
     if isinstance(part, str) and part != "default":
-        raise ValueError(f"decline must be a number from 0 to 1, or 'default', got {part!r}")
+        raise ValueError(f"cooldown must be a number from 0 to 1, or 'default', got {part!r}")
     if isinstance(part, str):
         part = _PART if rule.picks_start else 0.0
     if total is not None and check_count("total_steps", total) == 0:
         raise ValueError("total_steps must be at least 1, or None where it is not known, got 0")
-    return Decline(check_number("decline", part, 0.0, 1.0), total)
+    return Cooldown(check_number("cooldown", part, 0.0, 1.0), total)
 
 
 def check_callback_arguments(

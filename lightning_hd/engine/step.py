@@ -6,7 +6,7 @@ from collections.abc import Sequence
 import torch
 from torch.optim import Optimizer
 
-from lightning_hd.engine.cooldown import Decline
+from lightning_hd.engine.cooldown import Cooldown
 from lightning_hd.engine.linearity import Linearity
 from lightning_hd.engine.loss import Losses
 from lightning_hd.engine.lr import LARGEST, set_lr
@@ -34,7 +34,7 @@ class Tuning:
         view: The view of the model that the rule needs.
         ranks: The processes that train together.
         notices: Where warnings and log messages go.
-        decline: The decline of the rates at the end.
+        cooldown: The cooldown of the rates at the end.
         stop_after: The number of steps after which the learned scale stays as it is; ``None``: never.
     """
 
@@ -46,7 +46,7 @@ class Tuning:
         view: View,
         ranks: Ranks,
         notices: Notices,
-        decline: Decline,
+        cooldown: Cooldown,
         stop_after: int | None,
     ) -> None:
         self.optimizer = optimizer
@@ -55,7 +55,7 @@ class Tuning:
         self.view = view
         self.ranks = ranks
         self.notices = notices
-        self.decline = decline
+        self.cooldown = cooldown
         self.stop_after = math.inf if stop_after is None else stop_after
         self.losses = Losses()
         self.start = Start(optimizer, ranks)
@@ -194,13 +194,13 @@ class Tuning:
         return True
 
     def _sync(self) -> None:
-        """Take over changes of the rates and groups since the last step, and of what is left of the decline."""
+        """Take over changes of the rates and groups since the last step, and of what is left of the cooldown."""
         before = [group.lr for group in self.rates.groups]
         self.rates.sync()
         if self.rule.long_horizon:
-            cooldown = 0.0 if self.rates.under_schedule else self.decline.left(self.step_count + 1)
+            left = 0.0 if self.rates.under_schedule else self.cooldown.left(self.step_count + 1)
             for scope in self.rates.scopes:
-                scope.rule.cooldown = cooldown
+                scope.rule.cooldown_left = left
         if self.step_count and not self.rates.under_schedule:
             self.writes.see(before, self.rates.held)
         if self.lost_schedule and self.rates.under_schedule:
@@ -291,16 +291,16 @@ class Tuning:
         return self._stay(step, scope, f"the rate that {type(scope.rule).__name__} made of {seen}")
 
     def _factor(self) -> float:
-        """The factor of the rates in the decline. There is no decline under a schedule."""
+        """The factor of the rates in the cooldown. There is no cooldown under a schedule."""
         if self.rates.under_schedule:
             return 1.0
-        if self.decline.is_over(self.step_count + 1):
+        if self.cooldown.is_over(self.step_count + 1):
             self.notices.warn(
                 "longer",
-                f"training goes on after the {self.decline.total} steps that it was to take. It keeps the rate of the "
+                f"training goes on after the {self.cooldown.total} steps that it was to take. It keeps the rate of the "
                 "last one",
             )
-        return self.decline.factor(self.step_count + 1)
+        return self.cooldown.factor(self.step_count + 1)
 
     def _stay(self, step: Step, scope: Scope, what: str) -> tuple[float, float]:
         step.finite = False

@@ -7,7 +7,7 @@ from torch.distributed import ProcessGroup
 from torch.optim import Optimizer
 
 from lightning_hd.checks import check_count
-from lightning_hd.engine.arguments import check_arguments, check_flat_shards, make_decline
+from lightning_hd.engine.arguments import check_arguments, check_flat_shards, make_cooldown
 from lightning_hd.engine.hooks import StepHooks
 from lightning_hd.engine.lr import get_lr
 from lightning_hd.engine.rates import Rates
@@ -75,10 +75,10 @@ class HypergradientLR:
             ``all_reduce`` per step, and the rates are equal bit for bit. ``None``: the default group if
             ``torch.distributed`` is initialized. Give models that train apart a group each.
         total_steps: How many steps the training takes; ``None``: it is not known.
-        decline: The last part of these steps, from 0 to 1, over which the rates fall linearly to 0; 0: none.
+        cooldown: The last part of these steps, from 0 to 1, over which the rates fall to 0; 0: none.
             ``"default"``: a fifth with the default rule, none with the paper's. There is none under a scheduler.
         stop_after: The number of steps after which tuning stops. The learned scale then stays as it is, and schedules
-            and the decline go on. ``None``: never.
+            and the cooldown go on. ``None``: never.
 
     Raises:
         TypeError: ``optimizer`` is not an optimizer or has no rate to tune (LBFGS, Rprop, SparseAdam), or another
@@ -117,13 +117,13 @@ class HypergradientLR:
         probe: int | Literal["default"] | None = "default",
         process_group: ProcessGroup | None = None,
         total_steps: int | None = None,
-        decline: float | Literal["default"] = "default",
+        cooldown: float | Literal["default"] = "default",
         stop_after: int | None = None,
     ) -> None:
         self._rule, low, high = check_arguments(rule, hypergrad_lr, scope, min_lr, max_lr, probe, stop_after)
-        falling = make_decline(decline, total_steps, self._rule)
-        if total_steps is None and not isinstance(decline, str) and decline:
-            raise ValueError(f"decline={decline!r} has no effect without total_steps, the number of steps")
+        falling = make_cooldown(cooldown, total_steps, self._rule)
+        if total_steps is None and not isinstance(cooldown, str) and cooldown:
+            raise ValueError(f"cooldown={cooldown!r} has no effect without total_steps, the number of steps")
         check_optimizer(optimizer)
         ranks = Ranks(process_group)
         ranks.check_meshes(p for settings in optimizer.param_groups for p in settings["params"])
@@ -197,7 +197,7 @@ class HypergradientLR:
     def suggestion(self) -> float | dict[str, float]:
         """The constant rate that the steps so far suggest for a training like this one without tuning.
 
-        It is 0.6 times the 0.8-quantile of the rates in the first half of the steps so far, without the decline at the
+        It is 0.6 times the 0.8-quantile of the rates in the first half of the steps so far, without the cooldown at the
         end. Source: this project.
 
         Returns:
@@ -252,11 +252,11 @@ class HypergradientLR:
     @property
     def total_steps(self) -> int | None:
         """How many steps of this optimizer the training takes; ``None``: it is not known. Settable."""
-        return self._tuning.decline.total
+        return self._tuning.cooldown.total
 
     @total_steps.setter
     def total_steps(self, value: int | None) -> None:
-        self._tuning.decline.total = None if value is None else check_count("total_steps", value)
+        self._tuning.cooldown.total = None if value is None else check_count("total_steps", value)
 
     @property
     def probe(self) -> tuple[int, int]:

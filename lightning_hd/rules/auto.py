@@ -23,7 +23,7 @@ _NORMS, _NORMS_GROWTH = 10.0, 0.02
 """The memory of ``G``. With 1, ``c`` is the cosine. Rates get too high if few batches hold what is to be learned."""
 
 _SMOOTHED, _RECENT = 0.05, 0.2
-"""``W``: a part of the decline at the end, and at most a part of the steps taken."""
+"""``W``: a part of the cooldown at the end, and at most a part of the steps taken."""
 
 _TURNS = 20
 """The number of steps in the running mean of the cosine of two gradients in a row."""
@@ -101,15 +101,15 @@ class Auto(Rule):
     \end{aligned}
     ```
 
-    ``γ`` is ``α`` times the factor of the decline at the end of the run. ``α`` does not rise during the decline. ``L``
+    ``γ`` is ``α`` times the factor of the cooldown at the end of the run, in which ``α`` does not rise. ``L``
     is the mean of ``log γ`` over the moves in ``E``, each weighted by the part of it that is left. Moves at rates far
     from the present one show nothing about it, so they are forgotten.
 
-    **Past the noise.** ``g · E`` is the derivative of the loss as it is now. A part of it is noise, which the decline
+    **Past the noise.** ``g · E`` is the derivative of the loss as it is now. A part of it is noise, which the cooldown
     at the end removes. Along a direction of curvature ``λ`` the noise of the parameters forgets itself at the rate
-    ``α λ``. So its product with a mean over ``W`` steps keeps the part ``1 / (1 + α λ W)`` of it. A decline over ``n``
+    ``α λ``. So its product with a mean over ``W`` steps keeps the part ``1 / (1 + α λ W)`` of it. A cooldown over ``n``
     steps leaves about ``√(2 / (α λ n))``. For ``W = n / 20`` both are alike within a factor of two, from ``α λ``
-    of 0.01 to 1. What is learned along flat directions counts in full. Without a decline, ``W = 1`` and ``Ē = E``.
+    of 0.01 to 1. What is learned along flat directions counts in full. Without a cooldown, ``W = 1`` and ``Ē = E``.
 
     **Round the bend.** ``κ`` is the running mean of the cosine of two gradients in a row. Near -1 gradients turn round,
     so steps are too long, and ``g · E`` is believed. Above 0.8 they do not turn, so nothing asks for a smaller rate.
@@ -167,8 +167,8 @@ class Auto(Rule):
         return own.first_lr
 
     def smoothing(self, step: int) -> float:
-        """``1 / W_t``: a twentieth of the decline that is still to come, and at most a fifth of the steps taken."""
-        return 1 / max(1.0, min(_SMOOTHED * self.cooldown, _RECENT * step))
+        """``1 / W_t``: a twentieth of the cooldown that is still to come, and at most a fifth of the steps taken."""
+        return 1 / max(1.0, min(_SMOOTHED * self.cooldown_left, _RECENT * step))
 
     def discount(self, lr: float, step: int) -> float:
         """``φ_t``, the part of ``E`` that is left when the next move is added, which is made at ``γ_t``."""

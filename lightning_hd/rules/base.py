@@ -57,8 +57,7 @@ class Rule(ABC):
         picks_start: Whether the first learning rate comes from ``first_lr``. The configured rate then only sets the
             ratios between groups. Default: ``False``.
         brakes: How often the rule has backed off from an overshoot. The engine reports each increase.
-        cooldown: The length of the decline at the end that is still to come, in steps; 0 if there is none. The engine
-            sets it.
+        cooldown_left: How many steps of the cooldown are still to come; 0 if there is none. The engine sets it.
         rounding: The relative rounding of gradients, in float32 or in float64. The engine sets it.
         nonlinear: Whether the optimizer's step is found not to be linear in its rate. A change of the rate then also
             changes what former steps have done. The engine sets it.
@@ -74,7 +73,7 @@ class Rule(ABC):
     picks_start = False
     brakes = 0
     nonlinear = False
-    cooldown = 0.0
+    cooldown_left = 0.0
     rounding = 2.0**-23
 
     @abstractmethod
@@ -105,7 +104,7 @@ class Rule(ABC):
         """``φ_t``, the part of ``E`` that is left when the next move is added, for a rule with ``long_horizon``.
 
         Args:
-            lr: ``α_t`` times the factor of the decline at the end.
+            lr: ``α_t`` times the factor of the cooldown at the end.
             step: ``t``. It is called once for each step.
         """
         raise NotImplementedError(f"{type(self).__name__} has a long horizon, so it must implement discount()")

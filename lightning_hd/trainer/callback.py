@@ -11,7 +11,7 @@ from lightning.pytorch.utilities import rank_zero_warn
 from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
-from lightning_hd.engine.arguments import check_arguments, check_callback_arguments, make_decline
+from lightning_hd.engine.arguments import check_arguments, check_callback_arguments, make_cooldown
 from lightning_hd.engine.tuner import HypergradientLR
 from lightning_hd.hypergradient.copies import copies_of, leave_copies, load_copies
 from lightning_hd.reporting.loggers import describe, log, log_curves, show
@@ -82,11 +82,11 @@ class HypergradientDescent(Callback):
             default rule, all with the paper's.
         log_every_n_steps: Logging interval in steps; ``None``: the Trainer's. 0: loggers get nothing.
         prog_bar: Whether to show the learning rates in the progress bar.
-        decline: The last part of the training, from 0 to 1, over which the rates fall linearly to 0; 0: none.
+        cooldown: The last part of the training, from 0 to 1, over which the rates fall to 0; 0: none.
             ``"default"``: a fifth with the default rule, none with the paper's. The rates do not fall under a
             scheduler, in manual optimization, or where the Trainer does not know how long it trains.
         stop_after: The number of steps of each optimizer after which tuning stops. The learned scale then stays as it
-            is, and schedules and the decline go on. ``None``: never.
+            is, and schedules and the cooldown go on. ``None``: never.
         scheduled: Whether the rates in ``param_groups`` belong to a schedule; ``None``: it is detected. Pass ``True``
             where your own code writes the schedule, in ``optimizer_step`` for example.
         on_mismatch: What to do with a checkpoint of another rule, scope, optimizer or layout of parameter groups.
@@ -116,14 +116,14 @@ class HypergradientDescent(Callback):
         probe: int | Literal["default"] | None = "default",
         log_every_n_steps: int | None = None,
         prog_bar: bool = False,
-        decline: float | Literal["default"] = "default",
+        cooldown: float | Literal["default"] = "default",
         stop_after: int | None = None,
         scheduled: bool | None = None,
         on_mismatch: Literal["error", "restart"] = "error",
         summary: bool = True,
     ) -> None:
         checked, *_ = check_arguments(rule, hypergrad_lr, scope, min_lr, max_lr, probe, stop_after)
-        make_decline(decline, None, checked)
+        make_cooldown(cooldown, None, checked)
         check_callback_arguments(log_every_n_steps, prog_bar, scheduled, on_mismatch, summary)
         self.rule = rule
         self.hypergrad_lr = hypergrad_lr
@@ -133,7 +133,7 @@ class HypergradientDescent(Callback):
         self.probe = probe
         self.log_every_n_steps = log_every_n_steps
         self.prog_bar = prog_bar
-        self.decline = decline
+        self.cooldown = cooldown
         self.stop_after = stop_after
         self.scheduled = scheduled
         self.on_mismatch = on_mismatch
@@ -330,7 +330,7 @@ class HypergradientDescent(Callback):
             self.probe,
             group,
             steps,
-            0.0 if steps is None else self.decline,
+            0.0 if steps is None else self.cooldown,
             self.stop_after,
         )
 
