@@ -107,8 +107,8 @@ def scalars(path: Path, tag: str) -> dict[int, float]:
     return {event.step: event.value for event in events(path).Scalars(tag)}
 
 
-LOGGED = ("lr", "log10_lr", "scale", "log10_scale", "value", "cosine", "mean_cosine")
-"""What is in event files, brakes and schedules aside."""
+LOGGED = ("lr", "log10_lr", "scale", "log10_scale", "hypergradient", "cosine", "mean_cosine")
+"""What is in event files, backoffs and schedules aside."""
 
 
 def tags(path: Path) -> set[str]:
@@ -146,7 +146,7 @@ def test_trajectory_is_the_papers(method: str, rule: str, tmp_path: Path) -> Non
     beta = beta if rule == "additive" else 0.02
     lrs, parameters = reference.train(method, rule, 0.01, beta, settings)
     module = Reference(lambda network: cls(network.parameters(), lr=0.01, **settings))  # type: ignore[arg-type]
-    hd = HypergradientDescent(rule, beta, min_lr=None)
+    hd = HypergradientDescent(rule, hypergrad_lr=beta, min_lr=None)
     make_trainer(tmp_path, hd, precision="64-true").fit(module)
     np.testing.assert_allclose(hd.lrs[f"lr-{cls.__name__}"], lrs, rtol=1e-10)
     for p, expected in zip(module.parameters(), parameters, strict=True):
@@ -203,7 +203,7 @@ def test_tags_steps_and_values_in_the_event_file(tmp_path: Path) -> None:
     assert scalars(tmp_path, "hd/lr-SGD") == pytest.approx(dict(enumerate(history)), rel=1e-6)  # of every step
     logarithms = dict(enumerate(map(math.log10, history)))
     assert scalars(tmp_path, "hd/log10_lr-SGD") == pytest.approx(logarithms, rel=1e-6)
-    values = scalars(tmp_path, "hd/value-SGD")
+    values = scalars(tmp_path, "hd/hypergradient-SGD")
     cosines = scalars(tmp_path, "hd/cosine-SGD")
     running = scalars(tmp_path, "hd/mean_cosine-SGD")
     for step, scale in scales.items():
@@ -219,7 +219,7 @@ def test_means_are_as_exact_in_any_precision(tmp_path: Path) -> None:
         def training_step(self, batch: Any, batch_idx: int) -> None:
             super().training_step([x.bfloat16() for x in batch], batch_idx)
 
-    hd = HypergradientDescent("additive", 0)
+    hd = HypergradientDescent("additive", hypergrad_lr=0)
     seen: list[float] = []
 
     class Observe(Callback):
@@ -230,7 +230,7 @@ def test_means_are_as_exact_in_any_precision(tmp_path: Path) -> None:
     trainer = make_trainer(tmp_path, hd, Observe(), logger=logger, log_every_n_steps=200, precision="bf16-true")
     trainer.fit(Half())
     assert len(seen) == 199
-    assert scalars(tmp_path, "hd/value-Adam") == {199: pytest.approx(np.mean(seen), rel=1e-6)}
+    assert scalars(tmp_path, "hd/hypergradient-Adam") == {199: pytest.approx(np.mean(seen), rel=1e-6)}
 
 
 @pytest.mark.parametrize(("every", "steps"), [(50, range(49, 200, 50)), (0, []), (None, range(9, 200, 10))])
@@ -324,7 +324,7 @@ def test_numbers_that_are_not_finite_are_not_averaged(tmp_path: Path) -> None:
     with pytest.warns(RuntimeWarning, match="not a finite number"):
         make_trainer(tmp_path, hd, logger=TensorBoardLogger(tmp_path), log_every_n_steps=5).fit(Spoiled())
     assert hd.engines[0].nonfinite_steps == 2  # the gradient, and the direction that it became
-    for what in ("lr", "value", "cosine"):
+    for what in ("lr", "hypergradient", "cosine"):
         values = scalars(tmp_path, f"hd/{what}-SGD")
         assert len(values) == (200 if what == "lr" else 40)
         assert all(map(math.isfinite, values.values()))
@@ -357,7 +357,7 @@ class Alternating(LightningModule):
 
 
 def test_several_optimizers_in_manual_optimization(tmp_path: Path) -> None:
-    hd = HypergradientDescent("multiplicative", 0.02)
+    hd = HypergradientDescent("multiplicative", hypergrad_lr=0.02)
     module = Alternating()
     trainer = make_trainer(tmp_path, hd, logger=TensorBoardLogger(tmp_path), log_every_n_steps=10)
     trainer.fit(module)
@@ -428,7 +428,7 @@ def test_resuming_is_exact(tmp_path: Path, method: str, rule: str, when: str) ->
         return Reference(lambda network: cls(network.parameters(), lr=0.01, **settings))  # type: ignore[arg-type]
 
     def callback() -> HypergradientDescent:
-        return HypergradientDescent(rule, beta if rule == "additive" else None)
+        return HypergradientDescent(rule, hypergrad_lr=beta if rule == "additive" else None)
 
     whole, hd = module(), callback()
     make_trainer(tmp_path, hd, max_epochs=2).fit(whole)

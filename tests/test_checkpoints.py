@@ -69,7 +69,9 @@ class Training:
         p = list(self.network.parameters())
         self.optimizer = FAMILIES[self.family]([{"params": p[:2], "lr": 0.01}, {"params": p[2:], "lr": 0.02}], lr=1.0)
         self.scaler = torch.amp.GradScaler("cpu", enabled=self.precision == "16-mixed", init_scale=2.0**10)
-        self.hd = HypergradientLR(self.optimizer, self.rule or "auto", RULES[self.rule or "auto"], self.scope)
+        self.hd = HypergradientLR(
+            self.optimizer, self.rule or "auto", hypergrad_lr=RULES[self.rule or "auto"], scope=self.scope
+        )
         if self.rule is None:
             self.hd.detach()
 
@@ -194,7 +196,7 @@ class Stop(Callback):
 @pytest.mark.parametrize("family", ["SGD", "AdamW", "RMSprop"])
 def test_a_trainer_resumes_exactly(family: str, rule: str, precision: Any, stop: int, tmp_path: Path) -> None:
     def fit(*callbacks: Callback, ckpt_path: Path | None = None) -> tuple[Accumulating, Trainer, list[float]]:
-        module, hd = Accumulating(family, precision), HypergradientDescent(rule, RULES[rule])
+        module, hd = Accumulating(family, precision), HypergradientDescent(rule, hypergrad_lr=RULES[rule])
         trainer = make_trainer(tmp_path, hd, *callbacks, precision=precision, accumulate_grad_batches=2)
         trainer.fit(module, ckpt_path=ckpt_path)
         (lrs,) = hd.lrs.values()

@@ -47,7 +47,7 @@ class Quiet(Reference):
 
 def fit(path: Path, cls: Any, rule: str, compiled: Callable[[Quiet], Any]) -> tuple[list[float], Quiet]:
     module = Quiet(lambda network: cls(network.parameters(), lr=0.01))
-    hd = HypergradientDescent(rule, BETAS[rule])
+    hd = HypergradientDescent(rule, hypergrad_lr=BETAS[rule])
     make_trainer(path, hd, limit_train_batches=STEPS).fit(compiled(module))
     assert hd.engines[0].step_count == STEPS
     (lrs,) = hd.lrs.values()
@@ -108,7 +108,7 @@ def train(network: nn.Module, hd: HypergradientLR, step: Callable[[], Any], warm
 
 def tuned(cls: Any, settings: dict[str, Any], rule: str, lr: Any) -> tuple[nn.Module, HypergradientLR]:
     network = reference.torch_network()
-    return network, HypergradientLR(cls(network.parameters(), lr=lr, **settings), rule, BETAS[rule])
+    return network, HypergradientLR(cls(network.parameters(), lr=lr, **settings), rule, hypergrad_lr=BETAS[rule])
 
 
 @pytest.mark.parametrize(("within", "backend"), [(True, "eager"), (False, "aot_eager")])

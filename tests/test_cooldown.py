@@ -62,13 +62,13 @@ class Longer(Callback):
 def test_a_training_ends_in_a_cooldown(
     module: Any, others: list[Any], arguments: dict[str, Any], steps: int, tmp_path: Path
 ) -> None:
-    hd = HypergradientDescent("additive", 0.0, cooldown=0.2)
+    hd = HypergradientDescent("additive", hypergrad_lr=0.0, cooldown=0.2)
     make_trainer(tmp_path, hd, *others, **arguments).fit(module())
     cools_down(hd.lrs["lr-SGD"], steps)
 
 
 def test_a_training_on_more_and_more_data_cools_down_at_its_end_only(tmp_path: Path) -> None:
-    hd = HypergradientDescent("additive", 0.0, cooldown=0.2)
+    hd = HypergradientDescent("additive", hypergrad_lr=0.0, cooldown=0.2)
     make_trainer(tmp_path, hd, max_epochs=4, reload_dataloaders_every_n_epochs=1).fit(Growing())
     lrs = hd.lrs["lr-SGD"]
     assert len(lrs) == 10 + 20 + 30 + 40
@@ -79,11 +79,11 @@ def test_a_training_on_more_and_more_data_cools_down_at_its_end_only(tmp_path: P
 
 @pytest.mark.parametrize("former", ["none", "of another rule"])
 def test_tuning_that_starts_in_the_middle_cools_down_at_the_end(former: str, tmp_path: Path) -> None:
-    before = [] if former == "none" else [HypergradientDescent("multiplicative", 0.0)]
+    before = [] if former == "none" else [HypergradientDescent("multiplicative", hypergrad_lr=0.0)]
     trainer = make_trainer(tmp_path, *before, max_epochs=2, limit_train_batches=20)
     trainer.fit(Reference())
     trainer.save_checkpoint(tmp_path / "last.ckpt")
-    hd = HypergradientDescent("additive", 0.0, cooldown=0.2, on_mismatch="restart")
+    hd = HypergradientDescent("additive", hypergrad_lr=0.0, cooldown=0.2, on_mismatch="restart")
     with pytest.warns(UserWarning, match="was written without it|starts anew"):
         make_trainer(tmp_path, hd, max_epochs=5, limit_train_batches=20).fit(
             Reference(), ckpt_path=tmp_path / "last.ckpt"
@@ -97,7 +97,7 @@ def test_tuning_that_starts_in_the_middle_cools_down_at_the_end(former: str, tmp
 def test_steps_after_the_end_are_warned_of_once() -> None:
     w = nn.Parameter(torch.ones(3))
     optimizer = SGD([w], lr=0.01)
-    hd = HypergradientLR(optimizer, "additive", 0.0, total_steps=10, cooldown=0.5)
+    hd = HypergradientLR(optimizer, "additive", hypergrad_lr=0.0, total_steps=10, cooldown=0.5)
 
     def train(steps: int) -> None:
         for _ in range(steps):

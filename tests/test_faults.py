@@ -149,7 +149,7 @@ def test_a_loss_of_any_scale_has_a_finite_hypergradient(scale: float, rule: str,
 def test_a_layer_that_is_frozen_for_a_while(cls: Any, settings: dict[str, Any], frozen: range, tmp_path: Path) -> None:
     freeze = Before(range(20), lambda m: m.network[0].requires_grad_(m.global_step not in frozen))
     plain, standing, learning = (Network(cls, **settings) for _ in range(3))
-    rest, hd = HypergradientDescent("additive", 0), HypergradientDescent()
+    rest, hd = HypergradientDescent("additive", hypergrad_lr=0), HypergradientDescent()
     for module, callbacks in ((plain, []), (standing, [rest]), (learning, [hd])):
         fit(tmp_path, module, *callbacks, freeze)
     assert same(plain, standing)

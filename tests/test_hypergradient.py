@@ -93,7 +93,7 @@ def test_trajectory_is_the_papers(method: str, rule: str, with_closure: bool) ->
     lrs, parameters = reference.train(method, rule, 0.01, beta, settings)
     network = reference.torch_network()
     optimizer = cls(network.parameters(), lr=0.01, **settings)  # type: ignore[arg-type]
-    hd = HypergradientLR(optimizer, rule, beta, min_lr=None)
+    hd = HypergradientLR(optimizer, rule, hypergrad_lr=beta, min_lr=None)
     mine = []
     for x, y in reference.torch_batches():
 
@@ -164,7 +164,7 @@ def test_foreach_fused_and_single_tensor_agree(cls: Any, settings: dict[str, Any
     for variant in ({"foreach": False}, {"foreach": True}, {"fused": True}):
         network = reference.torch_network()
         optimizer = cls(network.parameters(), lr=0.01, **settings, **variant)
-        hd = HypergradientLR(optimizer, rule, BETAS[rule])
+        hd = HypergradientLR(optimizer, rule, hypergrad_lr=BETAS[rule])
         ends.append(np.array(trajectory(network, optimizer, hd, range(50))))
     np.testing.assert_allclose(ends[1], ends[0], rtol=1e-10)
     np.testing.assert_allclose(ends[2], ends[0], rtol=1e-10)
@@ -180,7 +180,7 @@ def test_one_group_or_three_make_the_same_trajectory(cls: Any, settings: dict[st
         p = list(network.parameters())
         groups = [{"params": p[:1]}, {"params": p[1:3]}, {"params": p[3:]}] if split else p
         optimizer = cls(groups, lr=lr, **settings)
-        hd = HypergradientLR(optimizer, rule, 1e-4 if rule == "additive" else None)
+        hd = HypergradientLR(optimizer, rule, hypergrad_lr=1e-4 if rule == "additive" else None)
         runs.append((trajectory(network, optimizer, hd, range(30)), network))
     assert [lrs[0] for lrs in runs[0][0]] == [lrs[0] for lrs in runs[1][0]]
     assert all(len(set(lrs)) == 1 for lrs in runs[1][0])
@@ -213,7 +213,7 @@ def test_a_complex_parameter_is_two_real_ones(cls: Any, settings: dict[str, Any]
     for make in (torch.view_as_complex, lambda x: x):
         p = nn.Parameter(make(start.clone()))
         optimizer = cls([p], lr=0.01, **settings)
-        hd = HypergradientLR(optimizer, "multiplicative", 0.05)
+        hd = HypergradientLR(optimizer, "multiplicative", hypergrad_lr=0.05)
         lrs = []
         for _ in range(20):
             optimizer.zero_grad()
@@ -264,7 +264,7 @@ def test_a_parameter_without_a_gradient_contributes_nothing(cls: Any, settings: 
 def test_a_step_with_rates_and_gradients_of_0_counts_where_the_optimizer_has_a_state(momentum: float) -> None:
     w = nn.Parameter(torch.zeros(()))
     optimizer = SGD([w], lr=0.0, momentum=momentum)
-    hd = HypergradientLR(optimizer, "additive", 1e-3, min_lr=None)
+    hd = HypergradientLR(optimizer, "additive", hypergrad_lr=1e-3, min_lr=None)
     counts = []
     for gradient in (0.0, 1.0, 0.0, 1.0):
         w.grad = torch.full((), gradient)
@@ -298,7 +298,7 @@ def test_a_grad_scaler_changes_nothing_and_its_skipped_steps_count_for_nothing(
     def train(scaled: bool) -> tuple[list[float], nn.Module]:
         network = reference.torch_network().float()
         optimizer = cls(network.parameters(), lr=0.01, fused=fused, **settings)
-        hd = HypergradientLR(optimizer, rule, BETAS[rule])
+        hd = HypergradientLR(optimizer, rule, hypergrad_lr=BETAS[rule])
         scaler = torch.amp.GradScaler("cpu", enabled=scaled, init_scale=1024.0, growth_interval=7)
         lrs = []
         for step, (x, y) in enumerate(reference.torch_batches()[:20]):
@@ -329,7 +329,7 @@ def test_a_grad_scaler_changes_nothing_and_its_skipped_steps_count_for_nothing(
 def test_a_number_that_is_not_finite_leaves_the_rate_and_is_reported_once(cls: Any, rule: str, bad: float) -> None:
     p = nn.Parameter(torch.ones(4))
     optimizer = cls([p], lr=0.01)
-    hd = HypergradientLR(optimizer, rule, None if rule == "auto" else 1e-3)
+    hd = HypergradientLR(optimizer, rule, hypergrad_lr=None if rule == "auto" else 1e-3)
     for _ in range(3):
         p.grad = p.detach() + 1
         optimizer.step()
@@ -424,7 +424,7 @@ def test_a_step_that_raises_leaves_the_rate(cls: Any, scheduled: bool, monkeypat
     optimizer = cls(network.parameters(), lr=0.01)
     if scheduled:
         lr_scheduler.LambdaLR(optimizer, lambda _: 0.5)
-    hd = HypergradientLR(optimizer, "multiplicative", 0.1)
+    hd = HypergradientLR(optimizer, "multiplicative", hypergrad_lr=0.1)
     run(network, optimizer, range(5))
     before = hd.lrs, hd.step_count
     written = optimizer.param_groups[0]["lr"]
@@ -495,7 +495,7 @@ def test_a_subclass_that_calls_its_parents_step_is_tuned_once() -> None:
     Adam([nn.Parameter(torch.ones(1))])  # its class is hooked as well from now on
     network = reference.torch_network()
     optimizer = CautiousAdam(network.parameters(), lr=0.01)
-    hd = HypergradientLR(optimizer, "multiplicative", 0.02)
+    hd = HypergradientLR(optimizer, "multiplicative", hypergrad_lr=0.02)
     run(network, optimizer, range(10))
     assert hd.step_count == 10
 
@@ -512,7 +512,7 @@ def test_a_closure_that_is_evaluated_twice_is_tuned_once() -> None:
 
     p = nn.Parameter(torch.ones(2))
     optimizer = Twice([p], lr=0.1)
-    hd = HypergradientLR(optimizer, "multiplicative", 0.1)
+    hd = HypergradientLR(optimizer, "multiplicative", hypergrad_lr=0.1)
 
     def closure() -> Tensor:
         optimizer.zero_grad()
@@ -679,7 +679,7 @@ def test_a_state_of_another_layout_is_refused() -> None:
 def test_a_lost_direction_costs_one_observation_and_is_told() -> None:
     network = reference.torch_network()
     optimizer = SGD(network.parameters(), lr=0.01, momentum=0.9)
-    hd = HypergradientLR(optimizer, "multiplicative", 0.1)
+    hd = HypergradientLR(optimizer, "multiplicative", hypergrad_lr=0.1)
     run(network, optimizer, range(3))
     before = hd.lrs
     optimizer.state.clear()
@@ -718,7 +718,7 @@ def test_a_trial_that_overflows_is_followed_by_shorter_ones() -> None:
 @pytest.mark.parametrize(("rule", "lr"), [("auto", 0.1), ("auto", 0.0), ("additive", 0.0)])
 def test_gradients_whose_first_step_vanishes_in_rounding_are_tried_with_longer_ones(rule: str, lr: float) -> None:
     p = nn.Parameter(torch.ones(4))
-    hd = HypergradientLR(Plain([p], lr), rule, None if rule == "auto" else 1e26)
+    hd = HypergradientLR(Plain([p], lr), rule, hypergrad_lr=None if rule == "auto" else 1e26)
     begun = []
     for _ in range(20):
         p.grad = 1e-9 * p.detach()
@@ -975,7 +975,7 @@ def test_an_error_in_one_group_leaves_the_schedule_of_all() -> None:
     a, b = nn.Parameter(torch.ones(2)), nn.Parameter(torch.ones(2))
     optimizer = SGD([{"params": [a]}, {"params": [b]}], lr=0.1)
     lr_scheduler.LambdaLR(optimizer, lambda _: 1.0)
-    HypergradientLR(optimizer, "multiplicative", 0.5)
+    HypergradientLR(optimizer, "multiplicative", hypergrad_lr=0.5)
     alternate(a, optimizer, [1, 1, 1])
     b.grad = torch.ones(2).to_sparse()
     with pytest.raises(TypeError, match="sparse gradients"):
@@ -987,7 +987,7 @@ def test_a_scheduler_that_goes_on_after_a_failed_update_is_told(monkeypatch: pyt
     network = reference.torch_network()
     optimizer = SGD(network.parameters(), lr=0.1)
     scheduler = lr_scheduler.ExponentialLR(optimizer, 0.5)
-    HypergradientLR(optimizer, "multiplicative", 0.5)
+    HypergradientLR(optimizer, "multiplicative", hypergrad_lr=0.5)
     run(network, optimizer, range(3))
     with monkeypatch.context() as patch:
         patch.setattr(sys.modules[SGD.__module__], "sgd", lambda *_, **__: 1 / 0)
@@ -1100,7 +1100,7 @@ def test_a_wrapper_that_imitates_the_optimizer() -> None:
     network = reference.torch_network()
     optimizer = SGD(network.parameters(), lr=0.1, momentum=0.9)
     module, wrapped = fabric.setup(network, optimizer)
-    hd = HypergradientLR(wrapped, "multiplicative", 0.1)
+    hd = HypergradientLR(wrapped, "multiplicative", hypergrad_lr=0.1)
     assert hd.optimizer is optimizer
     with pytest.raises(RuntimeError, match="already"):
         HypergradientLR(optimizer)
@@ -1156,7 +1156,7 @@ def test_a_zero_gradient_is_no_vanished_step(rule: str) -> None:
 def test_a_step_without_gradients_forgets_nothing() -> None:
     p = nn.Parameter(torch.ones(3))
     optimizer = SGD([p], lr=0.1)
-    hd = HypergradientLR(optimizer, "multiplicative", 0.1)
+    hd = HypergradientLR(optimizer, "multiplicative", hypergrad_lr=0.1)
     alternate(p, optimizer, [1.0, 1.0])
     p.grad = None
     optimizer.step()

@@ -36,7 +36,7 @@ def test_the_settings_are_among_the_hyperparameters_of_every_logger(
     module: type[LightningModule], tmp_path: Path
 ) -> None:
     loggers = [TensorBoardLogger(tmp_path / "tb"), CSVLogger(tmp_path / "csv")]
-    hd = HypergradientDescent("multiplicative", 0.05, max_lr=0.5)
+    hd = HypergradientDescent("multiplicative", hypergrad_lr=0.05, max_lr=0.5)
     make_trainer(tmp_path, hd, logger=loggers, limit_train_batches=10).fit(module())
     (content,) = events(tmp_path / "tb").PluginTagToContent("hparams").keys() & {"_hparams_/session_start_info"}
     data = plugin_data_pb2.HParamsPluginData.FromString(events(tmp_path / "tb").PluginTagToContent("hparams")[content])
@@ -66,7 +66,7 @@ def test_event_files_have_a_layout_of_charts_whose_tags_are_there(tmp_path: Path
     for title, expressions in charts.items():
         for expression in expressions:
             matching = [tag for tag in tags if re.match(expression, tag)]
-            assert matching or title == "brakes", (title, expression)
+            assert matching or title == "backoffs", (title, expression)
     schedule, scale, lr = (scalars(tmp_path, f"hd/{what}-SGD") for what in ("schedule", "scale", "lr"))
     assert [round(schedule[step], 6) for step in (9, 59, 109)] == [0.01, 0.001, 0.0001]
     assert {step: schedule[step] * scale[step] for step in scale} == pytest.approx({s: lr[s] for s in scale}, rel=1e-5)
@@ -100,7 +100,7 @@ def test_the_former_tags_can_be_monitored_for_one_more_version(tmp_path: Path) -
     trainer = make_trainer(tmp_path, HypergradientDescent(), limit_train_batches=reference.BATCH)
     trainer.fit(Reference())
     metrics = trainer.callback_metrics
-    for what in ("lr", "scale", "value", "cosine", "brakes"):
+    for what in ("lr", "scale", "hypergradient", "cosine", "backoffs"):
         assert metrics[f"hypergradient/{what}-SGD"] == metrics[f"hd/{what}-SGD"]
 
 

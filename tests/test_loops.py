@@ -167,7 +167,7 @@ LOOPS = {
 def test_every_step_is_counted_and_learned_from_and_only_the_rate_changes(name: str, tmp_path: Path) -> None:
     loop = LOOPS[name]
     plain, standing, learning = (loop.module() for _ in range(3))
-    rest, hd = HypergradientDescent("additive", 0), HypergradientDescent()
+    rest, hd = HypergradientDescent("additive", hypergrad_lr=0), HypergradientDescent()
     for module, callbacks in ((plain, []), (standing, [rest]), (learning, [hd])):
         make_trainer(tmp_path, *callbacks, **loop.arguments).fit(module)
     assert same(plain, standing)
@@ -274,7 +274,7 @@ def test_a_second_fit_learns_anew_from_what_configure_optimizers_returns(
     same_optimizer: bool, same_trainer: bool, tmp_path: Path
 ) -> None:
     runs = []
-    for callbacks in ([], [HypergradientDescent("additive", 0)], [HypergradientDescent("multiplicative")]):
+    for callbacks in ([], [HypergradientDescent("additive", hypergrad_lr=0)], [HypergradientDescent("multiplicative")]):
         module = Reference()
         optimizer = Adam(module.parameters(), lr=0.01)
         module.configure = lambda _, kept=optimizer: kept if same_optimizer else Adam([*kept.param_groups[0]["params"]])

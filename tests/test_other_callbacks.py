@@ -320,7 +320,7 @@ def test_a_curve_goes_on_under_its_name_though_a_group_was_added(tmp_path: Path,
     assert [metrics["hd/lr-SGD/pg2"] for metrics in seen[2 * EPOCH :]] == pytest.approx(hd.lrs["lr-SGD/pg2"])
     assert set(hd.lrs) == {"lr-SGD", "lr-SGD/pg2"}
     assert len(scalars(tmp_path, "hd/scale-SGD")) == 4 * EPOCH
-    for quantity in ("scale", "value", "cosine", "brakes"):  # for EarlyStopping and the like
+    for quantity in ("scale", "hypergradient", "cosine", "backoffs"):  # for EarlyStopping and the like
         assert f"hd/{quantity}-SGD" in seen[-1]
 
 

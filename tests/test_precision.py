@@ -42,7 +42,7 @@ def beta(name: str, rule: str) -> float | None:
 
 def fit(path: Path, name: str, rule: str, precision: str, *callbacks: Callback) -> tuple[HypergradientDescent, Digits]:
     cls, settings = OPTIMIZERS[name]
-    module, hd = Digits(cls, **settings), HypergradientDescent(rule, beta(name, rule), cooldown=0)
+    module, hd = Digits(cls, **settings), HypergradientDescent(rule, hypergrad_lr=beta(name, rule), cooldown=0)
     make_trainer(path, hd, *callbacks, precision=precision, limit_train_batches=STEPS).fit(module)
     return hd, module
 
@@ -180,7 +180,7 @@ class Scaled:
     def __init__(self, cls: Any, settings: dict[str, Any], rule: str = "auto", scaled: bool = True) -> None:
         self.network = reference.torch_network().float()
         self.optimizer: Optimizer = cls(self.network.parameters(), lr=0.01, **settings)
-        self.hd = HypergradientLR(self.optimizer, rule, None if rule == "auto" else 0.02)
+        self.hd = HypergradientLR(self.optimizer, rule, hypergrad_lr=None if rule == "auto" else 0.02)
         self.scaler = torch.amp.GradScaler("cpu", enabled=scaled, init_scale=1024.0)
 
     def backward(self, step: int, spoil: bool = False) -> None:

@@ -59,7 +59,7 @@ def test_remarks_name_what_seems_wrong(tmp_path: Path) -> None:
     ]
     held = fit(HypergradientDescent("multiplicative", max_lr=2e-4))
     assert held[0] == "SGD: the rate was held by max_lr=0.0002 in most steps."
-    assert "SGD: the cosine was positive in " in fit(HypergradientDescent("additive", 0.0))[0]
+    assert "SGD: the cosine was positive in " in fit(HypergradientDescent("additive", hypergrad_lr=0.0))[0]
 
 
 def test_a_remark_says_where_the_scale_undoes_the_schedule(tmp_path: Path) -> None:

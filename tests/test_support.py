@@ -104,7 +104,7 @@ def test_another_optimizer_beside_one_that_cannot_be_tuned_starts_anew(cls: Any,
         make_trainer(tmp_path, HypergradientDescent("additive"), **arguments).fit(
             Other(module().other), ckpt_path=tmp_path / "last.ckpt"
         )
-    hd = HypergradientDescent("additive", 0.0, on_mismatch="restart")
+    hd = HypergradientDescent("additive", hypergrad_lr=0.0, on_mismatch="restart")
     with pytest.warns(UserWarning, match="so this optimizer starts anew"):
         make_trainer(tmp_path, hd, **arguments).fit(Other(module().other), ckpt_path=tmp_path / "last.ckpt")
     assert hd.lrs[f"lr-{cls.__name__}"] == [0.02] * 20
@@ -287,7 +287,7 @@ def test_a_rate_that_is_edited_in_a_checkpoint_becomes_the_new_one(tmp_path: Pat
 def test_a_rich_bar_shows_the_digits_of_a_small_rate(chosen: str | None, tmp_path: Path) -> None:
     theme = RichProgressBarTheme() if chosen is None else RichProgressBarTheme(metrics_format=chosen)
     bar = RichProgressBar(theme=theme, console_kwargs={"file": io.StringIO(), "force_terminal": True, "width": 200})
-    hd = HypergradientDescent("additive", 0.0, prog_bar=True)
+    hd = HypergradientDescent("additive", hypergrad_lr=0.0, prog_bar=True)
     module = Reference(lambda network: SGD(network.parameters(), lr=1e-4))
     make_trainer(tmp_path, hd, bar, enable_progress_bar=True, limit_train_batches=20).fit(module)
     assert bar.theme.metrics_format == (chosen or ".3g")
@@ -311,4 +311,4 @@ def test_every_metric_can_be_monitored(tmp_path: Path) -> None:
 
     seen: list[set[str]] = []
     make_trainer(tmp_path, HypergradientDescent(), Seen(), limit_train_batches=5).fit(Reference())
-    assert seen[-1] == {f"hd/{what}-SGD" for what in ("lr", "scale", "value", "cosine", "brakes")}
+    assert seen[-1] == {f"hd/{what}-SGD" for what in ("lr", "scale", "hypergradient", "cosine", "backoffs")}

@@ -99,7 +99,10 @@ def test_a_callback_names_the_groups_and_the_cooldown_does_not_count(tmp_path: P
     assert isinstance(lrs, dict)
     assert list(lrs) == ["Adam/pg1", "Adam/head"]
     assert lrs["Adam/head"] == pytest.approx(2 * lrs["Adam/pg1"])
-    falling, steady = HypergradientDescent("additive", 0.0, cooldown=1.0), HypergradientDescent("additive", 0.0)
+    falling, steady = (
+        HypergradientDescent("additive", hypergrad_lr=0.0, cooldown=1.0),
+        HypergradientDescent("additive", hypergrad_lr=0.0),
+    )
     for callback in (falling, steady):
         make_trainer(tmp_path, callback).fit(Reference())
     assert falling.lrs["lr-SGD"][-1] < 0.1 * steady.lrs["lr-SGD"][-1]

@@ -61,7 +61,7 @@ class Scope:
 
     def restart(self, rule: Rule, step_count: int) -> None:
         """Let a new rule pick the first rate again, after ``step_count`` steps."""
-        rule.brakes, rule.nonlinear, self.rule = self.rule.brakes, self.rule.nonlinear, rule
+        rule.backoffs, rule.nonlinear, self.rule = self.rule.backoffs, self.rule.nonlinear, rule
         self.started, self.moved, self.low, self.vanished, self.since = False, False, False, 0, step_count
         self.trajectory = Trajectory()
 

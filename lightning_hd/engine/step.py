@@ -264,13 +264,13 @@ class Tuning:
     def _decide(self, step: Step, index: int) -> tuple[float, float]:
         """``α_t`` and ``γ_t`` of a scope. If a number is not finite, they are the last ones."""
         scope, seen, number = self.rates.scopes[index], step.seen[index], self.step_count + 1
-        lr, brakes, time = scope.lr, scope.rule.brakes, number - scope.since
+        lr, backoffs, time = scope.lr, scope.rule.backoffs, number - scope.since
         factor = self._factor()
         leapt, finite = False, seen is None or all(map(math.isfinite, seen))
         stopped = self.step_count >= self.stop_after and scope.started
         if seen is not None and finite and not stopped:
             lr = returned(scope.rule.update(lr, seen, time), scope.rule, "update")
-            leapt = scope.rule.brakes > brakes
+            leapt = scope.rule.backoffs > backoffs
             if scope.rule.long_horizon:
                 lr = scope.at_peak(lr, self.rates.scheduled_part(index))
                 lr = min(lr, scope.lr) if factor < 1 else lr  # old moves at higher rates would ask for them
@@ -284,7 +284,7 @@ class Tuning:
             used = lr if stopped else returned(scope.rule.used(lr, time), scope.rule, "used")
             used *= factor
             if abs(used) <= LARGEST:
-                if seen is not None and scope.rule.brakes > brakes:
+                if seen is not None and scope.rule.backoffs > backoffs:
                     why = f"the gradient's norm leapt to {seen.grad_norm:.3g}" if leapt else "the loss has risen"
                     self.notices.log(f"step {number}: {why}; the rate backs off from {scope.used:.3g} to {used:.3g}")
                 return lr, used

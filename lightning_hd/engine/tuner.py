@@ -164,12 +164,12 @@ class HypergradientLR:
         return [scope.scale for scope in self._tuning.rates.scopes]
 
     @property
-    def brakes(self) -> list[int]:
+    def backoffs(self) -> list[int]:
         """How often the rule of each scope has backed off from an overshoot.
 
-        Each brake is reported to the logger ``lightning_hd.engine.tuner`` at the level INFO.
+        Each back-off is reported to the logger ``lightning_hd.engine.tuner`` at the level INFO.
         """
-        return [scope.rule.brakes for scope in self._tuning.rates.scopes]
+        return [scope.rule.backoffs for scope in self._tuning.rates.scopes]
 
     @property
     def last(self) -> list[Observation | None]:

@@ -16,14 +16,14 @@ LAYOUT = {
         "learning rate": ["Multiline", ["hd/lr-", "lr-"]],
         "effective rate, schedule, scale, log10": ["Multiline", ["hd/log10_lr", "hd/log10_schedule", "hd/log10_scale"]],
         "cosine and its running mean": ["Multiline", ["hd/cosine", "hd/mean_cosine"]],
-        "brakes": ["Multiline", ["hd/brakes"]],
+        "backoffs": ["Multiline", ["hd/backoffs"]],
     }
 }
 """The charts in the tab "Custom scalars". Each shows the tags whose beginning matches one of its expressions."""
 
 
 def tag(quantity: str, name: str = "") -> str:
-    """The tag of a quantity (``lr``, ``scale``, ``value``, ``cosine``, ``brakes``): ``hd/lr-Adam``.
+    """The tag of a quantity (``lr``, ``scale``, ``hypergradient``, ``cosine``, ``backoffs``): ``hd/lr-Adam``.
 
     It is short, because TensorBoard cuts off the titles of its cards.
     """

@@ -70,7 +70,7 @@ class Tracker:
         self._compare()
         for i, found in enumerate(seen):
             if found:
-                self._seen.setdefault(("value", i), []).append(found.hypergradient)
+                self._seen.setdefault(("hypergradient", i), []).append(found.hypergradient)
                 self._seen.setdefault(("cosine", i), []).append(found.cosine)
 
     def _compare(self) -> None:
@@ -173,11 +173,11 @@ class Tracker:
         """The current values of all that is logged."""
         metrics = self.lr_metrics()
         for name, scale, n, seen in zip(
-            self._scopes(), self.engine.scales, self.engine.brakes, self.engine.last, strict=False
+            self._scopes(), self.engine.scales, self.engine.backoffs, self.engine.last, strict=False
         ):
-            metrics |= {tag("scale", name): scale, tag("brakes", name): float(n)}
+            metrics |= {tag("scale", name): scale, tag("backoffs", name): float(n)}
             if seen is not None:
-                metrics |= {tag("value", name): seen.hypergradient, tag("cosine", name): seen.cosine}
+                metrics |= {tag("hypergradient", name): seen.hypergradient, tag("cosine", name): seen.cosine}
         return metrics
 
     def _scopes(self) -> list[str]:
@@ -191,7 +191,7 @@ class Tracker:
             for i, (name, lr) in enumerate(zip(self.names(), self.engine.lrs, strict=True)):
                 scale = self.engine.scales[self.scope_of(i)]
                 metrics |= {tag("schedule", name): lr / scale} if scale else {}
-        metrics |= {tag("brakes", name): float(n) for name, n in zip(names, self.engine.brakes, strict=False) if n}
+        metrics |= {tag("backoffs", name): float(n) for name, n in zip(names, self.engine.backoffs, strict=False) if n}
         for (quantity, i), values in self._seen.items():
             metrics[tag(quantity, names[i])] = _mean(values)
             if quantity == "cosine":

@@ -33,10 +33,10 @@ _UNDONE = 0.7
 _UNSEEN = 0.05
 """A GradScaler skips a few steps. A larger part of them than this is reported."""
 
-_BRAKED = 0.1
-"""If the rule brakes in more than this part of the steps, brakes come in series."""
+_BACKED_OFF = 0.1
+"""If the rule backs off in more than this part of the steps, back-offs come in series."""
 
-_HEAD = ("optimizer", "configured", "first lr", "median", "highest", "last", "brakes", "skipped", "seconds", "share")
+_HEAD = ("optimizer", "configured", "first lr", "median", "highest", "last", "backoffs", "skipped", "seconds", "share")
 
 
 def say_what_is_missing(trainer: Trainer, engines: Sequence[HypergradientLR], restored: dict[str, Any] | None) -> None:
@@ -96,14 +96,14 @@ def summarize(trackers: Sequence[Tracker], seconds: float) -> None:
 
 
 def rows(trackers: Sequence[Tracker], seconds: float) -> list[tuple[str, ...]]:
-    """For each parameter group its rates, the numbers of brakes and of steps that were not finite, and the time."""
+    """For each parameter group its rates, the numbers of back-offs and of steps that were not finite, and the time."""
     found = []
     for tracker in trackers:
         engine = tracker.engine
         for i, (name, lrs) in enumerate(tracker.history()):
             if lrs:
                 rates = (tracker.configured(i), lrs[0], median(lrs), max(lrs), lrs[-1])
-                counts = (engine.brakes[tracker.scope_of(i)], engine.nonfinite_steps)
+                counts = (engine.backoffs[tracker.scope_of(i)], engine.nonfinite_steps)
                 share = f"{engine.seconds / seconds:.1%}" if seconds else ""
                 numbers = [f"{lr:.2g}" for lr in rates] + [f"{count}" for count in counts]
                 found.append((name, *numbers, f"{engine.seconds:.1f}", share))
@@ -142,8 +142,8 @@ def remarks(trackers: Sequence[Tracker]) -> list[str]:
                     f"{name}: the learned scale undid most of what the scheduler did. Leave the scheduler out, or pass "
                     "stop_after= to keep the scale after some steps."
                 )
-        if sum(engine.brakes) > _BRAKED * count:
-            found.append(f"{tracker.name}: the rule braked {sum(engine.brakes)} times. Is the loss very noisy?")
+        if sum(engine.backoffs) > _BACKED_OFF * count:
+            found.append(f"{tracker.name}: the rule braked {sum(engine.backoffs)} times. Is the loss very noisy?")
         if tracker.untuned > _UNSEEN * count:
             found.append(f"{tracker.name}: {tracker.untuned} steps of the optimizer were not tuned.")
         if engine.nonfinite_steps:

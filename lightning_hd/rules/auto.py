@@ -141,7 +141,7 @@ class Auto(Rule):
             optimizer is configured with.
 
     Attributes:
-        brakes: How often the rule has backed off from a leap of the gradient's norm or a rise of the loss.
+        backoffs: How often the rule has backed off from a leap of the gradient's norm or a rise of the loss.
 
     Raises:
         ValueError: ``start`` is none of the two.
@@ -155,7 +155,7 @@ class Auto(Rule):
         if self.start not in ("automatic", "configured"):
             raise ValueError(f"start must be 'automatic' or 'configured', got {self.start!r}")
         self.picks_start = self.start == "automatic"
-        self.brakes = 0
+        self.backoffs = 0
         self._own, self._greedy, self._brake, self._guard = Learned(), Greedy(), Brake(), LossGuard()
         self._slope = 0.0  # g_t · (θ_t - θ_{t-1}), from update to watch
 
@@ -198,7 +198,7 @@ class Auto(Rule):
         change = self._change(seen, step)
         fall = self._brake.see(seen.grad_norm, math.log(lr))
         if fall is not None:
-            self.brakes += 1
+            self.backoffs += 1
             return max(lr * math.exp(-fall), min(lr, own.first_lr))
         own.peak, own.largest_norm = max(own.peak, lr), max(own.largest_norm, seen.grad_norm)
         if own.norm < resolved * math.sqrt(own.norm_weight):
@@ -221,7 +221,7 @@ class Auto(Rule):
         before = math.log(lr)
         after = self._guard.limit(before, loss, self._slope, step)
         self._own.fresh |= self._guard.cut
-        self.brakes += self._guard.cut and self._guard.tries
+        self.backoffs += self._guard.cut and self._guard.tries
         return lr if after == before else math.exp(min(after, _LARGEST_LOG))
 
     def used(self, lr: float, step: int) -> float:
@@ -267,7 +267,7 @@ class Auto(Rule):
         """What the rule has learned, as plain numbers."""
         parts = {"own_": self._own, "greedy_": self._greedy, "brake_": self._brake, "guard_": self._guard}
         learned = {prefix + name: value for prefix, part in parts.items() for name, value in vars(part).items()}
-        return {"brakes": self.brakes, "nonlinear": self.nonlinear, **learned}
+        return {"backoffs": self.backoffs, "nonlinear": self.nonlinear, **learned}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load what ``state_dict`` returned.
@@ -275,9 +275,9 @@ class Auto(Rule):
         Raises:
             KeyError, TypeError, ValueError: The state is damaged.
         """
-        brakes = check_count("brakes", state_dict["brakes"])
+        backoffs = check_count("backoffs", state_dict["backoffs"])
         nonlinear = check_flag("nonlinear", state_dict["nonlinear"])
         own, greedy = check_fields(Learned, state_dict, "own_"), check_fields(Greedy, state_dict, "greedy_")
         brake, guard = check_fields(Brake, state_dict, "brake_"), check_fields(LossGuard, state_dict, "guard_")
-        self.brakes, self.nonlinear = brakes, nonlinear
+        self.backoffs, self.nonlinear = backoffs, nonlinear
         self._own, self._greedy, self._brake, self._guard = own, greedy, brake, guard

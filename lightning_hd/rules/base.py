@@ -56,7 +56,7 @@ class Rule(ABC):
             coordinates.
         picks_start: Whether the first learning rate comes from ``first_lr``. The configured rate then only sets the
             ratios between groups. Default: ``False``.
-        brakes: How often the rule has backed off from an overshoot. The engine reports each increase.
+        backoffs: How often the rule has backed off from an overshoot. The engine reports each increase.
         cooldown_left: How many steps of the cooldown are still to come; 0 if there is none. The engine sets it.
         rounding: The relative rounding of gradients, in float32 or in float64. The engine sets it.
         nonlinear: Whether the optimizer's step is found not to be linear in its rate. A change of the rate then also
@@ -71,7 +71,7 @@ class Rule(ABC):
 
     long_horizon = False
     picks_start = False
-    brakes = 0
+    backoffs = 0
     nonlinear = False
     cooldown_left = 0.0
     rounding = 2.0**-23

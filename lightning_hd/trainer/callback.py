@@ -57,10 +57,10 @@ class HypergradientDescent(Callback):
     - ``hd/lr-Adam``: the effective learning rate of each group, which the last step used;
     - ``hd/scale-Adam``: the learned scale of each scope: the effective rate over the configured or scheduled one;
     - ``hd/schedule-Adam``: the scheduled rate of each group, where there is a scheduler;
-    - ``hd/value-Adam``: the hypergradient of each scope, averaged over the steps since it was last logged;
+    - ``hd/hypergradient-Adam``: the hypergradient of each scope, averaged over the steps since it was last logged;
     - ``hd/cosine-Adam``: the cosine between the new gradient and the direction of the last step (of all remembered
       steps with the default rule), averaged likewise, and ``hd/mean_cosine-Adam``: its mean over the last 100 steps;
-    - ``hd/brakes-Adam``: how often the rule has backed off from an overshoot, from the first time on.
+    - ``hd/backoffs-Adam``: how often the rule has backed off from an overshoot, from the first time on.
 
     The part after the dash is what ``LearningRateMonitor`` uses: ``Adam-1`` for a second Adam; ``Adam/pg1``, or
     ``Adam/`` and the group's ``name``, where there are several groups. After every batch, the current numbers are in

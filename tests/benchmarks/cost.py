@@ -223,7 +223,7 @@ def measure(row: Row, rounds: int, device: str) -> str:
     first, second = (OPTIMIZERS[row.optimizer](p, **WAYS[row.way]) for p in (plain, tuned))
     probe: Any = row.probe
     # The gradients are always the same, so a paper's rule that moved would leave the range of numbers.
-    engine = HypergradientLR(second, row.rule, None if row.rule == "auto" else 0.0, probe=probe)
+    engine = HypergradientLR(second, row.rule, hypergrad_lr=None if row.rule == "auto" else 0.0, probe=probe)
     for _ in range(3):
         first.step()
         second.step()

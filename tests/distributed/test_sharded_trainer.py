@@ -63,7 +63,7 @@ class Sharded(LightningModule):
 
 def fit(case: Case, folder: Path, ckpt_path: Path | None = None) -> tuple[list[float], list[Tensor]]:
     name, rule, distributed, precision = case
-    module, hd = Sharded(name), HypergradientDescent(rule, RULES[rule])
+    module, hd = Sharded(name), HypergradientDescent(rule, hypergrad_lr=RULES[rule])
     saver = ModelCheckpoint(folder, "{epoch}", save_top_k=-1)
     strategy = ModelParallelStrategy(dist.get_world_size(), 1, save_distributed_checkpoint=distributed)
     plugins = [TorchElasticEnvironment()]
