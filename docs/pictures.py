@@ -32,8 +32,8 @@ from torch.optim.lr_scheduler import CosineAnnealingLR
 from torch.utils.data import BatchSampler, DataLoader, RandomSampler, TensorDataset
 
 from lightning_hd import Auto, HypergradientDescent
-from lightning_hd.reporting.plotting import COLUMN, figure, save
-from lightning_hd.reporting.runs import load
+from lightning_hd.reporting import figure, load, save
+from lightning_hd.reporting.plotting import COLUMN
 
 ROOT = Path(__file__).resolve().parents[1]
 COLORS = 64  # of a picture, so that its file is small

@@ -84,7 +84,7 @@ def norm(a: Iterable[Array]) -> float:
 
 
 def train(
-    method: str, rule: str, lr: float, beta: float, settings: dict[str, Any] | None = None
+    method: str, rule: Any, lr: float, beta: float, settings: dict[str, Any] | None = None
 ) -> tuple[list[float], list[Array]]:
     """Learning rate of every step, and the parameters after the last."""
     parameters = initial_parameters()

@@ -102,7 +102,7 @@ def test_the_trajectory_is_that_of_the_formula(method: str) -> None:
     assert {41, 42, 150, 950} <= set(braked), "the comparison needs a brake that acts"
     assert max(expected) > 100 * expected[0], "and a rate that climbs beyond the limit for caution"
     np.testing.assert_allclose(mine, expected, rtol=1e-9)
-    assert hd.backoffs == [len(braked)]
+    assert hd.stats.backoffs == (len(braked),)
     for p, value in zip(network.parameters(), parameters, strict=True):
         np.testing.assert_allclose(p.detach().numpy(), value, rtol=1e-7)
 
@@ -112,7 +112,7 @@ def test_the_trajectory_from_a_configured_rate_is_that_of_the_formula(method: st
     expected, _, rule = transcribed(method, leaps={60: 20.0}, first_lr=1e-3)
     mine, _, hd = trained(method, 1e-3, Auto(start="configured"), len(expected), {60: 20.0})
     assert mine[0] == 1e-3, "the first step is taken with the configured rate"
-    assert hd.backoffs == [len(rule.braked)] != [0]
+    assert hd.stats.backoffs == (len(rule.braked),) != (0,)
     np.testing.assert_allclose(mine, expected, rtol=1e-9)
 
 
@@ -129,7 +129,7 @@ def test_the_trajectory_with_a_rising_loss_is_that_of_the_formula(method: str) -
     assert rule.undone, "and cuts that have not helped"
     mine, _, hd = trained(method, 0.3, Auto(), 600, {}, rising, total_steps=600)
     np.testing.assert_allclose(mine, expected, rtol=1e-9)
-    assert hd.backoffs == [len(rule.braked) + len(rule.retreats)]
+    assert hd.stats.backoffs == (len(rule.braked) + len(rule.retreats),)
     assert mine[-1] < 0.01 * max(mine)
     cut = rule.retreats[0] - 1
     assert expected[cut] < calm[cut]
@@ -166,7 +166,7 @@ def test_a_loss_that_is_not_finite_counts_as_unknown(loss: Any) -> None:
     plain, *_ = trained("adam", 1.0, Auto(), 150, {})
     mine, _, hd = trained("adam", 1.0, Auto(), 150, {}, lambda t, _: loss)
     assert mine == plain
-    assert hd.nonfinite_steps == 0
+    assert hd.stats.nonfinite_steps == 0
 
 
 @pytest.mark.parametrize("loss", [None, "1", torch.ones(2), torch.ones(1, dtype=torch.complex64), [1.0]])
@@ -198,7 +198,7 @@ def test_a_bad_cooldown_is_named(arguments: dict[str, Any], error: type[Exceptio
 
 
 @pytest.mark.parametrize(("rule", "falls"), [("auto", True), ("additive", False)])
-def test_rates_fall_over_the_last_fifth(rule: str, falls: bool) -> None:
+def test_rates_fall_over_the_last_fifth(rule: Any, falls: bool) -> None:
     lrs: dict[int | None, list[float]] = {}
     for total in (None, 50):
         p = nn.Parameter(torch.ones(3))
@@ -324,7 +324,7 @@ def relative_steps(factor: float, **settings: Any) -> tuple[list[float], list[Te
 @pytest.mark.parametrize("settings", [{}, {"momentum": 0.9}, {"momentum": 0.9, "nesterov": True}])
 def test_the_scale_of_the_loss_makes_no_difference_to_sgd(settings: dict[str, Any]) -> None:
     steps, parameters, hd = relative_steps(1.0, **settings)
-    assert hd.backoffs == [0], "its excess is a difference of logarithms, which rounds"
+    assert hd.stats.backoffs == (0,), "its excess is a difference of logarithms, which rounds"
     assert max(steps) > 50 * steps[0]
     for factor in (2.0**20, 2.0**-20):
         others, ends, other = relative_steps(factor, **settings)
@@ -525,7 +525,7 @@ def test_rare_large_gradients_do_not_starve_it(name: str) -> None:
 def test_a_brake_is_counted_and_told(caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.INFO, logger="lightning_hd"):
         lrs, _, hd = trained("sgd", 0.1, Auto(), 60, {50: 20.0})
-    assert hd.backoffs == [1]
+    assert hd.stats.backoffs == (1,)
     (record,) = (r for r in caplog.records if r.name == "lightning_hd")
     assert record.levelno == logging.INFO
     assert "HypergradientLR(SGD): step 50: the gradient's norm leapt to" in record.getMessage()
@@ -540,7 +540,7 @@ def test_each_scope_has_a_brake_of_its_own() -> None:
     for norm in (1.0, 1.0, 1.0, 1.0, 50.0):
         a.grad, b.grad = torch.ones_like(a), torch.full_like(b, norm)
         optimizer.step()
-    assert hd.backoffs == [0, 1]
+    assert hd.stats.backoffs == (0, 1)
 
 
 def test_backoffs_are_logged_once_there_are_any(tmp_path: Path) -> None:
@@ -627,7 +627,7 @@ def test_every_optimizer_learns_at_every_batch_size(name: str, batch: int) -> No
     start = whole_loss(network)
     check_learned(network, train(network, optimizer, batch, 250), start)
     assert hd.step_count == 250
-    assert hd.nonfinite_steps == 0
+    assert hd.stats.nonfinite_steps == 0
 
 
 @pytest.mark.parametrize("factor", [1.0, 2.0**20])
@@ -846,8 +846,8 @@ def test_it_waits_for_a_gradient(cls: Any) -> None:
             assert (moved > 0) == (gradient > 0)
             if gradient and hd.step_count == 3:
                 assert moved == pytest.approx(1e-4 * 2, rel=1e-6)
-    assert hd.backoffs == [0]
-    assert hd.nonfinite_steps == 0
+    assert hd.stats.backoffs == (0,)
+    assert hd.stats.nonfinite_steps == 0
 
 
 @pytest.mark.parametrize("cls", [Adam, AdamW, RMSprop])
@@ -976,7 +976,7 @@ def test_a_first_gradient_that_is_not_finite_is_waited_out(cls: Any, bad: float)
             p.grad = torch.ones(4)
             optimizer.step()
     assert 0 < hd.lrs[0] < 1e-2
-    assert hd.nonfinite_steps == 1
+    assert hd.stats.nonfinite_steps == 1
     assert p.isfinite().all()
 
 
@@ -994,5 +994,5 @@ def test_a_direction_that_is_not_finite_is_forgotten() -> None:
             optimizer.step()
         p.data.nan_to_num_(1.0)  # what SGD has made of it
         lrs += hd.lrs
-    assert hd.nonfinite_steps <= 2
+    assert hd.stats.nonfinite_steps <= 2
     assert lrs[-1] > lrs[5]

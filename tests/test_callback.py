@@ -141,7 +141,7 @@ class AfterOneEpoch(Callback):
 
 @pytest.mark.parametrize("rule", ["additive", "multiplicative"])
 @pytest.mark.parametrize("method", PAPER)
-def test_trajectory_is_the_papers(method: str, rule: str, tmp_path: Path) -> None:
+def test_trajectory_is_the_papers(method: str, rule: Any, tmp_path: Path) -> None:
     cls, settings, beta = PAPER[method]
     beta = beta if rule == "additive" else 0.02
     lrs, parameters = reference.train(method, rule, 0.01, beta, settings)
@@ -176,7 +176,7 @@ def test_without_hypergrad_lr_training_is_the_same_bit_for_bit(tmp_path: Path, a
     ],
 )
 def test_a_rate_that_is_far_too_small_is_repaired(
-    tmp_path: Path, rule: str, optimizer: Any, settings: dict[str, Any]
+    tmp_path: Path, rule: Any, optimizer: Any, settings: dict[str, Any]
 ) -> None:
     ends = []
     for callbacks in ([], [HypergradientDescent(rule)]):
@@ -323,7 +323,7 @@ def test_numbers_that_are_not_finite_are_not_averaged(tmp_path: Path) -> None:
     hd = HypergradientDescent(rule="additive")
     with pytest.warns(RuntimeWarning, match="not a finite number"):
         make_trainer(tmp_path, hd, logger=TensorBoardLogger(tmp_path), log_every_n_steps=5).fit(Spoiled())
-    assert hd.engines[0].nonfinite_steps == 2  # the gradient, and the direction that it became
+    assert hd.engines[0].stats.nonfinite_steps == 2  # the gradient, and the direction that it became
     for what in ("lr", "hypergradient", "cosine"):
         values = scalars(tmp_path, f"hd/{what}-SGD")
         assert len(values) == (200 if what == "lr" else 40)
@@ -421,7 +421,7 @@ def test_the_optimizer_is_released(tmp_path: Path, error: BaseException | None) 
 @pytest.mark.parametrize(
     ("method", "rule"), [*((method, "additive") for method in PAPER), ("sgdn", "auto"), ("adam", "auto")]
 )
-def test_resuming_is_exact(tmp_path: Path, method: str, rule: str, when: str) -> None:
+def test_resuming_is_exact(tmp_path: Path, method: str, rule: Any, when: str) -> None:
     cls, settings, beta = PAPER[method]
 
     def module() -> Reference:

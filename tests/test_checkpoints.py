@@ -59,7 +59,7 @@ class Training:
     """Two batches to a step; under 16-mixed, one step finds an inf and is skipped."""
 
     family: str
-    rule: str | None
+    rule: Any | None
     scope: Any
     precision: str
     rates: list[list[float]] = field(default_factory=list)
@@ -194,7 +194,7 @@ class Stop(Callback):
 @pytest.mark.parametrize("precision", ["32-true", "64-true", "bf16-true", "16-true", "bf16-mixed"])
 @pytest.mark.parametrize("rule", RULES)
 @pytest.mark.parametrize("family", ["SGD", "AdamW", "RMSprop"])
-def test_a_trainer_resumes_exactly(family: str, rule: str, precision: Any, stop: int, tmp_path: Path) -> None:
+def test_a_trainer_resumes_exactly(family: str, rule: Any, precision: Any, stop: int, tmp_path: Path) -> None:
     def fit(*callbacks: Callback, ckpt_path: Path | None = None) -> tuple[Accumulating, Trainer, list[float]]:
         module, hd = Accumulating(family, precision), HypergradientDescent(rule, hypergrad_lr=RULES[rule])
         trainer = make_trainer(tmp_path, hd, *callbacks, precision=precision, accumulate_grad_batches=2)
@@ -233,7 +233,7 @@ def test_a_damaged_state_is_named() -> None:
 # ---------------------------------------------------------------------- tensors without their numbers, and otherwise
 
 
-def halves(change: Callable[[dict[str, Any]], Any], rule: str = "multiplicative") -> tuple[Training, Training]:
+def halves(change: Callable[[dict[str, Any]], Any], rule: Any = "multiplicative") -> tuple[Training, Training]:
     """A training of twelve batches, and another one that loads what ``change`` leaves of its state."""
     first, second = (Training("RMSprop", rule, "global", "32-true") for _ in range(2))
     first.run(range(12))
@@ -285,7 +285,7 @@ def lose_moves(state: dict[str, Any]) -> None:
     ],
 )
 def test_what_is_lost_is_told_and_known_again_after_a_step(
-    lose: Callable[[dict[str, Any]], Any], rule: str, words: str
+    lose: Callable[[dict[str, Any]], Any], rule: Any, words: str
 ) -> None:
     first, second = halves(lose, rule)
     with pytest.warns(RuntimeWarning, match=words):

@@ -134,7 +134,7 @@ def test_a_rule_object_is_named_by_its_class(tmp_path: Path, arguments: list[str
         ("{class_path: tests.test_cli.Sign}", Sign()),
     ],
 )
-def test_a_configuration_file_and_the_one_that_is_saved(tmp_path: Path, written: str, rule: str | Rule) -> None:
+def test_a_configuration_file_and_the_one_that_is_saved(tmp_path: Path, written: str, rule: Any | Rule) -> None:
     file = tmp_path / "hd.yaml"
     file.write_text(
         "trainer:\n  callbacks:\n    - class_path: lightning_hd.HypergradientDescent\n"

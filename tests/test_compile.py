@@ -45,7 +45,7 @@ class Quiet(Reference):
         return reference.torch_loss(self.network, *batch)
 
 
-def fit(path: Path, cls: Any, rule: str, compiled: Callable[[Quiet], Any]) -> tuple[list[float], Quiet]:
+def fit(path: Path, cls: Any, rule: Any, compiled: Callable[[Quiet], Any]) -> tuple[list[float], Quiet]:
     module = Quiet(lambda network: cls(network.parameters(), lr=0.01))
     hd = HypergradientDescent(rule, hypergrad_lr=BETAS[rule])
     make_trainer(path, hd, limit_train_batches=STEPS).fit(compiled(module))
@@ -66,7 +66,7 @@ def compiled_submodule(backend: str) -> Callable[[Quiet], Quiet]:
 @pytest.mark.parametrize("backend", ["eager", "aot_eager"])
 @pytest.mark.parametrize(("cls", "rule"), [(SGD, "auto"), (Adam, "additive"), (Adam, "multiplicative")])
 def test_a_compiled_module_makes_the_same_rates(
-    cls: Any, rule: str, backend: str, submodule: bool, tmp_path: Path
+    cls: Any, rule: Any, backend: str, submodule: bool, tmp_path: Path
 ) -> None:
     compiled = compiled_submodule(backend) if submodule else lambda module: torch.compile(module, backend=backend)
     expected, plain = fit(tmp_path, cls, rule, lambda module: module)
@@ -106,7 +106,7 @@ def train(network: nn.Module, hd: HypergradientLR, step: Callable[[], Any], warm
     return lrs
 
 
-def tuned(cls: Any, settings: dict[str, Any], rule: str, lr: Any) -> tuple[nn.Module, HypergradientLR]:
+def tuned(cls: Any, settings: dict[str, Any], rule: Any, lr: Any) -> tuple[nn.Module, HypergradientLR]:
     network = reference.torch_network()
     return network, HypergradientLR(cls(network.parameters(), lr=lr, **settings), rule, hypergrad_lr=BETAS[rule])
 
@@ -115,14 +115,14 @@ def tuned(cls: Any, settings: dict[str, Any], rule: str, lr: Any) -> tuple[nn.Mo
 @pytest.mark.parametrize("rule", BETAS)
 @pytest.mark.parametrize(("cls", "settings"), FAMILIES)
 def test_a_compiled_step_makes_the_same_rates_and_is_compiled_once(
-    cls: Any, settings: dict[str, Any], rule: str, within: bool, backend: str
+    cls: Any, settings: dict[str, Any], rule: Any, within: bool, backend: str
 ) -> None:
     network, hd = tuned(cls, settings, rule, torch.tensor(0.01))
-    expected = train(network, hd, hd.optimizer.step, STEPS)
+    expected = train(network, hd, hd._optimizer.step, STEPS)
 
     lr = torch.tensor(0.01)
     other, hd = tuned(cls, settings, rule, lr)
-    optimizer = hd.optimizer
+    optimizer = hd._optimizer
     step = (lambda: optimizer.step()) if within else optimizer.step
     lrs = train(other, hd, torch.compile(step, backend=backend), WARM)
     np.testing.assert_allclose(lrs, expected, rtol=1e-9)
@@ -135,10 +135,10 @@ def test_a_compiled_step_makes_the_same_rates_and_is_compiled_once(
 
 
 @pytest.mark.parametrize("rule", BETAS)
-def test_a_compiled_step_under_a_rate_that_is_a_number(rule: str) -> None:
+def test_a_compiled_step_under_a_rate_that_is_a_number(rule: Any) -> None:
     network, hd = tuned(Adam, {}, rule, 0.01)
-    expected = train(network, hd, hd.optimizer.step, STEPS)
+    expected = train(network, hd, hd._optimizer.step, STEPS)
     other, hd = tuned(Adam, {}, rule, 0.01)
-    lrs = train(other, hd, torch.compile(hd.optimizer.step, backend="eager"), WARM)
+    lrs = train(other, hd, torch.compile(hd._optimizer.step, backend="eager"), WARM)
     np.testing.assert_allclose(lrs, expected, rtol=1e-9)
-    assert isinstance(hd.optimizer.param_groups[0]["lr"], float)
+    assert isinstance(hd._optimizer.param_groups[0]["lr"], float)

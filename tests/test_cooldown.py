@@ -13,6 +13,7 @@ from torch.optim import SGD
 from torch.utils.data import DataLoader
 
 from lightning_hd import HypergradientDescent, HypergradientLR
+from lightning_hd.trainer.attachment import TrainerEngine
 from tests.test_callback import Reference, make_trainer
 
 pytestmark = [
@@ -97,7 +98,7 @@ def test_tuning_that_starts_in_the_middle_cools_down_at_the_end(former: str, tmp
 def test_steps_after_the_end_are_warned_of_once() -> None:
     w = nn.Parameter(torch.ones(3))
     optimizer = SGD([w], lr=0.01)
-    hd = HypergradientLR(optimizer, "additive", hypergrad_lr=0.0, total_steps=10, cooldown=0.5)
+    hd = TrainerEngine(optimizer, "additive", hypergrad_lr=0.0, total_steps=10, cooldown=0.5)
 
     def train(steps: int) -> None:
         for _ in range(steps):
@@ -108,7 +109,7 @@ def test_steps_after_the_end_are_warned_of_once() -> None:
         train(15)
     assert len(caught) == 1
     assert hd.lrs == [pytest.approx(0.01 * fall(4 / 5))]
-    hd.total_steps = 100
+    hd.expect(85)
     train(1)
     assert hd.lrs == [0.01]
 

@@ -243,7 +243,7 @@ def test_a_rest_of_accumulated_batches_is_logged_where_the_loss_is(tmp_path: Pat
 
 
 @pytest.mark.parametrize("rule", ["multiplicative", "auto"])
-def test_a_warm_up_by_hand_is_gone_on_from(rule: str, tmp_path: Path) -> None:
+def test_a_warm_up_by_hand_is_gone_on_from(rule: Any, tmp_path: Path) -> None:
     hd = HypergradientDescent(rule, cooldown=0)
     make_trainer(tmp_path, hd, limit_train_batches=20).fit(WarmingUp())
     used = hd.lrs["lr-SGD"]

@@ -37,21 +37,21 @@ def test_one_line_at_the_start_and_a_table_at_the_end(
         assert lines == []
         return
     start, end = lines
-    looked, count = hd.engines[0].probe
+    looked, count = hd.engines[0].stats.coordinates
     assert f"tunes Adam (looks at {looked} of {count} numbers) with the rule 'auto'" in start or looked == count
     for name in ("Adam/pg1", "Adam/head"):
         (line,) = (line for line in end.splitlines() if name in line)
         lrs = hd.lrs[f"lr-{name}"]
         for number in (lrs[0], sorted(lrs)[100], max(lrs), lrs[-1]):
             assert f"{number:.2g}"[:3] in line
-    assert 0 < hd.engines[0].seconds < 60
+    assert 0 < hd.engines[0].stats.seconds < 60
 
 
 def test_remarks_name_what_seems_wrong(tmp_path: Path) -> None:
     def fit(hd: HypergradientDescent, **arguments: Any) -> list[str]:
         make_trainer(tmp_path, hd, **arguments).fit(Reference(lambda network: SGD(network.parameters(), lr=1e-4)))
-        assert len(rows(hd._trackers, 1.0)) == 1
-        return remarks(hd._trackers)
+        assert len(rows(hd._recorders, 1.0)) == 1
+        return remarks(hd._recorders)
 
     assert fit(HypergradientDescent()) == []
     assert fit(HypergradientDescent(), limit_train_batches=20) == [
@@ -81,7 +81,7 @@ def test_a_remark_says_where_the_scale_undoes_the_schedule(tmp_path: Path) -> No
     for rule, fights in ((Undo(), True), (Leave(), False)):
         hd = HypergradientDescent(rule)
         make_trainer(tmp_path, hd, limit_train_batches=150).fit(Reference(configure))
-        assert any("undid most of what the scheduler did" in remark for remark in remarks(hd._trackers)) == fights
+        assert any("undid most of what the scheduler did" in remark for remark in remarks(hd._recorders)) == fights
 
 
 def test_steps_without_a_gradient_are_no_sign_of_a_large_rate(tmp_path: Path) -> None:
@@ -93,4 +93,4 @@ def test_steps_without_a_gradient_are_no_sign_of_a_large_rate(tmp_path: Path) ->
 
     hd = HypergradientDescent()
     make_trainer(tmp_path, hd).fit(Settled())
-    assert not [remark for remark in remarks(hd._trackers) if "cosine" in remark]
+    assert not [remark for remark in remarks(hd._recorders) if "cosine" in remark]

@@ -162,11 +162,11 @@ def test_a_checkpoint_of_something_else_is_refused_or_a_fresh_start(what: str, t
         hd, trainer = resume(on_mismatch="restart")
     assert trainer.global_step == 40
     assert hd.engines[0].step_count == 20
-    assert not hd.engines[0].nonfinite_steps
+    assert not hd.engines[0].stats.nonfinite_steps
 
 
 def test_a_fresh_start_begins_at_the_configured_rate_without_what_was_kept(tmp_path: Path) -> None:
-    def fit(rule: str, resume: bool, **arguments: Any) -> tuple[HypergradientDescent, Trainer]:
+    def fit(rule: Any, resume: bool, **arguments: Any) -> tuple[HypergradientDescent, Trainer]:
         hd = HypergradientDescent(rule, **arguments)
         trainer = make_trainer(tmp_path, hd, max_epochs=1 + resume, limit_train_batches=20)
         trainer.fit(Reference(), ckpt_path=tmp_path / "last.ckpt" if resume else None)
@@ -232,7 +232,7 @@ def test_curves_keep_their_names_where_a_run_is_resumed_after_a_group_was_added(
 
 @pytest.mark.parametrize("rule", ["auto", "additive", "multiplicative"])
 @pytest.mark.parametrize("configure", [sgd, under_schedule])
-def test_what_is_learned_stays_after_some_steps(rule: str, configure: Any, tmp_path: Path) -> None:
+def test_what_is_learned_stays_after_some_steps(rule: Any, configure: Any, tmp_path: Path) -> None:
     runs = []
     for stop in (None, 10):
         hd = HypergradientDescent(rule, cooldown=0, stop_after=stop)

@@ -43,9 +43,9 @@ def test_an_engine_suggests_one_rate_or_one_for_each_group_and_goes_on_from_a_ch
 
     def train(hd: HypergradientLR, steps: int) -> None:
         for _ in range(steps):
-            hd.optimizer.zero_grad()
-            sum((p**2).sum() for group in hd.optimizer.param_groups for p in group["params"]).backward()  # type: ignore[union-attr]
-            hd.optimizer.step()
+            hd._optimizer.zero_grad()
+            sum((p**2).sum() for group in hd._optimizer.param_groups for p in group["params"]).backward()  # type: ignore[union-attr]
+            hd._optimizer.step()
 
     one = engine({}, rule="additive", hypergrad_lr=1e-4)
     with pytest.raises(RuntimeError, match=r"HypergradientLR\(SGD\): no suggestion before a step has moved"):
@@ -61,24 +61,23 @@ def test_an_engine_suggests_one_rate_or_one_for_each_group_and_goes_on_from_a_ch
     for scope in ("global", "group"):
         several = engine({"name": "body"}, {"name": "head", "lr": 0.03}, rule="additive", scope=scope)
         train(several, 20)
-        lrs = several.suggestion()
-        assert isinstance(lrs, dict)
+        with pytest.raises(ValueError, match=r"call suggestion\(by_group=True\)"):
+            several.suggestion()
+        lrs = several.suggestion(by_group=True)
         assert list(lrs) == ["SGD/body", "SGD/head"]
         ratio = lrs["SGD/head"] / lrs["SGD/body"]
         assert ratio == pytest.approx(3, rel=1e-9) if scope == "global" else 1 < ratio < 2
     frozen = engine({}, {"lr": 0.0}, rule="additive", scope="group", min_lr=1e-4)
     train(frozen, 20)
-    lrs = frozen.suggestion()
-    assert isinstance(lrs, dict)
+    lrs = frozen.suggestion(by_group=True)
     assert lrs["SGD/pg1"] > 0 == lrs["SGD/pg2"]
 
     ending = engine({}, {"lr": 1e-4}, rule="additive", hypergrad_lr=1e-9)
-    scheduler = LambdaLR(ending.optimizer, lambda step: max(0.0, 1 - step / 19))
+    scheduler = LambdaLR(ending._optimizer, lambda step: max(0.0, 1 - step / 19))
     for _ in range(20):
         train(ending, 1)
         scheduler.step()
-    lrs = ending.suggestion()
-    assert isinstance(lrs, dict)
+    lrs = ending.suggestion(by_group=True)
     assert lrs["SGD/pg2"] == pytest.approx(0.01 * lrs["SGD/pg1"])
 
     held = engine({}, rule="additive", hypergrad_lr=1.0, max_lr=0.02)
@@ -95,8 +94,7 @@ def test_a_callback_names_the_groups_and_the_cooldown_does_not_count(tmp_path: P
     with pytest.raises(RuntimeError, match="no step of an optimizer was tuned yet"):
         hd.suggestion()
     make_trainer(tmp_path, hd, logger=CSVLogger(tmp_path)).fit(Reference(configure))
-    lrs = hd.suggestion()
-    assert isinstance(lrs, dict)
+    lrs = hd.suggestion(by_group=True)
     assert list(lrs) == ["Adam/pg1", "Adam/head"]
     assert lrs["Adam/head"] == pytest.approx(2 * lrs["Adam/pg1"])
     falling, steady = (

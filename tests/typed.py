@@ -24,5 +24,20 @@ hd = HypergradientLR(optimizer, "additive", hypergrad_lr=1e-3, total_steps=100)
 hd.observe(torch.tensor(1.0))
 assert_type(hd.lrs, list[float])
 assert_type(hd.last, list[Observation | None])
-assert_type(hd.loss, float | None)
-assert_type(hd.suggestion(), float | dict[str, float])
+assert_type(hd.stats.loss, float | None)
+assert_type(hd.stats.backoffs, tuple[int, ...])
+assert_type(hd.scheduled, bool)
+later = torch.optim.SGD([torch.zeros(3, requires_grad=True)], lr=hd.suggestion())
+again = torch.optim.SGD([torch.zeros(3, requires_grad=True)], lr=callback.suggestion())
+assert_type(hd.suggestion(by_group=True), dict[str, float])
+assert_type(callback.suggestion(by_group=True), dict[str, float])
+
+
+def refused() -> None:
+    """Each line has an error. mypy reports a comment that is not needed, so it reports a line without an error."""
+    HypergradientDescent("adaptive")  # type: ignore[arg-type]
+    HypergradientLR(optimizer, rule="adaptive")  # type: ignore[arg-type]
+    HypergradientDescent("additive", 1e-3)  # type: ignore[misc]
+    HypergradientLR(optimizer, "additive", 1e-3)  # type: ignore[misc]
+    hd.scheduled = True  # type: ignore[misc]
+    hd.stats.nonfinite_steps = 0  # type: ignore[misc]

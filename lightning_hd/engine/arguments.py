@@ -4,7 +4,7 @@ import math
 
 from torch.optim import Optimizer
 
-from lightning_hd.checks import check_count, check_flag, check_number
+from lightning_hd.checks import check_count, check_number
 from lightning_hd.engine.cooldown import Cooldown
 from lightning_hd.processes import is_flat_shard
 from lightning_hd.rules import Rule, make_rule
@@ -36,8 +36,8 @@ def check_arguments(
         raise ValueError(f"scope must be 'global' or 'group', got {scope!r}")
     low = -math.inf if min_lr is None else check_number("min_lr", min_lr)
     high = math.inf if max_lr is None else check_number("max_lr", max_lr)
-    if min_lr is not None and max_lr is not None and high < 0 == low:
-        raise ValueError(f"max_lr must be at least 0, got {max_lr!r} (or pass min_lr=None, for rates below 0)")
+    if high <= 0 == low:
+        raise ValueError(f"max_lr must be above 0, got {max_lr!r} (or pass min_lr=None, for rates below 0)")
     if low > high:
         raise ValueError(f"min_lr must not be above max_lr, got min_lr={min_lr!r} and max_lr={max_lr!r}")
     if isinstance(probe, str) and probe != "default":
@@ -63,28 +63,6 @@ def make_cooldown(part: float | str, total: int | None, rule: Rule) -> Cooldown:
     if total is not None and check_count("total_steps", total) == 0:
         raise ValueError("total_steps must be at least 1, or None where it is not known, got 0")
     return Cooldown(check_number("cooldown", part, 0.0, 1.0), total)
-
-
-def check_callback_arguments(
-    log_every_n_steps: int | None,
-    prog_bar: bool,
-    scheduled: bool | None,
-    on_mismatch: str,
-    summary: bool,
-) -> None:
-    """Check the arguments that only the callback has.
-
-    Raises:
-        TypeError: An argument is of the wrong type.
-        ValueError: An argument is out of range.
-    """
-    if log_every_n_steps is not None:
-        check_count("log_every_n_steps", log_every_n_steps)
-    for name, flag in (("prog_bar", prog_bar), ("scheduled", scheduled), ("summary", summary)):
-        if flag is not None:
-            check_flag(name, flag)
-    if on_mismatch not in ("error", "restart"):
-        raise ValueError(f"on_mismatch must be 'error' or 'restart', got {on_mismatch!r}")
 
 
 def check_flat_shards(optimizer: Optimizer, rule: Rule) -> None:

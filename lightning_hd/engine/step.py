@@ -307,7 +307,7 @@ class Tuning:
         self.notices.warn(
             "not finite",
             f"step {self.step_count + 1}: {what} is not a finite number; the learning rate stays at {scope.used:g}. "
-            "Further such steps are counted in nonfinite_steps",
+            "Further such steps are counted in stats.nonfinite_steps",
         )
         return scope.lr, scope.used
 

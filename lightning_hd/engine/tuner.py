@@ -1,17 +1,18 @@
 """HypergradientLR, the public engine: it is attached to one torch optimizer and tunes its learning rate."""
 
-from typing import Any, Literal
+from typing import Any, Literal, overload
 
 from torch import Tensor
 from torch.distributed import ProcessGroup
 from torch.optim import Optimizer
 
-from lightning_hd.checks import check_count
+from lightning_hd.checks import check_flag
 from lightning_hd.engine.arguments import check_arguments, check_flat_shards, make_cooldown
 from lightning_hd.engine.hooks import StepHooks
 from lightning_hd.engine.lr import get_lr
 from lightning_hd.engine.rates import Rates
 from lightning_hd.engine.state import load, save
+from lightning_hd.engine.stats import Stats
 from lightning_hd.engine.step import Tuning
 from lightning_hd.hypergradient.copies import copies_of, drop_copies, keep_copies
 from lightning_hd.hypergradient.displacement import Moves
@@ -21,7 +22,10 @@ from lightning_hd.notices import Notices
 from lightning_hd.optimizers import check_optimizer, unwrap
 from lightning_hd.processes import Ranks
 from lightning_hd.reporting.names import group_names
-from lightning_hd.rules import Observation, Rule
+from lightning_hd.rules import Observation, Rule, RuleName
+
+_NONFINITE = 0.05
+"""A GradScaler skips a few steps. If a larger part of them than this is not finite, the rates are not to be trusted."""
 
 
 class HypergradientLR:
@@ -79,6 +83,9 @@ class HypergradientLR:
             ``"default"``: a fifth with the default rule, none with the paper's. There is none under a scheduler.
         stop_after: The number of steps after which tuning stops. The learned scale then stays as it is, and schedules
             and the cooldown go on. ``None``: never.
+        scheduled: Whether ``param_groups[i]["lr"]`` belongs to a schedule between steps; ``None``: it is detected from
+            the groups' ``initial_lr``. All schedulers of ``torch.optim.lr_scheduler`` set that but
+            ``ReduceLROnPlateau``. Pass ``True`` for that one, and where your own code writes a schedule.
 
     Raises:
         TypeError: ``optimizer`` is not an optimizer or has no rate to tune (LBFGS, Rprop, SparseAdam), or another
@@ -109,7 +116,8 @@ class HypergradientLR:
     def __init__(
         self,
         optimizer: Optimizer,
-        rule: Rule | str = "auto",
+        rule: Rule | RuleName = "auto",
+        *,
         hypergrad_lr: float | None = None,
         scope: Literal["global", "group"] = "global",
         min_lr: float | None = 0.0,
@@ -119,30 +127,33 @@ class HypergradientLR:
         total_steps: int | None = None,
         cooldown: float | Literal["default"] = "default",
         stop_after: int | None = None,
+        scheduled: bool | None = None,
     ) -> None:
         self._rule, low, high = check_arguments(rule, hypergrad_lr, scope, min_lr, max_lr, probe, stop_after)
         falling = make_cooldown(cooldown, total_steps, self._rule)
         if total_steps is None and not isinstance(cooldown, str) and cooldown:
             raise ValueError(f"cooldown={cooldown!r} has no effect without total_steps, the number of steps")
+        if scheduled is not None:
+            check_flag("scheduled", scheduled)
         check_optimizer(optimizer)
         ranks = Ranks(process_group)
         ranks.check_meshes(p for settings in optimizer.param_groups for p in settings["params"])
-        self.optimizer = unwrap(optimizer)
-        self.scope = scope
-        check_flat_shards(self.optimizer, self._rule)
-        rates = Rates(self.optimizer, self._rule, scope, low, high)
-        self._name = type(self.optimizer).__name__
+        self._optimizer = unwrap(optimizer)
+        check_flat_shards(self._optimizer, self._rule)
+        rates = Rates(self._optimizer, self._rule, scope, low, high)
+        rates.scheduled = scheduled
+        self._name = type(self._optimizer).__name__
         notices = Notices(f"{self._owner}({self._name})", ranks)
         budget = (PROBE if self._rule.long_horizon else None) if probe == "default" else probe
-        self._copies = copies_of(self.optimizer)
+        self._copies = copies_of(self._optimizer)
         self._loads = 0  # how often the optimizer had loaded a state when this loaded its own
         view: Moves | LastStep
         if self._rule.long_horizon:
             self._copies.tensors.clear()  # they belong to a rule that this training had before
-            view = Moves(self.optimizer, budget, ranks, notices)
+            view = Moves(self._optimizer, budget, ranks, notices)
         else:
-            view = LastStep(self.optimizer, budget, ranks, notices, self._copies)
-        self._tuning = Tuning(self.optimizer, self._rule, rates, view, ranks, notices, falling, stop_after)
+            view = LastStep(self._optimizer, budget, ranks, notices, self._copies)
+        self._tuning = Tuning(self._optimizer, self._rule, rates, view, ranks, notices, falling, stop_after)
         self._hooks: StepHooks | None = None
         self._seconds = 0.0  # the time of hooks that were removed
         self._attach()
@@ -153,7 +164,7 @@ class HypergradientLR:
     def lrs(self) -> list[float]:
         """The effective learning rate of each parameter group, which the last step used."""
         known = [group.lr for group in self._tuning.rates.groups]
-        return known + [get_lr(settings) for settings in self.optimizer.param_groups[len(known) :]]
+        return known + [get_lr(settings) for settings in self._optimizer.param_groups[len(known) :]]
 
     @property
     def scales(self) -> list[float]:
@@ -162,14 +173,6 @@ class HypergradientLR:
         Where the rate is configured at 0, it is the effective rate itself.
         """
         return [scope.scale for scope in self._tuning.rates.scopes]
-
-    @property
-    def backoffs(self) -> list[int]:
-        """How often the rule of each scope has backed off from an overshoot.
-
-        Each back-off is reported to the logger ``lightning_hd.engine.tuner`` at the level INFO.
-        """
-        return [scope.rule.backoffs for scope in self._tuning.rates.scopes]
 
     @property
     def last(self) -> list[Observation | None]:
@@ -185,42 +188,55 @@ class HypergradientLR:
         return self._tuning.step_count
 
     @property
-    def nonfinite_steps(self) -> int:
-        """The number of steps that left the rate as it was because a number was not finite."""
-        return self._tuning.nonfinite_steps
+    def stats(self) -> Stats:
+        """Figures of the steps so far: back-offs, steps that were not finite, time, coordinates, clamps, loss."""
+        tuning = self._tuning
+        return Stats(
+            backoffs=tuple(scope.rule.backoffs for scope in tuning.rates.scopes),
+            nonfinite_steps=tuning.nonfinite_steps,
+            seconds=self._seconds + (self._hooks.seconds if self._hooks is not None else 0.0),
+            coordinates=tuning.view.share,
+            limits=tuning.rates.limits,
+            loss=tuning.loss,
+        )
 
-    @property
-    def loss(self) -> float | None:
-        """The loss of the last step, averaged over the processes; ``None``: it is not known."""
-        return self._tuning.loss
+    @overload
+    def suggestion(self) -> float: ...
 
-    def suggestion(self) -> float | dict[str, float]:
+    @overload
+    def suggestion(self, *, by_group: Literal[True]) -> dict[str, float]: ...
+
+    def suggestion(self, *, by_group: bool = False) -> float | dict[str, float]:
         """The constant rate that the steps so far suggest for a training like this one without tuning.
 
         It is 0.6 times the 0.8-quantile of the rates in the first half of the steps so far, without the cooldown at the
         end. Source: this project.
 
-        Returns:
-            The rate. With several parameter groups, a rate for each by its name: ``"Adam/pg1"``, or ``"Adam/"`` and
-            the group's ``name``.
+        Args:
+            by_group: Whether to return the rate of each parameter group by its name: ``"Adam/pg1"``, or ``"Adam/"`` and
+                the group's ``name``. A single group without a name has the name of its optimizer.
 
         Raises:
             RuntimeError: No step was tuned yet.
+            ValueError: The groups have different rates, and ``by_group`` is not ``True``.
+
+        Warns:
+            RuntimeWarning: Many steps were not finite.
         """
         lrs = self._tuning.rates.suggestions()
         if lrs is None:
             raise RuntimeError(f"{self._owner}({self._name}): no suggestion before a step has moved the parameters")
-        return dict(zip(group_names(self._name, self.optimizer), lrs, strict=False)) if len(lrs) > 1 else lrs[0]
+        self._warn_of_nonfinite_steps()
+        named = dict(zip(group_names(self._name, self._optimizer), lrs, strict=False))
+        return named if by_group else common_rate(named)
 
-    @property
-    def seconds(self) -> float:
-        """The time that tuning has taken on this process, in seconds."""
-        return self._seconds + (self._hooks.seconds if self._hooks is not None else 0.0)
-
-    @property
-    def limits(self) -> tuple[float, float]:
-        """The lower and the upper clamp, infinite where there is none."""
-        return self._tuning.rates.limits
+    def _warn_of_nonfinite_steps(self) -> None:
+        """Warn if so many steps were not finite that the suggested rate says little."""
+        wrong, steps = self._tuning.nonfinite_steps, self.step_count
+        if wrong > _NONFINITE * steps:
+            self._tuning.notices.warn(
+                "suggestion", f"the suggested rate says little, because {wrong} of {steps} steps were not finite"
+            )
 
     @property
     def paused(self) -> bool:
@@ -232,36 +248,9 @@ class HypergradientLR:
         self._tuning.paused = bool(value)
 
     @property
-    def scheduled(self) -> bool | None:
-        """Whether ``param_groups[i]["lr"]`` belongs to a scheduler between steps; ``None``: it is detected. Settable.
-
-        It is detected from the groups' ``initial_lr``. All schedulers of ``torch.optim.lr_scheduler`` set that but
-        ``ReduceLROnPlateau``. Set this to ``True`` for that one.
-        """
-        return self._tuning.rates.scheduled
-
-    @scheduled.setter
-    def scheduled(self, value: bool | None) -> None:
-        self._tuning.rates.scheduled = None if value is None else bool(value)
-
-    @property
-    def under_schedule(self) -> bool:
-        """Whether a scheduler owns the rates: the value of ``scheduled``, or what is detected."""
+    def scheduled(self) -> bool:
+        """Whether ``param_groups[i]["lr"]`` belongs to a schedule between steps: what was passed, or is detected."""
         return self._tuning.rates.is_scheduled()
-
-    @property
-    def total_steps(self) -> int | None:
-        """How many steps of this optimizer the training takes; ``None``: it is not known. Settable."""
-        return self._tuning.cooldown.total
-
-    @total_steps.setter
-    def total_steps(self, value: int | None) -> None:
-        self._tuning.cooldown.total = None if value is None else check_count("total_steps", value)
-
-    @property
-    def probe(self) -> tuple[int, int]:
-        """How many coordinates were looked at in the last step, and how many there are."""
-        return self._tuning.view.share
 
     def observe(self, loss: Tensor | float) -> None:
         """Report the loss of the next step, or of the last one. The default rule backs off where the loss rises.
@@ -276,12 +265,7 @@ class HypergradientLR:
         Raises:
             TypeError: ``loss`` is neither.
         """
-        self._tuning.losses.report(loss, keep=self.attached and not self.paused)
-
-    @property
-    def attached(self) -> bool:
-        """Whether the hooks are in place: from the beginning until ``detach``."""
-        return self._hooks is not None
+        self._tuning.losses.report(loss, keep=self._hooks is not None and not self.paused)
 
     def detach(self, *, keep_state: bool = False) -> None:
         """Remove every hook and buffer from the optimizer.
@@ -294,11 +278,11 @@ class HypergradientLR:
         """
         self._tuning.abandon()
         if self._hooks is not None:
-            self._seconds = self.seconds
+            self._seconds = self.stats.seconds
             self._hooks.remove()
             self._hooks = None
         self._tuning.watch.end()
-        drop_copies(self.optimizer, self._copies, keep_state)
+        drop_copies(self._optimizer, self._copies, keep_state)
 
     def state_dict(self) -> dict[str, Any]:
         """What was learned: plain numbers and, with the default rule, one number for each coordinate of the probe.
@@ -323,26 +307,30 @@ class HypergradientLR:
         if self._hooks is not None and self.step_count:
             self._hooks.proven = True
 
-    def check_agreement(self) -> None:
-        """Compare the learning rates of all processes of the group. Call it on each of them.
-
-        Raises:
-            RuntimeError: They are not equal bit for bit. It is raised on every process.
-        """
-        self._tuning.ranks.check_agreement(f"{self._owner}({self._name})", self.step_count, self.lrs)
-
     def __getstate__(self) -> dict[str, Any]:
-        return {**vars(self), "_hooks": self.attached}
+        return {**vars(self), "_hooks": self._hooks is not None}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         attached = state.pop("_hooks")
         vars(self).update(state, _hooks=None)
         if attached:  # torch does not copy the hooks of an optimizer
-            keep_copies(self.optimizer, self._copies)
+            keep_copies(self._optimizer, self._copies)
             self._attach()
 
     def _attach(self) -> None:
         tuning = self._tuning
         self._hooks = StepHooks(
-            self.optimizer, tuning.begin, tuning.prepare, tuning.losses.hear, tuning.pass_by, tuning.finish
+            self._optimizer, tuning.begin, tuning.prepare, tuning.losses.hear, tuning.pass_by, tuning.finish
         )
+
+
+def common_rate(suggested: dict[str, float]) -> float:
+    """The one suggested rate of all parameter groups.
+
+    Raises:
+        ValueError: They have different rates.
+    """
+    first, *others = suggested.values()
+    if any(lr != first for lr in others):
+        raise ValueError(f"suggestion() is one rate, but there are {suggested}: call suggestion(by_group=True)")
+    return first

@@ -1,13 +1,12 @@
 """Tags of the logged numbers. They are spelled as those of ``LearningRateMonitor``."""
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 
-from torch import Tensor
 from torch.optim import Optimizer
 
-PREFIX, FORMER = "hd/", "hypergradient/"
-"""The prefixes of tags, now and in the version before."""
+PREFIX = "hd/"
+"""It is short, because TensorBoard cuts off the titles of its cards."""
 
 LAYOUT = {
     "learning rate": {
@@ -23,16 +22,8 @@ LAYOUT = {
 
 
 def tag(quantity: str, name: str = "") -> str:
-    """The tag of a quantity (``lr``, ``scale``, ``hypergradient``, ``cosine``, ``backoffs``): ``hd/lr-Adam``.
-
-    It is short, because TensorBoard cuts off the titles of its cards.
-    """
+    """The tag of a quantity (``lr``, ``scale``, ``hypergradient``, ``cosine``, ``backoffs``): ``hd/lr-Adam``."""
     return f"{PREFIX}{quantity}-{name}" if name else f"{PREFIX}{quantity}"
-
-
-def former(metrics: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The same numbers under the tags of the version before, for callbacks that monitor them."""
-    return {FORMER + key.removeprefix(PREFIX): value for key, value in metrics.items()}
 
 
 def optimizer_names(optimizers: Sequence[Optimizer]) -> list[str]:

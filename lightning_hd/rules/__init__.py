@@ -1,5 +1,7 @@
 """Rules, and the names by which they are chosen."""
 
+from typing import Literal, TypeAlias
+
 from lightning_hd.rules.auto import Auto
 from lightning_hd.rules.base import Observation, Rule, returned
 from lightning_hd.rules.paper import PAPER_RULES, Additive, Multiplicative, inverse_square
@@ -10,11 +12,15 @@ __all__ = [
     "Multiplicative",
     "Observation",
     "Rule",
+    "RuleName",
     "inverse_square",
     "make_rule",
     "returned",
     "rule_name",
 ]
+
+RuleName: TypeAlias = Literal["auto", "additive", "multiplicative"]
+"""The names of the rules."""
 
 
 def rule_name(class_name: str) -> str:

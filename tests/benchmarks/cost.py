@@ -88,7 +88,7 @@ class Row:
     optimizer: str
     way: str
     model: str
-    rule: str
+    rule: Any
     probe: int | str | None = "default"
 
 
@@ -278,7 +278,7 @@ def tuners() -> None:
         "D-Adaptation": functools.partial(DAdaptAdam, lr=1.0),
         "Mechanic": lambda p: mechanize(Adam)(p, lr=1.0),  # type: ignore[no-any-return]
         "Schedule-Free": schedule_free,
-        "rule auto": lambda p: HypergradientLR(Adam(p, fused=True)).optimizer,
+        "rule auto": lambda p: HypergradientLR(Adam(p, fused=True))._optimizer,
     }
     torch.set_num_threads(1)
     print("\nOther tuners, one thread, over a step of fused Adam and of foreach Adam\n")

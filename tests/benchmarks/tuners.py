@@ -96,7 +96,7 @@ def constant(network: nn.Module, base: str, rate: float, decay: float, steps: in
 
 
 def hypergradient(
-    network: nn.Module, base: str, rate: float, decay: float, steps: int, rule: str, cooldown: bool = False
+    network: nn.Module, base: str, rate: float, decay: float, steps: int, rule: Any, cooldown: bool = False
 ) -> Tuning:
     optimizer = plain(network, base, rate, decay)
     engine = HypergradientLR(optimizer, rule=rule, total_steps=steps if cooldown else None)
@@ -235,6 +235,6 @@ def methods(rule: str, make: Callable[[], Problem] | None = None) -> dict[str, M
     }
 
 
-def check_rule(rule: str) -> None:
+def check_rule(rule: Any) -> None:
     """Raise :class:`ValueError` where lightning_hd has no such rule."""
     HypergradientLR(SGD([torch.zeros(1, requires_grad=True)], lr=1.0), rule=rule).detach()

@@ -24,7 +24,7 @@ from tests.test_callback import make_trainer
 
 pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="gloo processes are spawned with POSIX semantics")
 
-Case = tuple[str, str, bool, Any]
+Case = tuple[str, Any, bool, Any]
 CASES: list[Case] = [
     *((name, rule, True, "32-true") for name in ("SGD", "Adam", "RMSprop") for rule in ("auto", "additive")),
     ("SGD", "auto", True, "bf16-true"),
