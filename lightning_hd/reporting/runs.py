@@ -76,8 +76,8 @@ def load(runs: Sequence[Path | str], loss: str | None = None) -> list[Curves]:
     if not any(run.rates for run in curves):
         where = ", ".join(map(str, runs))
         raise PlotError(
-            f"no run has logged a learning rate in {where}: looked for the tags {PREFIX}lr-NAME "
-            "(HypergradientDescent) and lr-NAME (LearningRateMonitor)"
+            f"no run has logged a learning rate in {where}: looked for the tags {PREFIX}lr-NAME, "
+            "of HypergradientDescent, and lr-NAME, of LearningRateMonitor"
         )
     return [run for run in curves if run.rates or run.loss or run.cosines]
 

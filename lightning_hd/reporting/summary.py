@@ -39,18 +39,7 @@ _UNSEEN = 0.05
 _BACKED_OFF = 0.1
 """If the rule backs off in more than this part of the steps, back-offs come in series."""
 
-_HEAD = (
-    "optimizer",
-    "configured",
-    "first",
-    "median",
-    "highest",
-    "last",
-    "backoffs",
-    "not finite",
-    "seconds",
-    "of all",
-)
+_HEAD = ("group", "configured", "first", "median", "highest", "last", "backoffs", "not finite", "tuning s", "tuning %")
 
 
 def say_what_is_missing(trainer: Trainer, recorders: Sequence[Recorder], restored: dict[str, Any] | None) -> None:
@@ -113,13 +102,13 @@ def rows(recorders: Sequence[Recorder], seconds: float) -> list[tuple[str, ...]]
     found = []
     for recorder in recorders:
         stats = recorder.engine.stats
-        share = f"{stats.seconds / seconds:.1%}" if seconds else ""
+        percent = f"{100 * stats.seconds / seconds:.1f}" if seconds else ""
         for i, (name, lrs) in enumerate(recorder.history()):
             if lrs:
                 rates = (recorder.configured(i), lrs[0], median(lrs), max(lrs), lrs[-1])
                 counts = (stats.backoffs[recorder.scope_of(i)], stats.nonfinite_steps)
                 numbers = ["" if math.isnan(lr) else f"{lr:.2g}" for lr in rates] + [f"{count}" for count in counts]
-                found.append((name, *numbers, f"{stats.seconds:.1f}", share))
+                found.append((name, *numbers, f"{stats.seconds:.1f}", percent))
     return found
 
 
@@ -150,7 +139,7 @@ def _remarks(recorder: Recorder) -> Iterator[str]:
         if recorder.untuned > _UNSEEN * steps:
             yield f"{name}: {recorder.untuned} steps of the optimizer were not tuned."
     if stats.nonfinite_steps:
-        yield f"{name}: numbers were not finite in {stats.nonfinite_steps} steps."
+        yield f"{name}: numbers were not finite in {stats.nonfinite_steps} of {recorder.engine.step_count} steps."
 
 
 def _held(recorder: Recorder) -> Iterator[str]:
