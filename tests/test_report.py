@@ -14,9 +14,9 @@ from torch import nn
 from torch.optim import SGD, Adam
 from torch.optim.lr_scheduler import ExponentialLR
 
-from lightning_hd import HypergradientDescent, Observation, Rule, Stats
+from lightning_hd import Additive, Auto, HypergradientDescent, Observation, Rule, Stats
 from lightning_hd.reporting.recorder import Recorder
-from lightning_hd.reporting.summary import remarks, rows
+from lightning_hd.reporting.summary import announce, remarks, rows
 from tests.test_callback import Reference, make_trainer
 
 pytestmark = [
@@ -44,21 +44,10 @@ def test_one_line_at_the_start_and_a_table_at_the_end(
         assert lines == []
         return
     start, end = lines
-    assert start == "HypergradientDescent tunes Adam (looks at 50 of 75 numbers) with the rule 'auto'."
+    assert start == "HypergradientDescent tunes Adam (looks at 49 of 75 numbers) with the rule 'auto'."
     (head,) = (line for line in end.splitlines() if "configured" in line)
-    names = [
-        "group",
-        "configured",
-        "first",
-        "median",
-        "highest",
-        "last",
-        "backoffs",
-        "not finite",
-        "tuning s",
-        "tuning %",
-    ]
-    assert [cell.strip() for cell in head.strip("┃").split("┃")] == names
+    names = "group configured first median highest last backoffs not finite tuning s tuning %"
+    assert " ".join(head.replace("┃", "").split()) == names
     for name, configured in (("Adam/pg1", "0.01"), ("Adam/head", "0.02")):
         (line,) = (line for line in end.splitlines() if name in line)
         lrs = hd.lrs[f"lr-{name}"]
@@ -92,6 +81,39 @@ def remarks_on(engine: Engine, steps: int = 300, cosines: Sequence[float] = (0.1
         engine.last = [Observation(-cosines[step % len(cosines)], 1.0, 1.0)] * len(engine.lrs)
         engine.optimizer.step()
     return remarks([recorder])
+
+
+def announced(caplog: pytest.LogCaptureFixture, rule: Any, max_lr: float | None, *steps: int) -> list[str]:
+    """What is said of optimizers that have taken so many steps."""
+    recorders = []
+    for i, count in enumerate(steps):
+        engine = Engine(coordinates=(2**18, 10**6) if count else (0, 0))
+        recorders.append(Recorder(engine, engine.optimizer, f"SGD-{i}", "global", [0.1]))  # type: ignore[arg-type]
+        for _ in range(count):
+            engine.optimizer.step()
+    caplog.clear()
+    with caplog.at_level(logging.INFO, "lightning.pytorch.utilities.rank_zero"):
+        announce(recorders, rule, max_lr)
+    return said(caplog)
+
+
+def test_an_optimizer_that_steps_later_is_announced_without_numbers(caplog: pytest.LogCaptureFixture) -> None:
+    (line,) = announced(caplog, "additive", None, 1, 0)
+    looks = "looks at 262,144 of 1,000,000 numbers"
+    assert line == f"HypergradientDescent tunes SGD-0 ({looks}), SGD-1 with the rule 'additive'."
+
+
+def test_several_optimizers_without_a_limit_get_a_hint(caplog: pytest.LogCaptureFixture) -> None:
+    for rule, max_lr, steps, hints in (
+        ("auto", None, (1, 1), True),
+        (Auto(start="configured"), None, (1, 1), True),
+        ("auto", 0.1, (1, 1), False),
+        ("auto", None, (1,), False),
+        ("additive", None, (1, 1), False),
+        (Additive(1e-3), None, (1, 1), False),
+    ):
+        _, *others = announced(caplog, rule, max_lr, *steps)
+        assert ["Then set max_lr= to a rate that is known to work" in line for line in others] == [True] * hints
 
 
 def test_a_run_in_which_nothing_is_wrong_has_no_remark() -> None:
@@ -128,10 +150,8 @@ def test_a_rate_that_still_rises_at_the_end_is_reported() -> None:
 
 
 def test_backoffs_are_reported_for_each_scope() -> None:
-    often = (
-        "the rule backed off in 31 of 300 steps. Look for unusual batches, or pass a max_lr= below the highest rate."
-    )
-    assert remarks_on(Engine(2, backoffs=(30, 31))) == [f"SGD/pg2: {often}"]
+    (remark,) = remarks_on(Engine(2, backoffs=(30, 31)))
+    assert remark.startswith("SGD/pg2: the rule backed off in 31 of 300 steps. Look for unusual batches, or pass")
 
 
 def test_steps_that_were_not_tuned_are_reported() -> None:
@@ -146,7 +166,7 @@ def test_steps_that_were_not_tuned_are_reported() -> None:
 
 
 def test_steps_that_were_not_finite_are_reported() -> None:
-    assert remarks_on(Engine(nonfinite_steps=1)) == ["SGD: numbers were not finite in 1 steps."]
+    assert remarks_on(Engine(nonfinite_steps=1)) == ["SGD: numbers were not finite in 1 of 300 steps."]
 
 
 def test_remarks_on_a_training(tmp_path: Path) -> None:
