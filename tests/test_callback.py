@@ -582,12 +582,17 @@ def test_the_callback_can_be_copied_and_pickled(tmp_path: Path) -> None:
         ({"scheduled": "yes"}, TypeError, "scheduled must be True or False"),
         ({"prog_bar": 1}, TypeError, "prog_bar must be True or False"),
         ({"on_mismatch": "ignore"}, ValueError, "on_mismatch must be 'error' or 'restart'"),
-        ({"max_lr": -0.1}, ValueError, "max_lr must be at least 0, got -0.1"),
+        ({"prog_bar": None}, TypeError, "prog_bar must be True or False, got None"),
+        ({"summary": None}, TypeError, "summary must be True or False, got None"),
+        ({"max_lr": -0.1}, ValueError, "max_lr must be above 0, got -0.1"),
+        ({"max_lr": 0}, ValueError, r"max_lr must be above 0, got 0 \(or pass min_lr=None"),
+        ({"rule": SGD(nn.Linear(1, 1).parameters(), lr=0.1)}, TypeError, r"optimizer SGD.* HypergradientLR\(optimizer"),
     ],
 )
 def test_a_bad_argument_is_named(arguments: dict[str, Any], error: type[Exception], words: str) -> None:
     with pytest.raises(error, match=words):
         HypergradientDescent(**{"rule": "additive", **arguments})
+    HypergradientDescent(min_lr=None, max_lr=0)  # rates below 0, as in the paper
 
 
 def test_what_cannot_be_tuned_is_refused_before_the_first_step(tmp_path: Path) -> None:

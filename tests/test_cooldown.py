@@ -1,6 +1,7 @@
 """The cooldown at the end: over the steps that the training takes, as far as that is known, and however it changes."""
 
 import math
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -117,3 +118,45 @@ def test_steps_after_the_end_are_warned_of_once() -> None:
 def test_a_cooldown_without_a_number_of_steps_is_refused() -> None:
     with pytest.raises(ValueError, match=r"cooldown=0.5 has no effect without total_steps"):
         HypergradientLR(SGD([nn.Parameter(torch.ones(3))], lr=0.1), cooldown=0.5)
+
+
+@pytest.mark.parametrize("rule", ["auto", "additive"])
+@pytest.mark.parametrize("cooldown", ["default", 0.5])
+@pytest.mark.parametrize("estimate", [0, -1, 7, 100, math.inf])
+def test_any_number_of_steps_that_the_trainer_estimates_will_do(
+    estimate: float, cooldown: Any, rule: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It is smaller than the number of steps taken, and it changes between two fits."""
+    monkeypatch.setattr(Trainer, "estimated_stepping_batches", property(lambda _: estimate))
+    monkeypatch.setattr(Trainer, "max_epochs", property(lambda _: 1))
+    trainer = make_trainer(tmp_path, HypergradientDescent(rule, cooldown=cooldown), limit_train_batches=20)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=".*goes on after the .* steps that it was to take.*")
+        trainer.fit(Reference())
+        estimate = 3
+        trainer.fit_loop.max_epochs = 2
+        trainer.fit(Reference())
+
+
+@pytest.mark.filterwarnings("ignore:.*goes on after the .* steps that it was to take.*")
+@pytest.mark.parametrize("cooldown", ["default", 0.5])
+def test_a_fit_that_has_no_step_left_ends_in_peace(cooldown: Any, tmp_path: Path) -> None:
+    class Fails(Reference):
+        """An error in the last validation ends the training, after a checkpoint of all steps was written."""
+
+        def val_dataloader(self) -> Any:
+            return self.train_dataloader()
+
+        def validation_step(self, *_: Any) -> None:
+            if self.trainer.global_step:
+                self.trainer.save_checkpoint(tmp_path / "last.ckpt")
+                raise ArithmeticError
+
+    settings: dict[str, Any] = {"max_epochs": 1, "limit_train_batches": 20, "limit_val_batches": 1}
+    with pytest.raises(ArithmeticError):
+        make_trainer(tmp_path, HypergradientDescent(cooldown=cooldown), **settings).fit(Fails())
+    tuned = make_trainer(tmp_path, HypergradientDescent(cooldown=cooldown), **settings)
+    plain = make_trainer(tmp_path, **settings)
+    for trainer in (tuned, plain):
+        trainer.fit(Reference(), ckpt_path=tmp_path / "last.ckpt")
+    assert tuned.global_step == plain.global_step

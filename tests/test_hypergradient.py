@@ -917,7 +917,9 @@ def test_an_optimizer_that_cannot_be_tuned_is_refused(optimizer: Any, error: typ
         ({"min_lr": 0.1, "max_lr": 0.01}, ValueError, "min_lr must not be above max_lr"),
         ({"min_lr": math.inf}, ValueError, "min_lr must be a finite number"),
         ({"max_lr": "big"}, TypeError, "max_lr must be a number"),
-        ({"max_lr": -1.0}, ValueError, "max_lr must be at least 0"),
+        ({"max_lr": -1.0}, ValueError, "max_lr must be above 0"),
+        ({"max_lr": 0}, ValueError, "max_lr must be above 0"),
+        ({"scheduled": "yes"}, TypeError, "scheduled must be True or False"),
     ],
 )
 def test_a_bad_argument_is_named(arguments: dict[str, Any], error: type[Exception], words: str) -> None:

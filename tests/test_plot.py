@@ -198,6 +198,34 @@ def test_errors_are_one_line(runs: Path, tmp_path: Path, capsys: pytest.CaptureF
     assert "folder.png" in refused(capsys, str(runs), "-o", str(tmp_path / "folder.png"))
 
 
+def damage(folder: Path) -> list[Path]:
+    """A damaged file of each kind, in a folder each."""
+    files = [folder / "events" / "events.out.tfevents.1.host", folder / "csv" / "metrics.csv"]
+    for file in files:
+        file.parent.mkdir(parents=True)
+        file.write_bytes(bytes(range(127, 256)) * 3)
+    return files
+
+
+def test_a_file_that_cannot_be_read_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for file in damage(tmp_path):
+        assert refused(capsys, str(file.parent)).startswith(f"Error: {file} cannot be read: ")
+
+
+def test_a_damaged_run_is_left_out(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    files = damage(tmp_path / "runs")
+    write_csv(tmp_path / "runs" / "sound", {"step": [1, 2], "lr-SGD": [0.1, 0.2]})
+    with pytest.warns(UserWarning, match=r"cannot be read: .*\. This run is left out") as caught:
+        (run,) = load([tmp_path / "runs"])
+    assert run.rates["SGD"] == ([1, 2], [0.1, 0.2])
+    assert [str(warning.message).partition(" ")[0] for warning in caught] == sorted(map(str, files))
+    with pytest.raises(SystemExit, match="0"):
+        main(["plot", str(tmp_path / "runs"), "-o", str(tmp_path / "figure.png")])
+    output = capsys.readouterr()
+    assert output.out == f"{tmp_path / 'figure.png'}: 1 run, 1 curves\n"
+    assert [line.partition(" cannot")[0] for line in output.err.splitlines()] == sorted(f"Warning: {f}" for f in files)
+
+
 def test_help_and_missing_arguments(capsys: pytest.CaptureFixture[str]) -> None:
     for arguments, code in ((["--help"], 0), (["plot", "--help"], 0), (["plot"], 2), (["plot", "--unknown"], 2)):
         with pytest.raises(SystemExit) as stop:

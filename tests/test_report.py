@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from lightning.pytorch.callbacks import BaseFinetuning
 from torch import nn
 from torch.optim import SGD, Adam
 from torch.optim.lr_scheduler import ExponentialLR
@@ -46,14 +47,13 @@ def test_one_line_at_the_start_and_a_table_at_the_end(
     start, end = lines
     assert start == "HypergradientDescent tunes Adam (looks at 49 of 75 numbers) with the rule 'auto'."
     (head,) = (line for line in end.splitlines() if "configured" in line)
-    names = "group configured first median highest last backoffs not finite tuning s tuning %"
-    assert " ".join(head.replace("┃", "").split()) == names
+    assert " ".join(head.split()) == "group configured first median highest last backoffs not finite tuning s tuning %"
     for name, configured in (("Adam/pg1", "0.01"), ("Adam/head", "0.02")):
         (line,) = (line for line in end.splitlines() if name in line)
         lrs = hd.lrs[f"lr-{name}"]
         stats = hd.engines[0].stats
         expected = [name, configured, *(f"{lr:.2g}" for lr in (lrs[0], median(lrs), max(lrs), lrs[-1]))]
-        cells = [cell.strip() for cell in line.strip("│").split("│")]
+        cells = line.split()
         assert cells[:-1] == [*expected, str(stats.backoffs[0]), "0", f"{stats.seconds:.1f}"]
         assert 0 < float(cells[-1]) < 100
     assert 0 < hd.engines[0].stats.seconds < 60
@@ -183,6 +183,34 @@ def test_remarks_on_a_training(tmp_path: Path) -> None:
     held = fit(HypergradientDescent("multiplicative", max_lr=2e-4))
     assert held[0] == "SGD: the rate was held by max_lr=0.0002 in most steps."
     assert "SGD: the cosine was positive in " in fit(HypergradientDescent("additive", hypergrad_lr=0.0))[0]
+
+
+class Unfreeze(BaseFinetuning):
+    """Adds the rest of the network, as a group with a rate of its own, in the second epoch."""
+
+    def freeze_before_training(self, pl_module: Any) -> None:
+        self.freeze(pl_module.network[0])
+
+    def finetune_function(self, pl_module: Any, epoch: int, optimizer: Any) -> None:
+        if epoch == 1:
+            self.unfreeze_and_add_param_group(pl_module.network[0], optimizer, lr=0.005)
+
+
+def test_the_table_shows_the_rates_that_were_configured(tmp_path: Path) -> None:
+    def configure(network: Any) -> Any:
+        return SGD([p for p in network.parameters() if p.requires_grad], lr=0.001)
+
+    def fit(epochs: int, **arguments: Any) -> list[str]:
+        """The configured rate of each group, as the table shows it."""
+        hd = HypergradientDescent()
+        trainer = make_trainer(tmp_path, hd, Unfreeze(), max_epochs=epochs, limit_train_batches=30)
+        trainer.fit(Reference(configure), **arguments)
+        trainer.save_checkpoint(tmp_path / "last.ckpt")
+        assert hd.lrs["lr-SGD"][-1] != pytest.approx(0.001, rel=0.1)
+        return [row[1] for row in rows(hd._recorders, 1.0)]
+
+    assert fit(2) == ["0.001", "0.005"]
+    assert fit(3, ckpt_path=tmp_path / "last.ckpt")[0] == "0.001"
 
 
 def test_a_remark_says_where_the_scale_undoes_the_schedule(tmp_path: Path) -> None:

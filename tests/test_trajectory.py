@@ -1,5 +1,7 @@
 """The constant rate that a trajectory suggests: by hand, from engines and callbacks, and in training."""
 
+import math
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -83,6 +85,42 @@ def test_an_engine_suggests_one_rate_or_one_for_each_group_and_goes_on_from_a_ch
     held = engine({}, rule="additive", hypergrad_lr=1.0, max_lr=0.02)
     train(held, 20)
     assert held.suggestion() == pytest.approx(0.6 * 0.02)
+
+
+@pytest.mark.parametrize("wrong", [2, 3])
+def test_a_suggestion_of_a_run_with_many_steps_that_were_not_finite_comes_with_a_warning(wrong: int) -> None:
+    w = nn.Parameter(torch.ones(3))
+    optimizer = SGD([w], lr=0.01)
+    hd = HypergradientLR(optimizer, "multiplicative", hypergrad_lr=0.0)
+    for step in range(40):
+        w.grad = torch.full_like(w, math.nan if 20 <= step < 20 + wrong else 1.0)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            optimizer.step()
+        with torch.no_grad():
+            w.nan_to_num_(1.0)
+    count = hd.stats.nonfinite_steps
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        assert hd.suggestion() == hd.suggestion() == pytest.approx(0.6 * 0.01)
+    told = [str(warning.message) for warning in caught]
+    says = f"HypergradientLR(SGD): the suggested rate says little, because {count} of 40 steps were not finite"
+    assert told == [says] * (count > 2)
+    assert count > 2 or wrong == 2
+
+
+def test_a_checkpoint_brings_the_suggestion_of_its_training(tmp_path: Path) -> None:
+    settings: dict[str, Any] = {"limit_train_batches": 20}
+    before, finished, tested = (HypergradientDescent() for _ in range(3))
+    trainer = make_trainer(tmp_path, before, **settings)
+    trainer.fit(Reference())
+    trainer.save_checkpoint(tmp_path / "last.ckpt")
+    make_trainer(tmp_path, finished, **settings).fit(Reference(), ckpt_path=tmp_path / "last.ckpt")
+    assert finished.engines == []
+    tested.load_state_dict(torch.load(tmp_path / "last.ckpt")["callbacks"]["HypergradientDescent"])
+    assert before.suggestion() == finished.suggestion() == tested.suggestion()
+    make_trainer(tmp_path, finished, limit_train_batches=40).fit(Reference())
+    assert finished.suggestion() != before.suggestion()
 
 
 def test_a_callback_names_the_groups_and_the_cooldown_does_not_count(tmp_path: Path) -> None:

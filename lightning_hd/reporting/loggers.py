@@ -9,7 +9,7 @@ import torch
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.loggers import Logger
 
-from lightning_hd.reporting.names import LAYOUT, tag
+from lightning_hd.reporting.names import LAYOUT, PREFIX, tag
 from lightning_hd.reporting.recorder import Recorder
 
 _DISPLAY = {"log_every_n_steps", "prog_bar", "on_mismatch", "summary"}
@@ -47,13 +47,9 @@ def _rates(recorders: Sequence[Recorder]) -> dict[str, float]:
 
 def _logarithms(metrics: dict[str, float]) -> dict[str, float]:
     """The logarithms of scales and schedules, which add up to that of the rate."""
-    found = {}
-    for quantity in ("scale", "schedule"):
-        start = tag(f"{quantity}-")
-        for key, value in metrics.items():
-            if key.startswith(start) and value > 0:
-                found[tag(f"log10_{quantity}", key.removeprefix(start))] = math.log10(value)
-    return found
+    starts = (tag("scale-"), tag("schedule-"))
+    positive = {key: value for key, value in metrics.items() if key.startswith(starts) and value > 0}
+    return {key.replace(PREFIX, f"{PREFIX}log10_", 1): math.log10(value) for key, value in positive.items()}
 
 
 def log_curves(trainer: Trainer, recorders: Sequence[Recorder]) -> None:

@@ -136,31 +136,31 @@ class Recorder:
         return {tag("lr", name): lr for name, lr in zip(self.names(), self.engine.lrs, strict=True)}
 
     def current(self) -> dict[str, float]:
-        """The current values of all that is logged."""
-        engine, names = self.engine, self._scopes()
-        metrics = self.lr_metrics()
-        for name, scale, backoffs, seen in zip(names, engine.scales, engine.stats.backoffs, engine.last, strict=False):
-            metrics |= {tag("scale", name): scale, tag("backoffs", name): float(backoffs)}
-            if seen is not None:
-                metrics |= {tag("hypergradient", name): seen.hypergradient, tag("cosine", name): seen.cosine}
-        return metrics
+        """The numbers of the last step."""
+        return self.lr_metrics() | self._metrics(self.steps - 1)
 
     def collect(self) -> dict[str, float]:
         """All numbers to log now, except for the rates. The means start anew."""
-        engine, names = self.engine, self._scopes()
+        engine, since, self._logged = self.engine, self._logged, self.steps
+        none = tag("backoffs-")  # they are logged once there are any
+        metrics = {key: value for key, value in self._metrics(since).items() if value or not key.startswith(none)}
+        for name, cosines in zip(self._scopes(), self._cosines, strict=False):
+            if tag("cosine", name) in metrics:
+                metrics[tag("mean_cosine", name)] = fmean(_known(cosines[-_WINDOW:]))
+        for i, (name, lr) in enumerate(zip(self.names(), engine.lrs, strict=True) if engine.scheduled else ()):
+            if scale := engine.scales[self.scope_of(i)]:
+                metrics[tag("schedule", name)] = lr / scale
+        return metrics
+
+    def _metrics(self, since: int) -> dict[str, float]:
+        """Scales, counts of back-offs, and means over the steps from ``since`` on."""
+        names, engine = self._scopes(), self.engine
         metrics = {tag("scale", name): scale for name, scale in zip(names, engine.scales, strict=False)}
-        if engine.scheduled:
-            for i, (name, lr) in enumerate(zip(self.names(), engine.lrs, strict=True)):
-                if scale := engine.scales[self.scope_of(i)]:
-                    metrics[tag("schedule", name)] = lr / scale
-        metrics |= {tag("backoffs", name): float(n) for name, n in zip(names, engine.stats.backoffs, strict=False) if n}
+        metrics |= {tag("backoffs", name): float(n) for name, n in zip(names, engine.stats.backoffs, strict=False)}
         for quantity, histories in (("hypergradient", self._hypergradients), ("cosine", self._cosines)):
             for name, history in zip(names, histories, strict=False):
-                if new := _known(history[max(self._logged - self._late(history), 0) :]):
+                if new := _known(history[max(since - self._late(history), 0) :]):
                     metrics[tag(quantity, name)] = fmean(new)
-                    if quantity == "cosine":
-                        metrics[tag("mean_cosine", name)] = fmean(_known(history[-_WINDOW:]))
-        self._logged = self.steps
         return metrics
 
     def take_curve(self) -> list[tuple[str, float, int]]:

@@ -1,6 +1,5 @@
 """Reports: one line when training starts, a short table and remarks on what seems wrong when it ends."""
 
-import io
 import math
 from collections.abc import Iterator, Sequence
 from statistics import fmean, linear_regression, median
@@ -92,8 +91,7 @@ def summarize(recorders: Sequence[Recorder], seconds: float) -> None:
         recorders: The recorders of the optimizers.
         seconds: The time that training took.
     """
-    body = rows(recorders, seconds)
-    if body:
+    if body := rows(recorders, seconds):
         rank_zero_info("\n".join([_table(body), *remarks(recorders)]))
 
 
@@ -173,18 +171,7 @@ def _fights(scales: Sequence[float], schedule: Sequence[float]) -> bool:
 
 
 def _table(body: Sequence[tuple[str, ...]]) -> str:
-    """The table as text, drawn by ``rich`` if that is installed."""
-    try:
-        from rich.console import Console
-        from rich.table import Table
-    except ModuleNotFoundError:
-        return "\n".join("  ".join(cell.rjust(11) for cell in line) for line in (_HEAD, *body))
-    table = Table(title="Learning rates, by HypergradientDescent")
-    for i, name in enumerate(_HEAD):
-        table.add_column(name, justify="right" if i else "left")
-    for line in body:
-        table.add_row(*line)
-    console = Console(file=io.StringIO(), width=120)
-    console.print(table)
-    written: str = console.file.getvalue()  # type: ignore[attr-defined]
-    return "\n" + written.rstrip()
+    """The table as text."""
+    widths = [max(map(len, column)) for column in zip(_HEAD, *body, strict=True)]
+    lines = ["  ".join(map(str.rjust, line, widths)) for line in (_HEAD, *body)]
+    return "\n".join(["HypergradientDescent: the learning rates of this training", *lines])

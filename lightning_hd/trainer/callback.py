@@ -11,10 +11,10 @@ from lightning.pytorch.utilities import rank_zero_warn
 from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
-from lightning_hd import reporting
 from lightning_hd.engine.arguments import check_arguments, make_cooldown
 from lightning_hd.engine.tuner import HypergradientLR, common_rate
 from lightning_hd.hypergradient.copies import copies_of, leave_copies, load_copies
+from lightning_hd.reporting import Recorder, figure, loggers, summary
 from lightning_hd.rules import Rule, RuleName
 from lightning_hd.trainer.attachment import Attachment, TrainerEngine, with_groups
 from lightning_hd.trainer.checkpoints import configured_rates, guard_states, restore
@@ -147,7 +147,7 @@ class HypergradientDescent(Callback):
         return {f"lr-{name}": lrs for recorder in self._recorders for name, lrs in recorder.history()}
 
     @property
-    def _recorders(self) -> list[reporting.Recorder]:
+    def _recorders(self) -> list[Recorder]:
         return self._attachment.recorders
 
     @overload
@@ -189,17 +189,17 @@ class HypergradientDescent(Callback):
         """
         if not any(recorder.steps for recorder in self._recorders):
             raise RuntimeError("there is nothing to plot: no step of an optimizer was tuned yet, on this process")
-        return reporting.figure([recorder.curves() for recorder in self._recorders])
+        return figure([recorder.curves() for recorder in self._recorders])
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Forget an earlier training, and a checkpoint that was loaded for validation or testing."""
         if stage == "fit":
             check_alone(HypergradientDescent, trainer)
             if self.prog_bar:
-                reporting.show_small_numbers(trainer)
+                loggers.show_small_numbers(trainer)
             self._attachment.forget()  # an error in another callback may have prevented it before
             self._began, self._restored, self._since = False, None, None
-            reporting.describe(trainer, pl_module, self._settings())
+            loggers.describe(trainer, pl_module, self._settings())
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Keep the state of a checkpoint until training starts. If it has started already, go on from that state."""
@@ -230,7 +230,7 @@ class HypergradientDescent(Callback):
         self._drop_guards()
         check_strategy(trainer)
         self._attachment.attach(trainer, self.scope, self._configured)
-        reporting.say_what_is_missing(trainer, self._recorders, self._restored)
+        summary.say_what_is_missing(trainer, self._recorders, self._restored)
         self._restore()
         self._attachment.expect(trainer, whole_epochs=False)
 
@@ -247,19 +247,14 @@ class HypergradientDescent(Callback):
         self._attachment.before_batch(trainer, batch_idx)
 
     def on_train_batch_end(
-        self,
-        trainer: Trainer,
-        pl_module: LightningModule,
-        outputs: Any,
-        batch: Any,
-        batch_idx: int,
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """Log the numbers if a step was taken."""
         recorders = self._recorders
         if trainer.scaler is not None and pl_module.automatic_optimization:
             self._attachment.observe(outputs)  # a GradScaler gives the optimizer no closure that would return the loss
         if not trainer.barebones:
-            reporting.show(trainer, pl_module, recorders, self.prog_bar)
+            loggers.show(trainer, pl_module, recorders, self.prog_bar)
         for recorder in recorders:
             recorder.mark(axis(trainer))
             if self.log_every_n_steps == 0:
@@ -267,27 +262,22 @@ class HypergradientDescent(Callback):
         if self._since is None and any(recorder.steps for recorder in recorders):
             self._since = time.perf_counter()
             if self.summary:
-                reporting.announce(recorders, self.rule, self.max_lr)
+                summary.announce(recorders, self.rule, self.max_lr)
         if any(recorder.has_news for recorder in recorders) and is_due(trainer, self.log_every_n_steps, batch_idx):
             self._attachment.check_agreement()
-            reporting.log(trainer, recorders, axis(trainer))
+            loggers.log(trainer, recorders, axis(trainer))
 
-    def on_exception(
-        self,
-        trainer: Trainer,
-        pl_module: LightningModule,
-        exception: BaseException,
-    ) -> None:
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         """Detach."""
         self._attachment.detach()
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Detach."""
         if self._began:
-            reporting.check_tuned(self._recorders)
-        reporting.log_curves(trainer, self._recorders)
+            summary.check_tuned(self._recorders)
+        loggers.log_curves(trainer, self._recorders)
         if self.summary and self._since is not None:
-            reporting.summarize(self._recorders, time.perf_counter() - self._since)
+            summary.summarize(self._recorders, time.perf_counter() - self._since)
         self._attachment.detach()
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
