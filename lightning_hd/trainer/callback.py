@@ -32,9 +32,10 @@ class HypergradientDescent(Callback):
 
         trainer = Trainer(callbacks=[HypergradientDescent()])
 
-    When training starts, one ``HypergradientLR`` is attached to each optimizer that ``configure_optimizers`` returns,
-    in automatic and in manual optimization. It is detached when training ends or an exception stops it. Every logger
-    of the Trainer gets these numbers, on the step axis of Lightning's own metrics:
+    One instance tunes all optimizers, so a Trainer takes one only. When training starts, one ``HypergradientLR`` is
+    attached to each optimizer that ``configure_optimizers`` returns, in automatic and in manual optimization. It is
+    detached when training ends or an exception stops it. Every logger of the Trainer gets these numbers, on the step
+    axis of Lightning's own metrics:
 
     - ``hd/lr-Adam``: the effective learning rate of each group, which the last step used;
     - ``hd/scale-Adam``: the learned scale of each scope: the effective rate over the configured or scheduled one;
@@ -85,7 +86,8 @@ class HypergradientDescent(Callback):
             supported.
         ValueError: An argument or a configured learning rate is out of range. When training starts: a checkpoint holds
             the state of another rule, scope or layout of optimizers.
-        RuntimeError: When training starts: an optimizer is tuned by another instance already.
+        RuntimeError: The Trainer has two such callbacks. When training starts: an optimizer is tuned by another instance
+            already.
     """
 
     def __init__(
