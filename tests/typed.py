@@ -37,7 +37,7 @@ def refused() -> None:
     """Each line has an error. mypy reports a comment that is not needed, so it reports a line without an error."""
     HypergradientDescent("adaptive")  # type: ignore[arg-type]
     HypergradientLR(optimizer, rule="adaptive")  # type: ignore[arg-type]
-    HypergradientDescent("additive", 1e-3)  # type: ignore[misc]
-    HypergradientLR(optimizer, "additive", 1e-3)  # type: ignore[misc]
+    HypergradientDescent("additive", 1e-3)  # type: ignore[call-arg]
+    HypergradientLR(optimizer, "additive", 1e-3)  # type: ignore[call-arg]
     hd.scheduled = True  # type: ignore[misc]
     hd.stats.nonfinite_steps = 0  # type: ignore[misc]

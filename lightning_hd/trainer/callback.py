@@ -86,8 +86,7 @@ class HypergradientDescent(Callback):
             supported.
         ValueError: An argument or a configured learning rate is out of range. When training starts: a checkpoint holds
             the state of another rule, scope or layout of optimizers.
-        RuntimeError: The Trainer has two such callbacks. When training starts: an optimizer is tuned by another instance
-            already.
+        RuntimeError: When training starts: the Trainer has two such callbacks, or an optimizer is tuned already.
     """
 
     def __init__(
