@@ -45,6 +45,7 @@ class Recorder:
     ) -> None:
         self.engine = engine
         self.name = name
+        self.stats = engine.stats  # after the last step
         self.untuned = 0  # steps of the optimizer that the engine did not tune
         self._optimizer = optimizer
         self._by_group = scope == "group"
@@ -87,8 +88,8 @@ class Recorder:
         _append(self._scales, engine.scales)
         _append(self._cosines, [found.cosine if found else math.nan for found in seen])
         _append(self._hypergradients, [found.hypergradient if found else math.nan for found in seen])
-        loss = engine.stats.loss
-        self._losses.append(math.nan if loss is None else loss)
+        self.stats = engine.stats
+        self._losses.append(math.nan if self.stats.loss is None else self.stats.loss)
 
     # ------------------------------------------------------------------ names
 
@@ -156,7 +157,7 @@ class Recorder:
         """Scales, counts of back-offs, and means over the steps from ``since`` on."""
         names, engine = self._scopes(), self.engine
         metrics = {tag("scale", name): scale for name, scale in zip(names, engine.scales, strict=False)}
-        metrics |= {tag("backoffs", name): float(n) for name, n in zip(names, engine.stats.backoffs, strict=False)}
+        metrics |= {tag("backoffs", name): float(n) for name, n in zip(names, self.stats.backoffs, strict=False)}
         for quantity, histories in (("hypergradient", self._hypergradients), ("cosine", self._cosines)):
             for name, history in zip(names, histories, strict=False):
                 if new := _known(history[max(since - self._late(history), 0) :]):

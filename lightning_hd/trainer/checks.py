@@ -16,12 +16,7 @@ _REFUSED = {"DeepSpeedStrategy", "XLAStrategy", "SingleDeviceXLAStrategy"}  # th
 
 
 def check_own_arguments(
-    rule: object,
-    log_every_n_steps: int | None,
-    prog_bar: bool,
-    scheduled: bool | None,
-    on_mismatch: str,
-    summary: bool,
+    rule: object, log_every_n_steps: int | None, prog_bar: bool, scheduled: bool | None, on_mismatch: str, summary: bool
 ) -> None:
     """Check the arguments that only the callback has, and that its first one is no optimizer.
 
