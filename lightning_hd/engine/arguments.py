@@ -4,7 +4,7 @@ import math
 
 from torch.optim import Optimizer
 
-from lightning_hd.checks import check_count, check_number
+from lightning_hd.checks import check_count, check_flag, check_number
 from lightning_hd.engine.cooldown import Cooldown
 from lightning_hd.processes import is_flat_shard
 from lightning_hd.rules import Rule, make_rule
@@ -22,6 +22,7 @@ def check_arguments(
     max_lr: float | None,
     probe: int | str | None,
     stop_after: int | None,
+    scheduled: bool | None,
 ) -> tuple[Rule, float, float]:
     """Check the arguments that both public classes have.
 
@@ -46,6 +47,8 @@ def check_arguments(
         raise ValueError("probe must be at least 1, or None for all coordinates, got 0")
     if stop_after is not None:
         check_count("stop_after", stop_after)
+    if scheduled is not None:
+        check_flag("scheduled", scheduled)
     return make_rule(rule, hypergrad_lr), low, high
 
 

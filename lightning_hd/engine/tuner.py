@@ -6,7 +6,6 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 from torch.optim import Optimizer
 
-from lightning_hd.checks import check_flag
 from lightning_hd.engine.arguments import check_arguments, check_flat_shards, make_cooldown
 from lightning_hd.engine.hooks import StepHooks
 from lightning_hd.engine.lr import get_lr
@@ -113,6 +112,9 @@ class HypergradientLR:
     _owner = "HypergradientLR"
     """The name that messages begin with."""
 
+    _hooks: StepHooks | None = None
+    _seconds = 0.0  # the time of hooks that were removed
+
     def __init__(
         self,
         optimizer: Optimizer,
@@ -129,12 +131,10 @@ class HypergradientLR:
         stop_after: int | None = None,
         scheduled: bool | None = None,
     ) -> None:
-        self._rule, low, high = check_arguments(rule, hypergrad_lr, scope, min_lr, max_lr, probe, stop_after)
+        self._rule, low, high = check_arguments(rule, hypergrad_lr, scope, min_lr, max_lr, probe, stop_after, scheduled)
         falling = make_cooldown(cooldown, total_steps, self._rule)
         if total_steps is None and not isinstance(cooldown, str) and cooldown:
             raise ValueError(f"cooldown={cooldown!r} has no effect without total_steps, the number of steps")
-        if scheduled is not None:
-            check_flag("scheduled", scheduled)
         check_optimizer(optimizer)
         ranks = Ranks(process_group)
         ranks.check_meshes(p for settings in optimizer.param_groups for p in settings["params"])
@@ -154,8 +154,6 @@ class HypergradientLR:
         else:
             view = LastStep(self._optimizer, budget, ranks, notices, self._copies)
         self._tuning = Tuning(self._optimizer, self._rule, rates, view, ranks, notices, falling, stop_after)
-        self._hooks: StepHooks | None = None
-        self._seconds = 0.0  # the time of hooks that were removed
         self._attach()
 
     # ------------------------------------------------------------------ what others read

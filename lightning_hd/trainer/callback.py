@@ -106,8 +106,8 @@ class HypergradientDescent(Callback):
         on_mismatch: Literal["error", "restart"] = "error",
         summary: bool = True,
     ) -> None:
-        check_own_arguments(rule, log_every_n_steps, prog_bar, scheduled, on_mismatch, summary)
-        checked, *_ = check_arguments(rule, hypergrad_lr, scope, min_lr, max_lr, probe, stop_after)
+        check_own_arguments(rule, log_every_n_steps, prog_bar, on_mismatch, summary)
+        checked, *_ = check_arguments(rule, hypergrad_lr, scope, min_lr, max_lr, probe, stop_after, scheduled)
         make_cooldown(cooldown, None, checked)
         self.rule = rule
         self.hypergrad_lr = hypergrad_lr
