@@ -272,7 +272,7 @@ def check_step(run: Run, before: list[float], nonfinite_before: int) -> None:
         assert math.isfinite(lr)
         assert low is None or lr >= low or (configured == lr == 0)
         assert high is None or lr <= high
-        seen = hd.last[i if hd.scope == "group" else 0]
+        seen = hd.last[i if run.case.arguments["scope"] == "group" else 0]
         if seen is not None and not all(map(math.isfinite, seen)):
             assert lr == before[i]
             assert hd.stats.nonfinite_steps > nonfinite_before
