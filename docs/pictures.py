@@ -32,8 +32,8 @@ from torch.optim.lr_scheduler import CosineAnnealingLR
 from torch.utils.data import BatchSampler, DataLoader, RandomSampler, TensorDataset
 
 from lightning_hd import Auto, HypergradientDescent
-from lightning_hd.reporting.plotting import COLUMN, figure, save
-from lightning_hd.reporting.runs import load
+from lightning_hd.reporting import figure, load, save
+from lightning_hd.reporting.plotting import COLUMN
 
 ROOT = Path(__file__).resolve().parents[1]
 COLORS = 64  # of a picture, so that its file is small
@@ -147,24 +147,24 @@ def quickstart(folder: Path) -> None:
 
 def climb(folder: Path) -> None:
     """From a configured rate that is far too small."""
-    for name, hd in (("auto", HypergradientDescent(decline=0)), ("constant 1e-5", None)):
+    for name, hd in (("auto", HypergradientDescent(cooldown=0)), ("constant 1e-5", None)):
         fit(folder / name, lambda: Classifier(dense(), lambda p: SGD(p, lr=1e-5, momentum=0.9)), digits(), 150, hd)
 
 
 def settled(folder: Path) -> None:
     """The same level from two starts."""
     for name, rule in (("auto", Auto()), ("auto, from 0.01", Auto(start="configured"))):
-        hd = HypergradientDescent(rule, decline=0)
+        hd = HypergradientDescent(rule, cooldown=0)
         fit(folder / name, lambda: Classifier(dense(), lambda p: SGD(p, lr=0.01), 0.2), digits(), 500, hd, batch=256)
 
 
-def decline(folder: Path) -> None:
+def cooldown(folder: Path) -> None:
     """Where noise dominates, the rate falls by itself; by default, it falls in the last fifth in any case."""
     x, y = digits().tensors
     train, val = TensorDataset(x[:1400], y[:1400]), TensorDataset(x[1400:], y[1400:])
     for name, hd in (
         ("auto", HypergradientDescent()),
-        ("auto, decline=0", HypergradientDescent(decline=0)),
+        ("auto, cooldown=0", HypergradientDescent(cooldown=0)),
         ("constant 0.5", None),
     ):
         fit(folder / name, lambda: Validated(dense(), lambda p: SGD(p, lr=0.5), 0.3), train, 800, hd, 16, val)
@@ -185,7 +185,7 @@ def schedule(folder: Path) -> None:
 def braking(folder: Path) -> None:
     """From a rate that is too high."""
     for name, hd in (
-        ("auto, from 2", HypergradientDescent(Auto(start="configured"), decline=0)),
+        ("auto, from 2", HypergradientDescent(Auto(start="configured"), cooldown=0)),
         ("constant 2", None),
     ):
         fit(folder / name, lambda: Classifier(dense(), lambda p: SGD(p, lr=2.0, momentum=0.9)), digits(), 150, hd)
@@ -221,7 +221,7 @@ PICTURES = {
     "quickstart": Picture(quickstart, width=5.5),
     "climb": Picture(climb),
     "settled": Picture(settled),
-    "decline": Picture(decline, "val_loss"),
+    "cooldown": Picture(cooldown, "val_loss"),
     "schedule": Picture(schedule),
     "braking": Picture(braking),
     "wrong": Picture(wrong),

@@ -13,6 +13,7 @@ from lightning.pytorch.cli import LightningCLI
 from sklearn.datasets import load_digits
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset, random_split
+from torchmetrics.classification import MulticlassAccuracy
 
 Loader = DataLoader[tuple[Tensor, ...]]
 
@@ -28,6 +29,7 @@ class Classifier(LightningModule):
         super().__init__()
         self.lr = lr
         self.network = nn.Sequential(nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 10))
+        self.accuracy = MulticlassAccuracy(10, average="micro")
 
     def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
         """Cross entropy."""
@@ -38,8 +40,9 @@ class Classifier(LightningModule):
         """Cross entropy and accuracy."""
         x, y = batch
         logits = self.network(x)
+        self.accuracy(logits, y)
         self.log("val_loss", nn.functional.cross_entropy(logits, y))
-        self.log("val_accuracy", (logits.argmax(1) == y).float().mean())
+        self.log("val_accuracy", self.accuracy)
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
         """Adam; any other optimizer does as well."""

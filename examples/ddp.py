@@ -20,6 +20,7 @@ from sklearn.datasets import load_digits
 from torch import Tensor, nn
 from torch.distributed.fsdp import fully_shard
 from torch.utils.data import DataLoader, TensorDataset
+from torchmetrics.classification import MulticlassAccuracy
 
 from lightning_hd import HypergradientDescent
 
@@ -31,6 +32,7 @@ class Classifier(LightningModule):
         super().__init__()
         self.sharded = sharded
         self.network = nn.Sequential(nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 10))
+        self.accuracy = MulticlassAccuracy(10, average="micro")  # over the digits of all processes
 
     def configure_model(self) -> None:
         """Shard the parameters, where that is asked for."""
@@ -38,10 +40,13 @@ class Classifier(LightningModule):
             fully_shard(self.network, mesh=self.device_mesh["data_parallel"])
 
     def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
-        """Cross entropy."""
+        """Cross entropy and accuracy."""
         x, y = batch
-        loss = nn.functional.cross_entropy(self.network(x), y)
+        logits = self.network(x)
+        loss = nn.functional.cross_entropy(logits, y)
+        self.accuracy(logits, y)
         self.log("train_loss", loss, prog_bar=True)
+        self.log("train_accuracy", self.accuracy, on_step=False, on_epoch=True)
         return loss
 
     def configure_optimizers(self) -> torch.optim.Optimizer:

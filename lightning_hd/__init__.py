@@ -1,8 +1,8 @@
 """Learning rates that tune themselves while the model trains, by hypergradient descent."""
 
-from lightning_hd.engine import HypergradientLR
+from lightning_hd.engine import HypergradientLR, Stats
 from lightning_hd.rules import Additive, Auto, Context, Multiplicative, Observation, Rule
-from lightning_hd.trainer.callback import HypergradientDescent
+from lightning_hd.trainer import HypergradientDescent
 
 __all__ = [
     "Additive",
@@ -13,5 +13,6 @@ __all__ = [
     "Multiplicative",
     "Observation",
     "Rule",
+    "Stats",
 ]
 __version__ = "0.1.0"

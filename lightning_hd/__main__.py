@@ -1,12 +1,16 @@
 """The command line: ``python -m lightning_hd plot RUN_DIR...``."""
 
 import sys
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, NoReturn
+from typing import TYPE_CHECKING, Annotated, NoReturn
 
-from lightning_hd.reporting import plotting as plot
+from lightning_hd.reporting import plotting
 from lightning_hd.reporting.runs import PlotError, load
+
+if TYPE_CHECKING:  # typer is an extra
+    import typer
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -17,17 +21,24 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """
     try:
         import matplotlib  # noqa: F401
-        import typer
+
+        app = _app()
     except ModuleNotFoundError as error:
-        _fail(f"{error.name} is missing: {plot.INSTALL}")
+        _fail(f"{error.name} is missing: {plotting.INSTALL}")
+    app(args=arguments, prog_name="python -m lightning_hd")
+
+
+def _app() -> "typer.Typer":
+    import typer
+
     app = typer.Typer(add_completion=False, no_args_is_help=True, rich_markup_mode=None, pretty_exceptions_enable=False)
 
     @app.callback()
     def lightning_hd() -> None:
         """Learning rates that tune themselves while the model trains."""
 
-    @app.command("plot")
-    def draw(
+    @app.command()
+    def plot(
         runs: Annotated[
             list[Path],
             typer.Argument(metavar="RUN_DIR", help="Folders of runs. The folders below are searched as well."),
@@ -40,24 +51,32 @@ def main(arguments: Sequence[str] | None = None) -> None:
             typer.Option(metavar="TAG", help="Tag of the loss.  [default: the training loss, if a run has logged it]"),
         ] = None,
         width: Annotated[float, typer.Option(metavar="INCHES", help="Width of the figure.", min=1.0, max=100.0)] = (
-            plot.COLUMN
+            plotting.COLUMN
         ),
     ) -> None:
         """Draw learning rates, loss and cosines of runs, from event files of TensorBoard and logs of CSVLogger.
 
         The thick lines of the cosines, and of losses with 100 points or more, are running means.
         """
-        try:
-            plot.check_file(output)
-            curves = load(runs, loss)
-            figure = plot.figure(curves, width)
-            plot.save(figure, output)
-        except (PlotError, OSError) as error:
-            _fail(str(error))
-        lines = sum(not str(line.get_label()).startswith("_") for axes in figure.axes for line in axes.lines)
-        typer.echo(f"{output}: {len(curves)} {'run' if len(curves) == 1 else 'runs'}, {lines} curves")
+        typer.echo(_draw(runs, output, loss, width))
 
-    app(args=arguments, prog_name="python -m lightning_hd")
+    return app
+
+
+def _draw(runs: Sequence[Path], output: Path, loss: str | None, width: float) -> str:
+    """Draw runs, and say what was drawn. Warnings and errors are one line each."""
+    try:
+        plotting.check_file(output)
+        with warnings.catch_warnings(record=True) as caught:
+            curves = load(runs, loss)
+        for warning in caught:
+            print(f"Warning: {warning.message}", file=sys.stderr)
+        figure = plotting.figure(curves, width)
+        plotting.save(figure, output)
+    except (PlotError, OSError) as error:
+        _fail(str(error))
+    lines = sum(not str(line.get_label()).startswith("_") for axes in figure.axes for line in axes.lines)
+    return f"{output}: {len(curves)} {'run' if len(curves) == 1 else 'runs'}, {lines} curves"
 
 
 def _fail(message: str) -> NoReturn:

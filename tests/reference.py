@@ -84,7 +84,7 @@ def norm(a: Iterable[Array]) -> float:
 
 
 def train(
-    method: str, rule: str, lr: float, beta: float, settings: dict[str, Any] | None = None
+    method: str, rule: Any, lr: float, beta: float, settings: dict[str, Any] | None = None
 ) -> tuple[list[float], list[Array]]:
     """Learning rate of every step, and the parameters after the last."""
     parameters = initial_parameters()
@@ -283,11 +283,11 @@ def train_auto(
     leaps: Mapping[int, float] | None = None,
     first_lr: float | None = None,
     report: Callable[[int, float], float] | None = None,
-    decline: float = 0.0,
+    cooldown: float = 0.0,
 ) -> tuple[list[float], list[Array], AutoRule]:
     """Learning rate of every step with the rule auto, the parameters after the last, and the rule.
 
-    ``report`` gives the loss that is reported, from the step and its loss. ``decline`` is the part of the steps over
+    ``report`` gives the loss that is reported, from the step and its loss. ``cooldown`` is the part of the steps over
     which the rates fall at the end. ``weight_decay`` is decoupled, as in AdamW. ``leaps`` are factors of the loss in
     some steps. ``first_lr`` is the configured rate, for ``start="configured"``.
     """
@@ -302,8 +302,8 @@ def train_auto(
     for t in range(1, steps + 1):
         loss, g = network_loss(parameters, *data[(t - 1) % len(data)])
         g = [(leaps or {}).get(t, 1.0) * x for x in g]
-        length = decline * steps
-        fall = 1 - np.sqrt(1 - min(1.0, (steps - t + 1) / length)) if decline else 1.0
+        length = cooldown * steps
+        fall = 1 - np.sqrt(1 - min(1.0, (steps - t + 1) / length)) if cooldown else 1.0
         window = max(1.0, min(0.05 * min(length, steps - t + 1), t / 5))
         late = [old + (new - old) / window for old, new in zip(late, moves, strict=True)]
         if t > 1:

@@ -65,7 +65,7 @@ CHARTS = {
         "hd/cosine-SGD": ["tuned", "scheduled", "groups"],
         "hd/mean_cosine-SGD": ["tuned", "scheduled", "groups"],
     },
-    "brakes": {"hd/brakes-SGD": ["tuned", "scheduled", "groups"]},
+    "backoffs": {"hd/backoffs-SGD": ["tuned", "scheduled", "groups"]},
 }
 """The tags and the runs that each chart of custom scalars shows."""
 

@@ -107,8 +107,8 @@ def scalars(path: Path, tag: str) -> dict[int, float]:
     return {event.step: event.value for event in events(path).Scalars(tag)}
 
 
-LOGGED = ("lr", "log10_lr", "scale", "log10_scale", "value", "cosine", "mean_cosine")
-"""What is in event files, brakes and schedules aside."""
+LOGGED = ("lr", "log10_lr", "scale", "log10_scale", "hypergradient", "cosine", "mean_cosine")
+"""What is in event files, backoffs and schedules aside."""
 
 
 def tags(path: Path) -> set[str]:
@@ -141,12 +141,12 @@ class AfterOneEpoch(Callback):
 
 @pytest.mark.parametrize("rule", ["additive", "multiplicative"])
 @pytest.mark.parametrize("method", PAPER)
-def test_trajectory_is_the_papers(method: str, rule: str, tmp_path: Path) -> None:
+def test_trajectory_is_the_papers(method: str, rule: Any, tmp_path: Path) -> None:
     cls, settings, beta = PAPER[method]
     beta = beta if rule == "additive" else 0.02
     lrs, parameters = reference.train(method, rule, 0.01, beta, settings)
     module = Reference(lambda network: cls(network.parameters(), lr=0.01, **settings))  # type: ignore[arg-type]
-    hd = HypergradientDescent(rule, beta, min_lr=None)
+    hd = HypergradientDescent(rule, hypergrad_lr=beta, min_lr=None)
     make_trainer(tmp_path, hd, precision="64-true").fit(module)
     np.testing.assert_allclose(hd.lrs[f"lr-{cls.__name__}"], lrs, rtol=1e-10)
     for p, expected in zip(module.parameters(), parameters, strict=True):
@@ -176,7 +176,7 @@ def test_without_hypergrad_lr_training_is_the_same_bit_for_bit(tmp_path: Path, a
     ],
 )
 def test_a_rate_that_is_far_too_small_is_repaired(
-    tmp_path: Path, rule: str, optimizer: Any, settings: dict[str, Any]
+    tmp_path: Path, rule: Any, optimizer: Any, settings: dict[str, Any]
 ) -> None:
     ends = []
     for callbacks in ([], [HypergradientDescent(rule)]):
@@ -203,7 +203,7 @@ def test_tags_steps_and_values_in_the_event_file(tmp_path: Path) -> None:
     assert scalars(tmp_path, "hd/lr-SGD") == pytest.approx(dict(enumerate(history)), rel=1e-6)  # of every step
     logarithms = dict(enumerate(map(math.log10, history)))
     assert scalars(tmp_path, "hd/log10_lr-SGD") == pytest.approx(logarithms, rel=1e-6)
-    values = scalars(tmp_path, "hd/value-SGD")
+    values = scalars(tmp_path, "hd/hypergradient-SGD")
     cosines = scalars(tmp_path, "hd/cosine-SGD")
     running = scalars(tmp_path, "hd/mean_cosine-SGD")
     for step, scale in scales.items():
@@ -219,7 +219,7 @@ def test_means_are_as_exact_in_any_precision(tmp_path: Path) -> None:
         def training_step(self, batch: Any, batch_idx: int) -> None:
             super().training_step([x.bfloat16() for x in batch], batch_idx)
 
-    hd = HypergradientDescent("additive", 0)
+    hd = HypergradientDescent("additive", hypergrad_lr=0)
     seen: list[float] = []
 
     class Observe(Callback):
@@ -230,7 +230,7 @@ def test_means_are_as_exact_in_any_precision(tmp_path: Path) -> None:
     trainer = make_trainer(tmp_path, hd, Observe(), logger=logger, log_every_n_steps=200, precision="bf16-true")
     trainer.fit(Half())
     assert len(seen) == 199
-    assert scalars(tmp_path, "hd/value-Adam") == {199: pytest.approx(np.mean(seen), rel=1e-6)}
+    assert scalars(tmp_path, "hd/hypergradient-Adam") == {199: pytest.approx(np.mean(seen), rel=1e-6)}
 
 
 @pytest.mark.parametrize(("every", "steps"), [(50, range(49, 200, 50)), (0, []), (None, range(9, 200, 10))])
@@ -323,8 +323,8 @@ def test_numbers_that_are_not_finite_are_not_averaged(tmp_path: Path) -> None:
     hd = HypergradientDescent(rule="additive")
     with pytest.warns(RuntimeWarning, match="not a finite number"):
         make_trainer(tmp_path, hd, logger=TensorBoardLogger(tmp_path), log_every_n_steps=5).fit(Spoiled())
-    assert hd.engines[0].nonfinite_steps == 2  # the gradient, and the direction that it became
-    for what in ("lr", "value", "cosine"):
+    assert hd.engines[0].stats.nonfinite_steps == 2  # the gradient, and the direction that it became
+    for what in ("lr", "hypergradient", "cosine"):
         values = scalars(tmp_path, f"hd/{what}-SGD")
         assert len(values) == (200 if what == "lr" else 40)
         assert all(map(math.isfinite, values.values()))
@@ -357,7 +357,7 @@ class Alternating(LightningModule):
 
 
 def test_several_optimizers_in_manual_optimization(tmp_path: Path) -> None:
-    hd = HypergradientDescent("multiplicative", 0.02)
+    hd = HypergradientDescent("multiplicative", hypergrad_lr=0.02)
     module = Alternating()
     trainer = make_trainer(tmp_path, hd, logger=TensorBoardLogger(tmp_path), log_every_n_steps=10)
     trainer.fit(module)
@@ -421,14 +421,14 @@ def test_the_optimizer_is_released(tmp_path: Path, error: BaseException | None) 
 @pytest.mark.parametrize(
     ("method", "rule"), [*((method, "additive") for method in PAPER), ("sgdn", "auto"), ("adam", "auto")]
 )
-def test_resuming_is_exact(tmp_path: Path, method: str, rule: str, when: str) -> None:
+def test_resuming_is_exact(tmp_path: Path, method: str, rule: Any, when: str) -> None:
     cls, settings, beta = PAPER[method]
 
     def module() -> Reference:
         return Reference(lambda network: cls(network.parameters(), lr=0.01, **settings))  # type: ignore[arg-type]
 
     def callback() -> HypergradientDescent:
-        return HypergradientDescent(rule, beta if rule == "additive" else None)
+        return HypergradientDescent(rule, hypergrad_lr=beta if rule == "additive" else None)
 
     whole, hd = module(), callback()
     make_trainer(tmp_path, hd, max_epochs=2, limit_train_batches=50).fit(whole)
@@ -582,12 +582,17 @@ def test_the_callback_can_be_copied_and_pickled(tmp_path: Path) -> None:
         ({"scheduled": "yes"}, TypeError, "scheduled must be True or False"),
         ({"prog_bar": 1}, TypeError, "prog_bar must be True or False"),
         ({"on_mismatch": "ignore"}, ValueError, "on_mismatch must be 'error' or 'restart'"),
-        ({"max_lr": -0.1}, ValueError, "max_lr must be at least 0, got -0.1"),
+        ({"prog_bar": None}, TypeError, "prog_bar must be True or False, got None"),
+        ({"summary": None}, TypeError, "summary must be True or False, got None"),
+        ({"max_lr": -0.1}, ValueError, "max_lr must be above 0, got -0.1"),
+        ({"max_lr": 0}, ValueError, r"max_lr must be above 0, got 0 \(or pass min_lr=None"),
+        ({"rule": SGD(nn.Linear(1, 1).parameters(), lr=0.1)}, TypeError, r"optimizer SGD.* HypergradientLR\(optimizer"),
     ],
 )
 def test_a_bad_argument_is_named(arguments: dict[str, Any], error: type[Exception], words: str) -> None:
     with pytest.raises(error, match=words):
         HypergradientDescent(**{"rule": "additive", **arguments})
+    HypergradientDescent(min_lr=None, max_lr=0)  # rates below 0, as in the paper
 
 
 def test_what_cannot_be_tuned_is_refused_before_the_first_step(tmp_path: Path) -> None:

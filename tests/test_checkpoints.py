@@ -59,7 +59,7 @@ class Training:
     """Two batches to a step; under 16-mixed, one step finds an inf and is skipped."""
 
     family: str
-    rule: str | None
+    rule: Any | None
     scope: Any
     precision: str
     rates: list[list[float]] = field(default_factory=list)
@@ -69,7 +69,9 @@ class Training:
         p = list(self.network.parameters())
         self.optimizer = FAMILIES[self.family]([{"params": p[:2], "lr": 0.01}, {"params": p[2:], "lr": 0.02}], lr=1.0)
         self.scaler = torch.amp.GradScaler("cpu", enabled=self.precision == "16-mixed", init_scale=2.0**10)
-        self.hd = HypergradientLR(self.optimizer, self.rule or "auto", RULES[self.rule or "auto"], self.scope)
+        self.hd = HypergradientLR(
+            self.optimizer, self.rule or "auto", hypergrad_lr=RULES[self.rule or "auto"], scope=self.scope
+        )
         if self.rule is None:
             self.hd.detach()
 
@@ -195,9 +197,9 @@ class Stop(Callback):
     ("family", "rule", "precision", "stop"),
     pairwise(["SGD", "AdamW", "RMSprop"], RULES, ["32-true", "64-true", "bf16-true", "16-true", "bf16-mixed"], [6, 7]),
 )
-def test_a_trainer_resumes_exactly(family: str, rule: str, precision: Any, stop: int, tmp_path: Path) -> None:
+def test_a_trainer_resumes_exactly(family: str, rule: Any, precision: Any, stop: int, tmp_path: Path) -> None:
     def fit(*callbacks: Callback, ckpt_path: Path | None = None) -> tuple[Accumulating, Trainer, list[float]]:
-        module, hd = Accumulating(family, precision), HypergradientDescent(rule, RULES[rule])
+        module, hd = Accumulating(family, precision), HypergradientDescent(rule, hypergrad_lr=RULES[rule])
         trainer = make_trainer(tmp_path, hd, *callbacks, precision=precision, accumulate_grad_batches=2)
         trainer.fit(module, ckpt_path=ckpt_path)
         (lrs,) = hd.lrs.values()
@@ -234,7 +236,7 @@ def test_a_damaged_state_is_named() -> None:
 # ---------------------------------------------------------------------- tensors without their numbers, and otherwise
 
 
-def halves(change: Callable[[dict[str, Any]], Any], rule: str = "multiplicative") -> tuple[Training, Training]:
+def halves(change: Callable[[dict[str, Any]], Any], rule: Any = "multiplicative") -> tuple[Training, Training]:
     """A training of twelve batches, and another one that loads what ``change`` leaves of its state."""
     first, second = (Training("RMSprop", rule, "global", "32-true") for _ in range(2))
     first.run(range(12))
@@ -286,7 +288,7 @@ def lose_moves(state: dict[str, Any]) -> None:
     ],
 )
 def test_what_is_lost_is_told_and_known_again_after_a_step(
-    lose: Callable[[dict[str, Any]], Any], rule: str, words: str
+    lose: Callable[[dict[str, Any]], Any], rule: Any, words: str
 ) -> None:
     first, second = halves(lose, rule)
     with pytest.warns(RuntimeWarning, match=words):

@@ -46,9 +46,9 @@ class Quiet(Reference):
         return reference.torch_loss(self.network, *batch)
 
 
-def fit(path: Path, cls: Any, rule: str, compiled: Callable[[Quiet], Any]) -> tuple[list[float], Quiet]:
+def fit(path: Path, cls: Any, rule: Any, compiled: Callable[[Quiet], Any]) -> tuple[list[float], Quiet]:
     module = Quiet(lambda network: cls(network.parameters(), lr=0.01))
-    hd = HypergradientDescent(rule, BETAS[rule])
+    hd = HypergradientDescent(rule, hypergrad_lr=BETAS[rule])
     make_trainer(path, hd, limit_train_batches=STEPS).fit(compiled(module))
     assert hd.engines[0].step_count == STEPS
     (lrs,) = hd.lrs.values()
@@ -108,9 +108,9 @@ def train(network: nn.Module, hd: HypergradientLR, step: Callable[[], Any], warm
     return lrs
 
 
-def tuned(cls: Any, settings: dict[str, Any], rule: str, lr: Any) -> tuple[nn.Module, HypergradientLR]:
+def tuned(cls: Any, settings: dict[str, Any], rule: Any, lr: Any) -> tuple[nn.Module, HypergradientLR]:
     network = reference.torch_network()
-    return network, HypergradientLR(cls(network.parameters(), lr=lr, **settings), rule, BETAS[rule])
+    return network, HypergradientLR(cls(network.parameters(), lr=lr, **settings), rule, hypergrad_lr=BETAS[rule])
 
 
 @pytest.mark.parametrize(
@@ -121,11 +121,11 @@ def test_a_compiled_step_makes_the_same_rates_and_is_compiled_once(
     family: tuple[Any, dict[str, Any]], rule: str, way: tuple[str, str]
 ) -> None:
     network, hd = tuned(*family, rule, torch.tensor(0.01))
-    expected = train(network, hd, hd.optimizer.step, STEPS)
+    expected = train(network, hd, hd._optimizer.step, STEPS)
 
     lr = torch.tensor(0.01)
     other, hd = tuned(*family, rule, lr)
-    optimizer = hd.optimizer
+    optimizer = hd._optimizer
     what, backend = way
     step = optimizer.step if what == "the step" else lambda: optimizer.step()
     lrs = train(other, hd, torch.compile(step, backend=backend), WARM)
@@ -139,10 +139,10 @@ def test_a_compiled_step_makes_the_same_rates_and_is_compiled_once(
 
 
 @pytest.mark.parametrize("rule", BETAS)
-def test_a_compiled_step_under_a_rate_that_is_a_number(rule: str) -> None:
+def test_a_compiled_step_under_a_rate_that_is_a_number(rule: Any) -> None:
     network, hd = tuned(Adam, {}, rule, 0.01)
-    expected = train(network, hd, hd.optimizer.step, STEPS)
+    expected = train(network, hd, hd._optimizer.step, STEPS)
     other, hd = tuned(Adam, {}, rule, 0.01)
-    lrs = train(other, hd, torch.compile(hd.optimizer.step, backend="eager"), WARM)
+    lrs = train(other, hd, torch.compile(hd._optimizer.step, backend="eager"), WARM)
     np.testing.assert_allclose(lrs, expected, rtol=1e-9)
-    assert isinstance(hd.optimizer.param_groups[0]["lr"], float)
+    assert isinstance(hd._optimizer.param_groups[0]["lr"], float)

@@ -48,7 +48,7 @@ def waits(step: Any) -> int:
 @pytest.mark.parametrize(("cls", "settings"), FAMILIES)
 @pytest.mark.parametrize("rule", RULES)
 @pytest.mark.parametrize("tensor_lr", [False, True], ids=["number", "tensor"])
-def test_the_host_waits_once_per_step(cls: Any, settings: dict[str, Any], rule: str, tensor_lr: bool) -> None:
+def test_the_host_waits_once_per_step(cls: Any, settings: dict[str, Any], rule: Any, tensor_lr: bool) -> None:
     if tensor_lr and not (settings.get("fused") or settings.get("capturable")):
         pytest.skip("the optimizer itself reads a tensor rate on the host")
     counts = []
@@ -69,7 +69,7 @@ def test_the_host_waits_once_per_step(cls: Any, settings: dict[str, Any], rule: 
 @pytest.mark.parametrize(("cls", "settings"), FAMILIES)
 @pytest.mark.parametrize("rule", RULES)
 @pytest.mark.parametrize("probe", ["default", 200])
-def test_a_gpu_tunes_as_the_cpu_does(cls: Any, settings: dict[str, Any], rule: str, probe: Any) -> None:
+def test_a_gpu_tunes_as_the_cpu_does(cls: Any, settings: dict[str, Any], rule: Any, probe: Any) -> None:
     x, y = torch.randn(64, 20).double(), torch.randint(3, (64,))
     rates = []
     for device in ("cpu", "cuda"):
@@ -105,7 +105,7 @@ class Module(LightningModule):
 @pytest.mark.parametrize("precision", ["32-true", "16-mixed", "bf16-mixed"])
 @pytest.mark.parametrize("settings", [{}, {"fused": True}], ids=["foreach", "fused"])
 @pytest.mark.parametrize("rule", ["multiplicative", "auto"])
-def test_a_trainer_on_a_gpu(precision: Any, settings: dict[str, Any], rule: str, tmp_path: Any) -> None:
+def test_a_trainer_on_a_gpu(precision: Any, settings: dict[str, Any], rule: Any, tmp_path: Any) -> None:
     torch.manual_seed(1)
     x = torch.randn(512, 20)
     data = DataLoader(TensorDataset(x, (x.sum(1) > 0).long()), batch_size=32)

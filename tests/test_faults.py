@@ -83,7 +83,7 @@ def is_released(optimizer: Optimizer) -> bool:
 @pytest.mark.parametrize("rule", RULES)
 @pytest.mark.parametrize(("cls", "settings"), [FAMILIES[1], FAMILIES[4]])
 def test_a_bad_gradient_and_a_return_to_before_it_cost_one_step(
-    cls: Any, settings: dict[str, Any], rule: str, bad: float, tmp_path: Path
+    cls: Any, settings: dict[str, Any], rule: Any, bad: float, tmp_path: Path
 ) -> None:
     class Spoiled(Network):
         def on_before_optimizer_step(self, optimizer: Optimizer) -> None:
@@ -104,25 +104,25 @@ def test_a_bad_gradient_and_a_return_to_before_it_cost_one_step(
     assert lrs[8] == lrs[7]
     assert len(set(lrs)) == 19
     assert all(map(math.isfinite, lrs))
-    assert hd.engines[0].nonfinite_steps == 1
+    assert hd.engines[0].stats.nonfinite_steps == 1
     assert all(p.isfinite().all() for p in module.parameters())
 
 
 @pytest.mark.parametrize("rule", RULES)
-def test_a_loss_of_inf_from_the_start_leaves_the_configured_rate(rule: str, tmp_path: Path) -> None:
-    hd, module = HypergradientDescent(rule, decline=0), Network(factor=lambda _: math.inf)
+def test_a_loss_of_inf_from_the_start_leaves_the_configured_rate(rule: Any, tmp_path: Path) -> None:
+    hd, module = HypergradientDescent(rule, cooldown=0), Network(factor=lambda _: math.inf)
     before = copy.deepcopy(module)
     step = 1 if rule == "auto" else 2
     with pytest.warns(RuntimeWarning, match=f"step {step}: .* is not a finite number"):
         fit(tmp_path, module, hd)
     assert set(rates(hd)) == {0.01}
-    assert hd.engines[0].nonfinite_steps == 21 - step
+    assert hd.engines[0].stats.nonfinite_steps == 21 - step
     assert same(module, before) == (rule == "auto"), "auto takes no first step that is not finite"
 
 
 @pytest.mark.parametrize("rule", RULES)
 @pytest.mark.parametrize(("cls", "settings"), FAMILIES)
-def test_gradients_of_zero_teach_nothing(cls: Any, settings: dict[str, Any], rule: str, tmp_path: Path) -> None:
+def test_gradients_of_zero_teach_nothing(cls: Any, settings: dict[str, Any], rule: Any, tmp_path: Path) -> None:
     hd, module = HypergradientDescent(rule), Network(cls, factor=lambda i: float(i >= 10), **settings)
     before = copy.deepcopy(module)
     unmoved: list[bool] = []
@@ -131,16 +131,16 @@ def test_gradients_of_zero_teach_nothing(cls: Any, settings: dict[str, Any], rul
     assert set(rates(hd)[:10]) == {0.01}
     assert len(set(rates(hd)[10:])) >= 9, "it goes on once there is a slope"
     assert not same(module, before)
-    assert hd.engines[0].nonfinite_steps == 0
+    assert hd.engines[0].stats.nonfinite_steps == 0
 
 
 @pytest.mark.filterwarnings("error::RuntimeWarning")
 @pytest.mark.parametrize("rule", ["multiplicative", "auto"])
 @pytest.mark.parametrize("scale", [1e-40, 1e-30, 1e30])
-def test_a_loss_of_any_scale_has_a_finite_hypergradient(scale: float, rule: str, tmp_path: Path) -> None:
+def test_a_loss_of_any_scale_has_a_finite_hypergradient(scale: float, rule: Any, tmp_path: Path) -> None:
     hd, module = HypergradientDescent(rule), Network(lr=1e-4 / scale, factor=lambda _: scale)
     fit(tmp_path, module.float(), hd)
-    assert hd.engines[0].nonfinite_steps == 0
+    assert hd.engines[0].stats.nonfinite_steps == 0
     assert all(map(math.isfinite, rates(hd)))
 
 
@@ -149,12 +149,12 @@ def test_a_loss_of_any_scale_has_a_finite_hypergradient(scale: float, rule: str,
 def test_a_layer_that_is_frozen_for_a_while(cls: Any, settings: dict[str, Any], frozen: range, tmp_path: Path) -> None:
     freeze = Before(range(20), lambda m: m.network[0].requires_grad_(m.global_step not in frozen))
     plain, standing, learning = (Network(cls, **settings) for _ in range(3))
-    rest, hd = HypergradientDescent("additive", 0), HypergradientDescent()
+    rest, hd = HypergradientDescent("additive", hypergrad_lr=0), HypergradientDescent()
     for module, callbacks in ((plain, []), (standing, [rest]), (learning, [hd])):
         fit(tmp_path, module, *callbacks, freeze)
     assert same(plain, standing)
     assert len(set(rates(hd))) == len(rates(hd)) == 20
-    assert hd.engines[0].nonfinite_steps == 0
+    assert hd.engines[0].stats.nonfinite_steps == 0
 
 
 @pytest.mark.parametrize("how", ["module", "function"])
@@ -181,7 +181,7 @@ def test_sparse_gradients_are_refused_before_the_first_step(how: str, tmp_path: 
 
 @pytest.mark.parametrize("rule", RULES)
 @pytest.mark.parametrize(("cls", "settings"), FAMILIES)
-def test_a_single_number_is_learned_from_zero(cls: Any, settings: dict[str, Any], rule: str, tmp_path: Path) -> None:
+def test_a_single_number_is_learned_from_zero(cls: Any, settings: dict[str, Any], rule: Any, tmp_path: Path) -> None:
     class Number(Reference):
         def __init__(self) -> None:
             super().__init__(lambda _: cls([self.number], lr=0.01, **settings))
@@ -194,13 +194,13 @@ def test_a_single_number_is_learned_from_zero(cls: Any, settings: dict[str, Any]
     module, hd = Number(), HypergradientDescent(rule)
     fit(tmp_path, module, hd)
     assert len(set(rates(hd))) == 20
-    assert hd.engines[0].nonfinite_steps == 0
+    assert hd.engines[0].stats.nonfinite_steps == 0
     assert 0 < module.number.item() < 6
 
 
 @pytest.mark.parametrize("rule", RULES)
 @pytest.mark.parametrize("scope", ["global", "group"])
-def test_a_group_without_parameters_does_no_harm(scope: Any, rule: str, tmp_path: Path) -> None:
+def test_a_group_without_parameters_does_no_harm(scope: Any, rule: Any, tmp_path: Path) -> None:
     hd, alone = HypergradientDescent(rule, scope=scope), HypergradientDescent(rule)
     module, plain = (Network() for _ in range(2))
     groups: Any = [{"params": []}, {"params": module.network.parameters()}]
@@ -223,13 +223,13 @@ def test_an_optimizer_without_parameters_does_nothing(tmp_path: Path) -> None:
 @pytest.mark.parametrize("rule", ["multiplicative", "auto"])
 @pytest.mark.parametrize(("cls", "settings"), FAMILIES[:4])  # torch's Adam does not allow it
 def test_parameters_that_change_their_dtype_in_mid_training(
-    cls: Any, settings: dict[str, Any], rule: str, tmp_path: Path
+    cls: Any, settings: dict[str, Any], rule: Any, tmp_path: Path
 ) -> None:
     runs = []
     for dtype in (torch.float32, torch.float64):
         module, hd = Network(cls, **settings), HypergradientDescent(rule)
         fit(tmp_path, module.to(dtype), hd, Before(range(7, 8), lambda m: m.network.double()))
-        assert hd.engines[0].nonfinite_steps == 0
+        assert hd.engines[0].stats.nonfinite_steps == 0
         runs.append(rates(hd))
     assert runs[0] == pytest.approx(runs[1], rel=1e-3)
     assert runs[0] != runs[1]
@@ -244,7 +244,7 @@ def test_parameters_that_change_their_dtype_between_two_fits(same_optimizer: boo
     for dtype in (torch.float32, torch.float64, torch.bfloat16):
         fit(tmp_path, module.to(dtype), hd)
         assert len(set(rates(hd))) == 20
-        assert hd.engines[0].nonfinite_steps == 0
+        assert hd.engines[0].stats.nonfinite_steps == 0
 
 
 # ---------------------------------------------------------------------- learning rates
@@ -275,12 +275,12 @@ def test_a_rate_that_is_no_rate_is_named(when: str, lr: Any, error: type[Excepti
     hd = HypergradientDescent()
     with pytest.raises(error, match=r"lr of SGD param_groups\[0\] must be .*, got"):
         fit(tmp_path, Reference(configure), hd, *([Before(range(5, 6), write)] if when == "written" else []))
-    assert not any(engine.attached for engine in hd.engines)
+    assert not hd._attachment.active
 
 
 @pytest.mark.parametrize("rule", RULES)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_a_tensor_rate_stays_the_tensor_that_it_is(dtype: torch.dtype, rule: str, tmp_path: Path) -> None:
+def test_a_tensor_rate_stays_the_tensor_that_it_is(dtype: torch.dtype, rule: Any, tmp_path: Path) -> None:
     lr = torch.tensor(0.01, dtype=dtype)
     tensor, number = HypergradientDescent(rule), HypergradientDescent(rule)
     trainer = fit(tmp_path, Network(Adam, lr), tensor)
@@ -291,7 +291,7 @@ def test_a_tensor_rate_stays_the_tensor_that_it_is(dtype: torch.dtype, rule: str
 
 
 @pytest.mark.parametrize("rule", RULES)
-def test_two_optimizers_that_share_a_tensor_are_refused(rule: str, tmp_path: Path) -> None:
+def test_two_optimizers_that_share_a_tensor_are_refused(rule: Any, tmp_path: Path) -> None:
     lr = torch.tensor(0.01)
 
     class Shared(Manual):

@@ -68,7 +68,7 @@ def quadratic_rates(report: Callable[[int, float], float]) -> list[float]:
         loss = 0.5 * (curvature * w.detach().square()).sum().item()
         w.grad = curvature * w.detach() + 0.1 * curvature.sqrt() * torch.randn(50, generator=generator)
         hd.observe(report(t, loss))
-        hd.optimizer.step()
+        hd._optimizer.step()
         lrs += hd.lrs
     return lrs
 
@@ -89,10 +89,10 @@ def test_the_rate_comes_back_where_the_labels_change() -> None:
     names, losses = torch.randperm(10, generator=generator), []
     for t in range(1200):
         batch = torch.randint(0, len(x), (32,), generator=generator)
-        hd.optimizer.zero_grad()
+        hd._optimizer.zero_grad()
         loss = nn.functional.cross_entropy(network(x[batch]), names[y[batch]] if t >= 600 else y[batch])
         loss.backward()  # type: ignore[no-untyped-call]
         hd.observe(loss)
-        hd.optimizer.step()
+        hd._optimizer.step()
         losses.append(loss.item())
     assert np.mean(losses[-100:]) < 0.1

@@ -87,13 +87,13 @@ def observed(hd: HypergradientLR, scope: int = 0) -> Observation:
 @pytest.mark.parametrize("with_closure", [False, True])
 @pytest.mark.parametrize("rule", ["additive", "multiplicative"])
 @pytest.mark.parametrize("method", PAPER)
-def test_trajectory_is_the_papers(method: str, rule: str, with_closure: bool) -> None:
+def test_trajectory_is_the_papers(method: str, rule: Any, with_closure: bool) -> None:
     cls, settings, beta = PAPER[method]
     beta = beta if rule == "additive" else 0.02
     lrs, parameters = reference.train(method, rule, 0.01, beta, settings)
     network = reference.torch_network()
     optimizer = cls(network.parameters(), lr=0.01, **settings)  # type: ignore[arg-type]
-    hd = HypergradientLR(optimizer, rule, beta, min_lr=None)
+    hd = HypergradientLR(optimizer, rule, hypergrad_lr=beta, min_lr=None)
     mine = []
     for x, y in reference.torch_batches():
 
@@ -159,12 +159,12 @@ def test_transition_ends_at_the_limit_and_leaves_alpha_alone() -> None:
     ("cls", "settings"),
     [(SGD, {}), (SGD, {"momentum": 0.9}), (SGD, {"momentum": 0.9, "nesterov": True}), (Adam, {}), (AdamW, {})],
 )
-def test_foreach_fused_and_single_tensor_agree(cls: Any, settings: dict[str, Any], rule: str) -> None:
+def test_foreach_fused_and_single_tensor_agree(cls: Any, settings: dict[str, Any], rule: Any) -> None:
     ends = []
     for variant in ({"foreach": False}, {"foreach": True}, {"fused": True}):
         network = reference.torch_network()
         optimizer = cls(network.parameters(), lr=0.01, **settings, **variant)
-        hd = HypergradientLR(optimizer, rule, BETAS[rule])
+        hd = HypergradientLR(optimizer, rule, hypergrad_lr=BETAS[rule])
         ends.append(np.array(trajectory(network, optimizer, hd, range(50))))
     np.testing.assert_allclose(ends[1], ends[0], rtol=1e-10)
     np.testing.assert_allclose(ends[2], ends[0], rtol=1e-10)
@@ -173,14 +173,14 @@ def test_foreach_fused_and_single_tensor_agree(cls: Any, settings: dict[str, Any
 @pytest.mark.parametrize(("cls", "settings"), FAMILIES)
 @pytest.mark.parametrize("lr", [0.01, 0.0])
 @pytest.mark.parametrize("rule", ["additive", "auto"])
-def test_one_group_or_three_make_the_same_trajectory(cls: Any, settings: dict[str, Any], lr: float, rule: str) -> None:
+def test_one_group_or_three_make_the_same_trajectory(cls: Any, settings: dict[str, Any], lr: float, rule: Any) -> None:
     runs = []
     for split in (False, True):
         network = reference.torch_network()
         p = list(network.parameters())
         groups = [{"params": p[:1]}, {"params": p[1:3]}, {"params": p[3:]}] if split else p
         optimizer = cls(groups, lr=lr, **settings)
-        hd = HypergradientLR(optimizer, rule, 1e-4 if rule == "additive" else None)
+        hd = HypergradientLR(optimizer, rule, hypergrad_lr=1e-4 if rule == "additive" else None)
         runs.append((trajectory(network, optimizer, hd, range(30)), network))
     assert [lrs[0] for lrs in runs[0][0]] == [lrs[0] for lrs in runs[1][0]]
     assert all(len(set(lrs)) == 1 for lrs in runs[1][0])
@@ -213,7 +213,7 @@ def test_a_complex_parameter_is_two_real_ones(cls: Any, settings: dict[str, Any]
     for make in (torch.view_as_complex, lambda x: x):
         p = nn.Parameter(make(start.clone()))
         optimizer = cls([p], lr=0.01, **settings)
-        hd = HypergradientLR(optimizer, "multiplicative", 0.05)
+        hd = HypergradientLR(optimizer, "multiplicative", hypergrad_lr=0.05)
         lrs = []
         for _ in range(20):
             optimizer.zero_grad()
@@ -264,7 +264,7 @@ def test_a_parameter_without_a_gradient_contributes_nothing(cls: Any, settings: 
 def test_a_step_with_rates_and_gradients_of_0_counts_where_the_optimizer_has_a_state(momentum: float) -> None:
     w = nn.Parameter(torch.zeros(()))
     optimizer = SGD([w], lr=0.0, momentum=momentum)
-    hd = HypergradientLR(optimizer, "additive", 1e-3, min_lr=None)
+    hd = HypergradientLR(optimizer, "additive", hypergrad_lr=1e-3, min_lr=None)
     counts = []
     for gradient in (0.0, 1.0, 0.0, 1.0):
         w.grad = torch.full((), gradient)
@@ -290,7 +290,7 @@ def test_a_step_without_any_gradient_changes_nothing() -> None:
 @pytest.mark.parametrize("rule", ["multiplicative", "auto"])
 @pytest.mark.parametrize(("cls", "settings"), [(SGD, {}), (SGD, {"momentum": 0.9, "nesterov": True}), (Adam, {})])
 def test_a_grad_scaler_changes_nothing_and_its_skipped_steps_count_for_nothing(
-    cls: Any, settings: dict[str, Any], rule: str, fused: bool
+    cls: Any, settings: dict[str, Any], rule: Any, fused: bool
 ) -> None:
     # torch's fused SGD (2.13) leaves its momentum buffer uninitialized where its very first step is skipped
     skipped = (10,) if fused and "momentum" in settings else (0, 10)
@@ -298,7 +298,7 @@ def test_a_grad_scaler_changes_nothing_and_its_skipped_steps_count_for_nothing(
     def train(scaled: bool) -> tuple[list[float], nn.Module]:
         network = reference.torch_network().float()
         optimizer = cls(network.parameters(), lr=0.01, fused=fused, **settings)
-        hd = HypergradientLR(optimizer, rule, BETAS[rule])
+        hd = HypergradientLR(optimizer, rule, hypergrad_lr=BETAS[rule])
         scaler = torch.amp.GradScaler("cpu", enabled=scaled, init_scale=1024.0, growth_interval=7)
         lrs = []
         for step, (x, y) in enumerate(reference.torch_batches()[:20]):
@@ -313,7 +313,7 @@ def test_a_grad_scaler_changes_nothing_and_its_skipped_steps_count_for_nothing(
                 if spoiled:
                     assert (hd.lrs, hd.step_count) == before
             lrs += hd.lrs
-        assert hd.nonfinite_steps == 0
+        assert hd.stats.nonfinite_steps == 0
         return lrs, network
 
     plain, network = train(False)
@@ -326,10 +326,10 @@ def test_a_grad_scaler_changes_nothing_and_its_skipped_steps_count_for_nothing(
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
 @pytest.mark.parametrize("rule", ["additive", "multiplicative", "auto"])
 @pytest.mark.parametrize("cls", [SGD, Adam, RMSprop])
-def test_a_number_that_is_not_finite_leaves_the_rate_and_is_reported_once(cls: Any, rule: str, bad: float) -> None:
+def test_a_number_that_is_not_finite_leaves_the_rate_and_is_reported_once(cls: Any, rule: Any, bad: float) -> None:
     p = nn.Parameter(torch.ones(4))
     optimizer = cls([p], lr=0.01)
-    hd = HypergradientLR(optimizer, rule, None if rule == "auto" else 1e-3)
+    hd = HypergradientLR(optimizer, rule, hypergrad_lr=None if rule == "auto" else 1e-3)
     for _ in range(3):
         p.grad = p.detach() + 1
         optimizer.step()
@@ -342,7 +342,7 @@ def test_a_number_that_is_not_finite_leaves_the_rate_and_is_reported_once(cls: A
             assert hd.lrs == before
     assert [w.category for w in caught] == [RuntimeWarning]
     assert "not a finite number" in str(caught[0].message)
-    assert hd.nonfinite_steps == 3
+    assert hd.stats.nonfinite_steps == 3
 
 
 def test_a_rate_that_would_overflow_stays() -> None:
@@ -355,7 +355,7 @@ def test_a_rate_that_would_overflow_stays() -> None:
             warnings.simplefilter("ignore")
             optimizer.step()
     assert hd.lrs == [1.0]
-    assert hd.nonfinite_steps == 1
+    assert hd.stats.nonfinite_steps == 1
 
 
 def test_a_step_that_is_not_finite_is_counted_once_for_all_scopes() -> None:
@@ -369,7 +369,7 @@ def test_a_step_that_is_not_finite_is_counted_once_for_all_scopes() -> None:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             optimizer.step()
-    assert hd.nonfinite_steps == 2, "the gradient, and the direction that it became"
+    assert hd.stats.nonfinite_steps == 2, "the gradient, and the direction that it became"
 
 
 def failing(*_: Any, **__: Any) -> float:
@@ -424,7 +424,7 @@ def test_a_step_that_raises_leaves_the_rate(cls: Any, scheduled: bool, monkeypat
     optimizer = cls(network.parameters(), lr=0.01)
     if scheduled:
         lr_scheduler.LambdaLR(optimizer, lambda _: 0.5)
-    hd = HypergradientLR(optimizer, "multiplicative", 0.1)
+    hd = HypergradientLR(optimizer, "multiplicative", hypergrad_lr=0.1)
     run(network, optimizer, range(5))
     before = hd.lrs, hd.step_count
     written = optimizer.param_groups[0]["lr"]
@@ -495,7 +495,7 @@ def test_a_subclass_that_calls_its_parents_step_is_tuned_once() -> None:
     Adam([nn.Parameter(torch.ones(1))])  # its class is hooked as well from now on
     network = reference.torch_network()
     optimizer = CautiousAdam(network.parameters(), lr=0.01)
-    hd = HypergradientLR(optimizer, "multiplicative", 0.02)
+    hd = HypergradientLR(optimizer, "multiplicative", hypergrad_lr=0.02)
     run(network, optimizer, range(10))
     assert hd.step_count == 10
 
@@ -512,7 +512,7 @@ def test_a_closure_that_is_evaluated_twice_is_tuned_once() -> None:
 
     p = nn.Parameter(torch.ones(2))
     optimizer = Twice([p], lr=0.1)
-    hd = HypergradientLR(optimizer, "multiplicative", 0.1)
+    hd = HypergradientLR(optimizer, "multiplicative", hypergrad_lr=0.1)
 
     def closure() -> Tensor:
         optimizer.zero_grad()
@@ -570,7 +570,7 @@ def test_detach_leaves_no_trace(cls: Any, settings: dict[str, Any], scheduled: b
     ],
 )
 @pytest.mark.parametrize("rule", ["additive", "multiplicative", "auto"])
-def test_parameter_sized_copies(cls: Any, settings: dict[str, Any], copies: int, rule: str) -> None:
+def test_parameter_sized_copies(cls: Any, settings: dict[str, Any], copies: int, rule: Any) -> None:
     network = reference.torch_network()
     optimizer = cls(network.parameters(), lr=0.01, **settings)
     HypergradientLR(optimizer, rule)
@@ -639,7 +639,7 @@ def check_resuming(
 @pytest.mark.parametrize("scope", ["global", "group"])
 @pytest.mark.parametrize("rule", ["additive", "multiplicative", "long horizon", "auto", "auto, configured"])
 @pytest.mark.parametrize(("cls", "settings"), FAMILIES)
-def test_resuming_is_exact(cls: Any, settings: dict[str, Any], rule: str, scope: Any, engine_first: bool) -> None:
+def test_resuming_is_exact(cls: Any, settings: dict[str, Any], rule: Any, scope: Any, engine_first: bool) -> None:
     def build() -> tuple[nn.Module, Optimizer, HypergradientLR]:
         network = reference.torch_network()
         p = list(network.parameters())
@@ -679,7 +679,7 @@ def test_a_state_of_another_layout_is_refused() -> None:
 def test_a_lost_direction_costs_one_observation_and_is_told() -> None:
     network = reference.torch_network()
     optimizer = SGD(network.parameters(), lr=0.01, momentum=0.9)
-    hd = HypergradientLR(optimizer, "multiplicative", 0.1)
+    hd = HypergradientLR(optimizer, "multiplicative", hypergrad_lr=0.1)
     run(network, optimizer, range(3))
     before = hd.lrs
     optimizer.state.clear()
@@ -709,20 +709,20 @@ def test_a_trial_that_overflows_is_followed_by_shorter_ones() -> None:
     hd = HypergradientLR(Plain([p], 0.1))
     for gradient in (*[6e-8] * 3, *[1.0] * 20):
         p.grad = torch.full_like(p, gradient)
-        hd.optimizer.step()
-    assert hd.nonfinite_steps <= 3
+        hd._optimizer.step()
+    assert hd.stats.nonfinite_steps <= 3
     assert bool((p < 100).all() and (p > 0).all())
 
 
 @pytest.mark.filterwarnings("error::RuntimeWarning")
 @pytest.mark.parametrize(("rule", "lr"), [("auto", 0.1), ("auto", 0.0), ("additive", 0.0)])
-def test_gradients_whose_first_step_vanishes_in_rounding_are_tried_with_longer_ones(rule: str, lr: float) -> None:
+def test_gradients_whose_first_step_vanishes_in_rounding_are_tried_with_longer_ones(rule: Any, lr: float) -> None:
     p = nn.Parameter(torch.ones(4))
-    hd = HypergradientLR(Plain([p], lr), rule, None if rule == "auto" else 1e26)
+    hd = HypergradientLR(Plain([p], lr), rule, hypergrad_lr=None if rule == "auto" else 1e26)
     begun = []
     for _ in range(20):
         p.grad = 1e-9 * p.detach()
-        hd.optimizer.step()
+        hd._optimizer.step()
         begun.append(bool((p != 1).all()))
     assert begun == [False] * begun.index(True) + [True] * (20 - begun.index(True))
     assert begun.index(True) <= 5
@@ -917,7 +917,9 @@ def test_an_optimizer_that_cannot_be_tuned_is_refused(optimizer: Any, error: typ
         ({"min_lr": 0.1, "max_lr": 0.01}, ValueError, "min_lr must not be above max_lr"),
         ({"min_lr": math.inf}, ValueError, "min_lr must be a finite number"),
         ({"max_lr": "big"}, TypeError, "max_lr must be a number"),
-        ({"max_lr": -1.0}, ValueError, "max_lr must be at least 0"),
+        ({"max_lr": -1.0}, ValueError, "max_lr must be above 0"),
+        ({"max_lr": 0}, ValueError, "max_lr must be above 0"),
+        ({"scheduled": "yes"}, TypeError, "scheduled must be True or False"),
     ],
 )
 def test_a_bad_argument_is_named(arguments: dict[str, Any], error: type[Exception], words: str) -> None:
@@ -975,7 +977,7 @@ def test_an_error_in_one_group_leaves_the_schedule_of_all() -> None:
     a, b = nn.Parameter(torch.ones(2)), nn.Parameter(torch.ones(2))
     optimizer = SGD([{"params": [a]}, {"params": [b]}], lr=0.1)
     lr_scheduler.LambdaLR(optimizer, lambda _: 1.0)
-    HypergradientLR(optimizer, "multiplicative", 0.5)
+    HypergradientLR(optimizer, "multiplicative", hypergrad_lr=0.5)
     alternate(a, optimizer, [1, 1, 1])
     b.grad = torch.ones(2).to_sparse()
     with pytest.raises(TypeError, match="sparse gradients"):
@@ -987,7 +989,7 @@ def test_a_scheduler_that_goes_on_after_a_failed_update_is_told(monkeypatch: pyt
     network = reference.torch_network()
     optimizer = SGD(network.parameters(), lr=0.1)
     scheduler = lr_scheduler.ExponentialLR(optimizer, 0.5)
-    HypergradientLR(optimizer, "multiplicative", 0.5)
+    HypergradientLR(optimizer, "multiplicative", hypergrad_lr=0.5)
     run(network, optimizer, range(3))
     with monkeypatch.context() as patch:
         patch.setattr(sys.modules[SGD.__module__], "sgd", lambda *_, **__: 1 / 0)
@@ -1100,8 +1102,8 @@ def test_a_wrapper_that_imitates_the_optimizer() -> None:
     network = reference.torch_network()
     optimizer = SGD(network.parameters(), lr=0.1, momentum=0.9)
     module, wrapped = fabric.setup(network, optimizer)
-    hd = HypergradientLR(wrapped, "multiplicative", 0.1)
-    assert hd.optimizer is optimizer
+    hd = HypergradientLR(wrapped, "multiplicative", hypergrad_lr=0.1)
+    assert hd._optimizer is optimizer
     with pytest.raises(RuntimeError, match="already"):
         HypergradientLR(optimizer)
     for x, y in reference.torch_batches()[:3]:
@@ -1114,21 +1116,21 @@ def test_a_wrapper_that_imitates_the_optimizer() -> None:
 
 @pytest.mark.parametrize("how", ["deepcopy", "pickle"])
 @pytest.mark.parametrize("rule", ["multiplicative", "auto"])
-def test_a_copy_goes_on_as_the_original(how: str, rule: str) -> None:
+def test_a_copy_goes_on_as_the_original(how: str, rule: Any) -> None:
     network = reference.torch_network()
     optimizer = AdamW(network.parameters(), lr=0.01)
     hd = HypergradientLR(optimizer, rule)
     run(network, optimizer, range(5))
     everything = (network, optimizer, hd)
     twin, other, engine = copy.deepcopy(everything) if how == "deepcopy" else pickle.loads(pickle.dumps(everything))
-    assert engine.optimizer is other
-    assert engine.attached
+    assert engine._optimizer is other
+    assert engine._hooks is not None
     expected = trajectory(network, optimizer, hd, range(5, 10))
     assert trajectory(twin, other, engine, range(5, 10)) == expected
     assert same(network, twin)
     hd.detach()
     released = copy.deepcopy(hd)
-    assert not released.attached
+    assert released._hooks is None
     released.detach()
 
 
@@ -1139,12 +1141,12 @@ def test_narrow_parameters(cls: Any, dtype: torch.dtype) -> None:
     optimizer = cls([p], lr=1e-5)
     hd = HypergradientLR(optimizer, rule="additive", hypergrad_lr=0)
     alternate(p, optimizer, [1.0] * 4)
-    assert hd.nonfinite_steps == 0
+    assert hd.stats.nonfinite_steps == 0
     assert observed(hd).cosine == pytest.approx(1.0, rel=1e-3)
 
 
 @pytest.mark.parametrize("rule", ["additive", "auto"])
-def test_a_zero_gradient_is_no_vanished_step(rule: str) -> None:
+def test_a_zero_gradient_is_no_vanished_step(rule: Any) -> None:
     p = nn.Parameter(torch.ones(3))
     optimizer = RMSprop([p], lr=0.1)
     HypergradientLR(optimizer, rule)
@@ -1156,7 +1158,7 @@ def test_a_zero_gradient_is_no_vanished_step(rule: str) -> None:
 def test_a_step_without_gradients_forgets_nothing() -> None:
     p = nn.Parameter(torch.ones(3))
     optimizer = SGD([p], lr=0.1)
-    hd = HypergradientLR(optimizer, "multiplicative", 0.1)
+    hd = HypergradientLR(optimizer, "multiplicative", hypergrad_lr=0.1)
     alternate(p, optimizer, [1.0, 1.0])
     p.grad = None
     optimizer.step()
@@ -1170,5 +1172,5 @@ def test_whole_numbers_among_the_parameters_change_nothing() -> None:
     w = nn.Parameter(torch.ones(3))
     hd = HypergradientLR(SGD([codes, w], lr=0.01), rule="additive")
     w.sum().backward()  # type: ignore[no-untyped-call]
-    hd.optimizer.step()
+    hd._optimizer.step()
     assert hd.step_count == 1

@@ -96,7 +96,7 @@ class Sharing(Optimizer):
 
 
 def train(
-    make: Callable[[Any], Optimizer], rule: str, steps: int = 15, **arguments: Any
+    make: Callable[[Any], Optimizer], rule: Any, steps: int = 15, **arguments: Any
 ) -> tuple[nn.Module, list[str]]:
     """A small network, and the warnings that were given."""
     torch.manual_seed(0)
@@ -115,7 +115,7 @@ def train(
 
 @pytest.mark.parametrize("optimizer", [Simple, Noisy, Sharing])
 @pytest.mark.parametrize("rule", ["additive", "auto"])
-def test_nothing_is_said_of_steps_that_are_linear(optimizer: Any, rule: str) -> None:
+def test_nothing_is_said_of_steps_that_are_linear(optimizer: Any, rule: Any) -> None:
     assert train(optimizer, rule)[1] == []
 
 
@@ -277,7 +277,7 @@ def test_an_optimizer_that_cannot_be_copied_is_left_alone() -> None:
 
 
 @pytest.mark.parametrize("rule", ["auto", "additive"])
-def test_an_optimizer_that_estimates_its_rate_is_named(rule: str) -> None:
+def test_an_optimizer_that_estimates_its_rate_is_named(rule: Any) -> None:
     class Estimating(Simple):
         def __init__(self, params: Any) -> None:
             super().__init__(params)

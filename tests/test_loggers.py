@@ -27,8 +27,8 @@ pytestmark = [
 EPOCH = 29
 """How many batches the digits are."""
 
-NUMBERS = {f"hd/{what}-SGD" for what in ("lr", "scale", "value", "cosine", "mean_cosine")}
-"""What loggers other than TensorBoardLogger get of one group, brakes and schedules aside."""
+NUMBERS = {f"hd/{what}-SGD" for what in ("lr", "scale", "hypergradient", "cosine", "mean_cosine")}
+"""What loggers other than TensorBoardLogger get of one group, backoffs and schedules aside."""
 
 Row = dict[str, float]
 
@@ -125,7 +125,7 @@ def test_each_logged_step_has_one_row_more_and_the_others_stay_as_they_are(
 ) -> None:
     """With 0 for β, training is the same with and without the callback, so that their rows are comparable."""
     without = fit_csv(tmp_path / "without", make(), **arguments)
-    hd = HypergradientDescent("additive", 0, **settings)
+    hd = HypergradientDescent("additive", hypergrad_lr=0, **settings)
     rows = fit_csv(tmp_path / "with", make(), hd, **arguments)
     assert others(rows) == without
     assert [row["step"] for row in own(rows)] == [row["step"] for row in without if "loss_step" in row] != []
@@ -133,7 +133,7 @@ def test_each_logged_step_has_one_row_more_and_the_others_stay_as_they_are(
     names = ["SGD"] if make is Logging else ["SGD", "Adam"]
     expected = {tag.replace("SGD", name) for name in names for tag in NUMBERS}
     for row in own(rows):
-        unknown = {tag for tag in expected if "value" in tag or "cosine" in tag} if row["step"] == 0 else set()
+        unknown = {tag for tag in expected if "hypergradient" in tag or "cosine" in tag} if row["step"] == 0 else set()
         assert row.keys() - {"step"} == expected - unknown
 
 
@@ -147,14 +147,14 @@ def test_values_are_those_of_the_callback(tmp_path: Path) -> None:
         since = slice(step - 4, step + 1)
         assert row["hd/lr-SGD"] == hd.lrs["lr-SGD"][step]
         assert row["hd/scale-SGD"] == pytest.approx(row["hd/lr-SGD"] / 1e-5)
-        assert row["hd/value-SGD"] == pytest.approx(np.nanmean(observer.values[since]), rel=1e-5)
+        assert row["hd/hypergradient-SGD"] == pytest.approx(np.nanmean(observer.values[since]), rel=1e-5)
         assert row["hd/cosine-SGD"] == pytest.approx(np.nanmean(observer.cosines[since]), rel=1e-5)
 
 
 @pytest.mark.parametrize(("of_trainer", "of_callback"), [(5, 0), (0, None), (0, 4), (10, 5)])
 def test_an_interval_of_its_own(of_trainer: int, of_callback: int | None, tmp_path: Path) -> None:
     without = fit_csv(tmp_path / "without", Logging(), log_every_n_steps=of_trainer)
-    hd = HypergradientDescent("additive", 0, log_every_n_steps=of_callback)
+    hd = HypergradientDescent("additive", hypergrad_lr=0, log_every_n_steps=of_callback)
     rows = fit_csv(tmp_path / "with", Logging(), hd, log_every_n_steps=of_trainer)
     assert others(rows) == without
     steps = range(of_callback - 1, EPOCH, of_callback) if of_callback else range(0)
@@ -175,7 +175,7 @@ def test_columns_that_come_later_leave_earlier_rows_as_they_were(tmp_path: Path)
         step = int(row["step"])
         assert row["hd/lr-SGD"] == hd.lrs["lr-SGD"][step]
         assert row.get("hd/lr-SGD/pg2") == (hd.lrs["lr-SGD/pg2"][step - 125] if step > 125 else None)
-        assert row.get("hd/brakes-SGD") == (None if step < 95 else 1 if step < 150 else 2)
+        assert row.get("hd/backoffs-SGD") == (None if step < 95 else 1 if step < 150 else 2)
         assert row.keys() >= NUMBERS
 
 

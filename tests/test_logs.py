@@ -15,7 +15,6 @@ from torch.optim import SGD
 from torch.optim.lr_scheduler import StepLR
 
 from lightning_hd import Auto, HypergradientDescent
-from tests import reference
 from tests.test_callback import AfterOneEpoch, Reference, events, make_trainer, scalars
 
 pytestmark = [
@@ -36,7 +35,7 @@ def test_the_settings_are_among_the_hyperparameters_of_every_logger(
     module: type[LightningModule], tmp_path: Path
 ) -> None:
     loggers = [TensorBoardLogger(tmp_path / "tb"), CSVLogger(tmp_path / "csv")]
-    hd = HypergradientDescent("multiplicative", 0.05, max_lr=0.5)
+    hd = HypergradientDescent("multiplicative", hypergrad_lr=0.05, max_lr=0.5)
     make_trainer(tmp_path, hd, logger=loggers, limit_train_batches=10).fit(module())
     (content,) = events(tmp_path / "tb").PluginTagToContent("hparams").keys() & {"_hparams_/session_start_info"}
     data = plugin_data_pb2.HParamsPluginData.FromString(events(tmp_path / "tb").PluginTagToContent("hparams")[content])
@@ -66,7 +65,7 @@ def test_event_files_have_a_layout_of_charts_whose_tags_are_there(tmp_path: Path
     for title, expressions in charts.items():
         for expression in expressions:
             matching = [tag for tag in tags if re.match(expression, tag)]
-            assert matching or title == "brakes", (title, expression)
+            assert matching or title == "backoffs", (title, expression)
     schedule, scale, lr = (scalars(tmp_path, f"hd/{what}-SGD") for what in ("schedule", "scale", "lr"))
     assert [round(schedule[step], 6) for step in (9, 59, 109)] == [0.01, 0.001, 0.0001]
     assert {step: schedule[step] * scale[step] for step in scale} == pytest.approx({s: lr[s] for s in scale}, rel=1e-5)
@@ -96,21 +95,13 @@ def test_a_representation_shows_what_differs_from_the_defaults() -> None:
     assert shown.endswith("max_lr=0.1, prog_bar=True)")
 
 
-def test_the_former_tags_can_be_monitored_for_one_more_version(tmp_path: Path) -> None:
-    trainer = make_trainer(tmp_path, HypergradientDescent(), limit_train_batches=reference.BATCH)
-    trainer.fit(Reference())
-    metrics = trainer.callback_metrics
-    for what in ("lr", "scale", "value", "cosine", "brakes"):
-        assert metrics[f"hypergradient/{what}-SGD"] == metrics[f"hd/{what}-SGD"]
-
-
 def test_nothing_waits_to_be_logged_where_nothing_is(tmp_path: Path) -> None:
     hd = HypergradientDescent(log_every_n_steps=0)
     make_trainer(tmp_path, hd, logger=TensorBoardLogger(tmp_path), limit_train_batches=30).fit(Reference())
     assert len(hd.lrs["lr-SGD"]) == 30
-    (tracker,) = hd._trackers
-    assert tracker.take_curve() == []
-    assert "hd/cosine-SGD" not in tracker.collect()
+    (recorder,) = hd._recorders
+    assert recorder.take_curve() == []
+    assert "hd/cosine-SGD" not in recorder.collect()
 
 
 def halves(network: Any) -> SGD:
@@ -126,16 +117,16 @@ class WriteLate(Callback):
             trainer.optimizers[0].param_groups[1]["lr"] *= 0.5
 
 
-def test_groups_with_the_same_rates_share_a_card_until_they_part(tmp_path: Path) -> None:
+def test_each_group_has_a_curve_of_its_own(tmp_path: Path) -> None:
     same, apart = HypergradientDescent(), HypergradientDescent()
     settings: dict[str, Any] = {"limit_train_batches": 60, "log_every_n_steps": 7}
     make_trainer(tmp_path, same, logger=TensorBoardLogger(tmp_path / "same"), **settings).fit(Reference(halves))
     loggers = [TensorBoardLogger(tmp_path / "apart"), CSVLogger(tmp_path / "csv")]
     make_trainer(tmp_path, apart, WriteLate(), logger=loggers, **settings).fit(Reference(halves))
-    assert [tag for tag in events(tmp_path / "same").Tags()["scalars"] if "/lr-" in tag] == ["hd/lr-SGD/pg1"]
-    for group in ("SGD/pg1", "SGD/pg2"):
-        curve = scalars(tmp_path / "apart", f"hd/lr-{group}")
-        assert list(curve) == list(range(60))
-        assert list(curve.values()) == pytest.approx(apart.lrs[f"lr-{group}"], rel=1e-6)
+    for name, hd in (("same", same), ("apart", apart)):
+        for group in ("SGD/pg1", "SGD/pg2"):
+            curve = scalars(tmp_path / name, f"hd/lr-{group}")
+            assert list(curve) == list(range(60))
+            assert list(curve.values()) == pytest.approx(hd.lrs[f"lr-{group}"], rel=1e-6)
     (file,) = (tmp_path / "csv").rglob("metrics.csv")
     assert {"hd/lr-SGD/pg1", "hd/lr-SGD/pg2"} <= set(file.read_text().splitlines()[0].split(","))

@@ -167,7 +167,7 @@ LOOPS = {
 def test_every_step_is_counted_and_learned_from_and_only_the_rate_changes(name: str, tmp_path: Path) -> None:
     loop = LOOPS[name]
     plain, standing, learning = (loop.module() for _ in range(3))
-    rest, hd = HypergradientDescent("additive", 0), HypergradientDescent()
+    rest, hd = HypergradientDescent("additive", hypergrad_lr=0), HypergradientDescent()
     for module, callbacks in ((plain, []), (standing, [rest]), (learning, [hd])):
         make_trainer(tmp_path, *callbacks, **loop.arguments).fit(module)
     assert same(plain, standing)
@@ -217,7 +217,7 @@ def test_batches_without_a_step_leave_no_trace(module: type[Reference], tmp_path
 
     runs = []
     for network in (module(), Shortened()):
-        hd = HypergradientDescent(decline=0)  # the lengths differ
+        hd = HypergradientDescent(cooldown=0)  # the lengths differ
         make_trainer(tmp_path, hd).fit(network)
         runs.append((hd.lrs, network))
     assert runs[0][0] == runs[1][0]
@@ -243,8 +243,8 @@ def test_a_rest_of_accumulated_batches_is_logged_where_the_loss_is(tmp_path: Pat
 
 
 @pytest.mark.parametrize("rule", ["multiplicative", "auto"])
-def test_a_warm_up_by_hand_is_gone_on_from(rule: str, tmp_path: Path) -> None:
-    hd = HypergradientDescent(rule, decline=0)
+def test_a_warm_up_by_hand_is_gone_on_from(rule: Any, tmp_path: Path) -> None:
+    hd = HypergradientDescent(rule, cooldown=0)
     make_trainer(tmp_path, hd, limit_train_batches=20).fit(WarmingUp())
     used = hd.lrs["lr-SGD"]
     largest = 1.1 if rule == "multiplicative" else np.exp(0.5)
@@ -274,7 +274,7 @@ def test_a_second_fit_learns_anew_from_what_configure_optimizers_returns(
     same_optimizer: bool, same_trainer: bool, tmp_path: Path
 ) -> None:
     runs = []
-    for callbacks in ([], [HypergradientDescent("additive", 0)], [HypergradientDescent("multiplicative")]):
+    for callbacks in ([], [HypergradientDescent("additive", hypergrad_lr=0)], [HypergradientDescent("multiplicative")]):
         module = Reference()
         optimizer = Adam(module.parameters(), lr=0.01)
         module.configure = lambda _, kept=optimizer: kept if same_optimizer else Adam([*kept.param_groups[0]["params"]])

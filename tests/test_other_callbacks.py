@@ -157,7 +157,7 @@ class TrialsAtTheStart(callbacks.BatchSizeFinder):
 
 @in_both_orders
 @with_every_rule
-def test_a_sweep_before_training_is_not_tuned_but_training_is(tmp_path: Path, rule: str, reverse: bool) -> None:
+def test_a_sweep_before_training_is_not_tuned_but_training_is(tmp_path: Path, rule: Any, reverse: bool) -> None:
     alone, finder = [callbacks.LearningRateFinder(**SWEEP) for _ in range(2)]
     fit(tmp_path, Example(), alone)
     hd, module = HypergradientDescent(rule), Example()
@@ -188,7 +188,7 @@ def test_a_search_before_training_is_not_taken_for_a_checkpoint(tmp_path: Path, 
 
 @pytest.mark.parametrize("epoch", [0, 1])
 @with_every_rule
-def test_a_sweep_in_mid_training_is_not_tuned(tmp_path: Path, rule: str, epoch: int) -> None:
+def test_a_sweep_in_mid_training_is_not_tuned(tmp_path: Path, rule: Any, epoch: int) -> None:
     finder, module = SweepInMidTraining(epoch), Example()
     fit(tmp_path, module, HypergradientDescent(rule), finder, max_epochs=3)
     assert finder.optimal_lr is not None
@@ -196,7 +196,7 @@ def test_a_sweep_in_mid_training_is_not_tuned(tmp_path: Path, rule: str, epoch: 
 
 
 @pytest.mark.parametrize(("rule", "epoch"), [("multiplicative", 0), ("multiplicative", 1), ("auto", 1)])
-def test_training_goes_on_from_the_rate_that_a_sweep_suggests(tmp_path: Path, rule: str, epoch: int) -> None:
+def test_training_goes_on_from_the_rate_that_a_sweep_suggests(tmp_path: Path, rule: Any, epoch: int) -> None:
     hd, module = HypergradientDescent(rule), Example()
     fit(tmp_path, module, hd, SweepInMidTraining(epoch), max_epochs=3)
     assert hd.lrs["lr-SGD"][-(3 - epoch) * EPOCH] == pytest.approx(module.lr, rel=0.11)
@@ -205,7 +205,7 @@ def test_training_goes_on_from_the_rate_that_a_sweep_suggests(tmp_path: Path, ru
 
 @pytest.mark.parametrize("search", ["sweep in epoch 0", "sweep in epoch 1", "trials in epoch 0"])
 @with_every_rule
-def test_training_goes_on_from_a_search_as_if_there_had_been_none(tmp_path: Path, rule: str, search: str) -> None:
+def test_training_goes_on_from_a_search_as_if_there_had_been_none(tmp_path: Path, rule: Any, search: str) -> None:
     sweep = SweepInMidTraining(int(search[-1]), update_attr=False)
     finder = TrialsAtTheStart(**TRIALS) if "trials" in search else sweep
     hds, modules = [HypergradientDescent(rule) for _ in range(2)], [Example() for _ in range(2)]
@@ -236,7 +236,7 @@ def test_batch_sizes_are_tried_as_ever(tmp_path: Path, by: str, reverse: bool) -
 @in_both_orders
 @pytest.mark.parametrize("swa_lr", [0.0005, 0.5])
 @with_every_rule
-def test_the_rate_does_not_jump_where_averaging_begins(tmp_path: Path, rule: str, swa_lr: float, reverse: bool) -> None:
+def test_the_rate_does_not_jump_where_averaging_begins(tmp_path: Path, rule: Any, swa_lr: float, reverse: bool) -> None:
     hd, module = HypergradientDescent(rule), Example()
     swa = callbacks.StochasticWeightAveraging(swa_lr, swa_epoch_start=3, annealing_epochs=2)
     fit(tmp_path, module, hd, swa, reverse=reverse, max_epochs=6)
@@ -252,7 +252,7 @@ def test_the_rate_does_not_jump_where_averaging_begins(tmp_path: Path, rule: str
 
 @in_both_orders
 @with_every_rule
-def test_stochastic_weight_averaging_swaps_the_scheduler_as_ever(tmp_path: Path, rule: str, reverse: bool) -> None:
+def test_stochastic_weight_averaging_swaps_the_scheduler_as_ever(tmp_path: Path, rule: Any, reverse: bool) -> None:
     hd, runs = HypergradientDescent(rule), []
     for own in ([], [hd]):
         module, swa = Example(True), callbacks.StochasticWeightAveraging(0.005, swa_epoch_start=3, annealing_epochs=2)
@@ -281,7 +281,7 @@ def test_averages_of_the_weights_do_not_change_the_rates(tmp_path: Path, name: s
 @in_both_orders
 @pytest.mark.parametrize("scope", ["global", "group"])
 @with_every_rule
-def test_a_backbone_follows_what_finetuning_writes(tmp_path: Path, rule: str, scope: Any, reverse: bool) -> None:
+def test_a_backbone_follows_what_finetuning_writes(tmp_path: Path, rule: Any, scope: Any, reverse: bool) -> None:
     hd, module = HypergradientDescent(rule, scope=scope), Example()
     finetuning = callbacks.BackboneFinetuning(2, lambda _: 2.0)
     trainer = fit(tmp_path, module, hd, finetuning, reverse=reverse, max_epochs=5)
@@ -299,7 +299,7 @@ def test_a_backbone_follows_what_finetuning_writes(tmp_path: Path, rule: str, sc
             rule == "auto" and epoch == 2
         )
         assert len({first, *others}) == EPOCH
-    assert hd.engines[0].nonfinite_steps == 0
+    assert hd.engines[0].stats.nonfinite_steps == 0
     assert float(trainer.callback_metrics["hd/lr-SGD/pg2"]) == pytest.approx(backbone[-1])
 
 
@@ -320,7 +320,7 @@ def test_a_curve_goes_on_under_its_name_though_a_group_was_added(tmp_path: Path,
     assert [metrics["hd/lr-SGD/pg2"] for metrics in seen[2 * EPOCH :]] == pytest.approx(hd.lrs["lr-SGD/pg2"])
     assert set(hd.lrs) == {"lr-SGD", "lr-SGD/pg2"}
     assert len(scalars(tmp_path, "hd/scale-SGD")) == 4 * EPOCH
-    for quantity in ("scale", "value", "cosine", "brakes"):  # for EarlyStopping and the like
+    for quantity in ("scale", "hypergradient", "cosine", "backoffs"):  # for EarlyStopping and the like
         assert f"hd/{quantity}-SGD" in seen[-1]
 
 
@@ -337,13 +337,13 @@ def test_accumulation_that_changes_is_logged_at_every_step(tmp_path: Path, rever
 
 @in_both_orders
 @with_every_rule
-def test_pruned_weights_stay_pruned(tmp_path: Path, rule: str, reverse: bool) -> None:
+def test_pruned_weights_stay_pruned(tmp_path: Path, rule: Any, reverse: bool) -> None:
     hd, module = HypergradientDescent(rule), Reference()
     fit(tmp_path, module, hd, callbacks.ModelPruning("l1_unstructured", amount=0.5), reverse=reverse, max_epochs=3)
     p = torch.cat([p.flatten() for p in module.parameters()])
     assert int((p == 0).sum()) == pytest.approx((1 - 0.5**3) * len(p), abs=1)
     assert len(set(hd.lrs["lr-SGD"])) > 0.9 * 3 * EPOCH, "the greedy bound may hold the rate for a step"
-    assert hd.engines[0].nonfinite_steps == 0
+    assert hd.engines[0].stats.nonfinite_steps == 0
 
 
 # ---------------------------------------------------------------------- what ends training
@@ -354,7 +354,7 @@ def test_a_timer_ends_tuning(tmp_path: Path, reverse: bool) -> None:
     hd, timer = HypergradientDescent(), callbacks.Timer(timedelta(seconds=0.1), interval="step")
     trainer = fit(tmp_path, Reference(), hd, timer, reverse=reverse, max_epochs=10_000)
     assert 0 < trainer.global_step == len(hd.lrs["lr-SGD"]) < 10_000 * EPOCH
-    assert not hd.engines[0].attached
+    assert hd.engines[0]._hooks is None
 
 
 class OneBatch(Reference):
@@ -370,7 +370,7 @@ class OneBatch(Reference):
 
 @in_both_orders
 @with_every_rule
-def test_the_checkpoint_of_an_exception_can_be_resumed(tmp_path: Path, rule: str, reverse: bool) -> None:
+def test_the_checkpoint_of_an_exception_can_be_resumed(tmp_path: Path, rule: Any, reverse: bool) -> None:
     whole, failing, resumed = (OneBatch() for _ in range(3))
     failing.failing = True
     hds = [HypergradientDescent(rule) for _ in range(3)]

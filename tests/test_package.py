@@ -1,6 +1,8 @@
 """The package as others get it: a wheel, its public names, its documentation, its example."""
 
 import doctest
+import inspect
+import operator
 import os
 import re
 import subprocess
@@ -10,10 +12,14 @@ import zipfile
 from importlib.metadata import version
 from pathlib import Path
 
+import torch
 import yaml  # type: ignore[import-untyped]
+from lightning.pytorch import Callback
 
 import lightning_hd
 import lightning_hd.engine.tuner
+import lightning_hd.reporting
+from lightning_hd import HypergradientDescent, HypergradientLR
 
 ROOT = Path(__file__).parent.parent
 
@@ -78,11 +84,25 @@ def test_public_names_are_those_of_the_documentation() -> None:
         for line in page.read_text().splitlines()
         if line.startswith("::: ")
     }
-    reporting = {f"reporting.plotting.{name}" for name in ("figure", "plot", "save")}
-    reporting |= {f"reporting.runs.{name}" for name in ("Curves", "PlotError", "load")}
-    assert documented == {f"lightning_hd.{name}" for name in {*lightning_hd.__all__, *reporting}}
-    for name in lightning_hd.__all__:
-        assert getattr(lightning_hd, name).__doc__
+    figures = {"Curves", "PlotError", "figure", "load", "plot", "save"}
+    names = {*lightning_hd.__all__, *(f"reporting.{name}" for name in figures)}
+    assert documented == {f"lightning_hd.{name}" for name in names}
+    assert figures <= set(lightning_hd.reporting.__all__)
+    for name in names:
+        assert operator.attrgetter(name)(lightning_hd).__doc__
+
+
+def test_the_engine_and_the_callback_have_the_documented_members_only() -> None:
+    engine = {"lrs", "scales", "last", "step_count", "paused", "scheduled", "stats"}
+    engine |= {"observe", "suggestion", "detach", "state_dict", "load_state_dict"}
+    optimizer = torch.optim.SGD([torch.zeros(3, requires_grad=True)], lr=0.1)
+    assert {name for name in dir(HypergradientLR(optimizer)) if not name.startswith("_")} == engine
+    page = (ROOT / "docs" / "api" / "callback.md").read_text()
+    hooks = {name for name in dir(Callback) if not name.startswith("_")}
+    settings = set(inspect.signature(HypergradientDescent).parameters)
+    own = {name for name in dir(HypergradientDescent()) if not name.startswith("_")} - hooks - settings
+    assert f"members: [{', '.join(name for name in ('engines', 'lrs', 'suggestion', 'plot') if name in own)}]" in page
+    assert own == {"engines", "lrs", "suggestion", "plot"}
 
 
 def test_the_version_is_the_same_everywhere() -> None:

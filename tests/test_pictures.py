@@ -10,8 +10,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from lightning_hd.reporting.plotting import plot, save
-from lightning_hd.reporting.runs import load
+from lightning_hd.reporting import load, plot, save
 
 ROOT = Path(__file__).parent.parent
 FOLDER = ROOT / "docs" / "pictures"

@@ -27,9 +27,10 @@ from torch.utils.tensorboard import SummaryWriter
 
 from lightning_hd import HypergradientDescent
 from lightning_hd.__main__ import main
+from lightning_hd.reporting import Curves, PlotError, figure, load, plot, save
 from lightning_hd.reporting.names import tag
-from lightning_hd.reporting.plotting import check_file, figure, plot, save
-from lightning_hd.reporting.runs import Curve, Curves, PlotError, load
+from lightning_hd.reporting.plotting import check_file
+from lightning_hd.reporting.runs import Curve
 from tests.test_callback import Reference, make_trainer
 
 pytestmark = [
@@ -197,6 +198,34 @@ def test_errors_are_one_line(runs: Path, tmp_path: Path, capsys: pytest.CaptureF
     assert "folder.png" in refused(capsys, str(runs), "-o", str(tmp_path / "folder.png"))
 
 
+def damage(folder: Path) -> list[Path]:
+    """A damaged file of each kind, in a folder each."""
+    files = [folder / "events" / "events.out.tfevents.1.host", folder / "csv" / "metrics.csv"]
+    for file in files:
+        file.parent.mkdir(parents=True)
+        file.write_bytes(bytes(range(127, 256)) * 3)
+    return files
+
+
+def test_a_file_that_cannot_be_read_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for file in damage(tmp_path):
+        assert refused(capsys, str(file.parent)).startswith(f"Error: {file} cannot be read: ")
+
+
+def test_a_damaged_run_is_left_out(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    files = damage(tmp_path / "runs")
+    write_csv(tmp_path / "runs" / "sound", {"step": [1, 2], "lr-SGD": [0.1, 0.2]})
+    with pytest.warns(UserWarning, match=r"cannot be read: .*\. This run is left out") as caught:
+        (run,) = load([tmp_path / "runs"])
+    assert run.rates["SGD"] == ([1, 2], [0.1, 0.2])
+    assert [str(warning.message).partition(" ")[0] for warning in caught] == sorted(map(str, files))
+    with pytest.raises(SystemExit, match="0"):
+        main(["plot", str(tmp_path / "runs"), "-o", str(tmp_path / "figure.png")])
+    output = capsys.readouterr()
+    assert output.out == f"{tmp_path / 'figure.png'}: 1 run, 1 curves\n"
+    assert [line.partition(" cannot")[0] for line in output.err.splitlines()] == sorted(f"Warning: {f}" for f in files)
+
+
 def test_help_and_missing_arguments(capsys: pytest.CaptureFixture[str]) -> None:
     for arguments, code in ((["--help"], 0), (["plot", "--help"], 0), (["plot"], 2), (["plot", "--unknown"], 2)):
         with pytest.raises(SystemExit) as stop:
@@ -346,30 +375,16 @@ def test_without_a_name_the_groups_are_shown() -> None:
 # ---------------------------------------------------------------------- what is read
 
 
-def test_old_tags_mean_the_same(tmp_path: Path) -> None:
+def test_the_callbacks_rates_are_read_before_those_of_a_monitor(tmp_path: Path) -> None:
     steps = [10, 20]
-    old: dict[str, Any] = {
-        "hypergradient/lr-SGD": [0.1, 0.2],
-        "hypergradient/cosine-SGD": [0.5, -0.5],
-        "lr-SGD": [7, 7],
-    }
-    new: dict[str, Any] = {"hd/lr-SGD": [0.3, 0.4], "hd/cosine-SGD": [0.1, -0.1], "hd/log10_lr-SGD": [1, 1]}
-    write_csv(tmp_path / "v10", {"step": steps, **old})
-    write_csv(tmp_path / "v9", {"step": steps, **new})
-    write_csv(tmp_path / "v11", {"step": steps, **old, **new})
-    for version, values in (("v12", [0.1, 0.2]), ("v13", [0.3, 0.4])):
-        with SummaryWriter(tmp_path / version) as writer:  # type: ignore[no-untyped-call]
-            for step, value in zip(steps, values, strict=True):
-                writer.add_scalar("hypergradient/lr-SGD", value if version == "v12" else 1, step)  # type: ignore[no-untyped-call]
-                if version == "v13":
-                    writer.add_scalar("hd/lr-SGD", value, step)  # type: ignore[no-untyped-call]
+    theirs: dict[str, Any] = {"lr-SGD": [7, 7], "lr-SGD-momentum": [0.9, 0.9]}
+    ours: dict[str, Any] = {"hd/lr-SGD": [0.3, 0.4], "hd/cosine-SGD": [0.1, -0.1], "hd/log10_lr-SGD": [1, 1]}
+    write_csv(tmp_path / "v10", {"step": steps, **theirs})
+    write_csv(tmp_path / "v9", {"step": steps, **theirs, **ours})
     read = load([tmp_path])
-    assert [run.name for run in read] == ["v9", "v10", "v11", "v12", "v13"]
-    for run, values in zip(read, ([0.3, 0.4], [0.1, 0.2], [0.3, 0.4], [0.1, 0.2], [0.3, 0.4]), strict=True):
-        assert list(run.rates) == ["SGD"]
-        assert run.rates["SGD"][0] == steps
-        assert run.rates["SGD"][1] == pytest.approx(values, rel=1e-6)
-    assert [run.cosines["SGD"][1] for run in read[:3]] == [[0.1, -0.1], [0.5, -0.5], [0.1, -0.1]]
+    assert [run.name for run in read] == ["v9", "v10"]
+    assert [dict(run.rates) for run in read] == [{"SGD": (steps, [0.3, 0.4])}, {"SGD": (steps, [7, 7])}]
+    assert [dict(run.cosines) for run in read] == [{"SGD": (steps, [0.1, -0.1])}, {}]
 
 
 def test_the_loss_is_found_or_chosen(tmp_path: Path) -> None:

@@ -36,13 +36,13 @@ ROUNDING = {"32-true": 2.0**-24, "bf16-mixed": 2.0**-8, "bf16-true": 2.0**-8, "1
 """The largest relative error of rounding to the dtype of the gradients."""
 
 
-def beta(name: str, rule: str) -> float | None:
+def beta(name: str, rule: Any) -> float | None:
     return {"auto": None, "multiplicative": 0.1, "additive": 1e-7 if name in ADAPTIVE else 1e-3}[rule]
 
 
-def fit(path: Path, name: str, rule: str, precision: str, *callbacks: Callback) -> tuple[HypergradientDescent, Digits]:
+def fit(path: Path, name: str, rule: Any, precision: str, *callbacks: Callback) -> tuple[HypergradientDescent, Digits]:
     cls, settings = OPTIMIZERS[name]
-    module, hd = Digits(cls, **settings), HypergradientDescent(rule, beta(name, rule), decline=0)
+    module, hd = Digits(cls, **settings), HypergradientDescent(rule, hypergrad_lr=beta(name, rule), cooldown=0)
     make_trainer(path, hd, *callbacks, precision=precision, limit_train_batches=STEPS).fit(module)
     return hd, module
 
@@ -59,7 +59,7 @@ def rates(hd: HypergradientDescent) -> list[float]:
 
 @pytest.mark.parametrize("rule", ["auto", "multiplicative", "additive"])
 @pytest.mark.parametrize("name", OPTIMIZERS)
-def test_rates_are_nearly_those_of_float64(name: str, rule: str, tmp_path: Path) -> None:
+def test_rates_are_nearly_those_of_float64(name: str, rule: Any, tmp_path: Path) -> None:
     expected = rates(fit(tmp_path, name, rule, "64-true")[0])
     for precision, rounding in ROUNDING.items():
         if precision == "16-true" and name in ADAPTIVE:
@@ -73,14 +73,14 @@ def test_rates_are_nearly_those_of_float64(name: str, rule: str, tmp_path: Path)
         hd, _ = fit(tmp_path, name, rule, precision)
         np.testing.assert_allclose(rates(hd), expected, rtol=tolerance, err_msg=precision)
         assert len(set(rates(hd))) > STEPS // 2
-        assert hd.engines[0].nonfinite_steps == 0
+        assert hd.engines[0].stats.nonfinite_steps == 0
 
 
 @pytest.mark.filterwarnings("ignore:.*not a finite number.*")
 @pytest.mark.parametrize("rule", ["auto", "multiplicative", "additive"])
 @pytest.mark.parametrize("name", ADAPTIVE)
 def test_an_optimizer_that_fails_by_itself_in_float16_leaves_a_finite_rate(
-    name: str, rule: str, tmp_path: Path
+    name: str, rule: Any, tmp_path: Path
 ) -> None:
     cls, settings = OPTIMIZERS[name]
     alone = Digits(cls, **settings)
@@ -88,7 +88,7 @@ def test_an_optimizer_that_fails_by_itself_in_float16_leaves_a_finite_rate(
     assert math.isnan(alone.losses[-1]), "the squares of its gradients and its eps vanish in float16"
     hd, _ = fit(tmp_path, name, rule, "16-true")
     assert rates(hd)[2:] == [rates(hd)[-1]] * (STEPS - 2)
-    assert hd.engines[0].nonfinite_steps >= STEPS - 2
+    assert hd.engines[0].stats.nonfinite_steps >= STEPS - 2
 
 
 def test_16_mixed_is_bf16_mixed_on_cpu(tmp_path: Path) -> None:
@@ -102,7 +102,7 @@ def test_16_mixed_is_bf16_mixed_on_cpu(tmp_path: Path) -> None:
 class Recorder(Callback):
     """Compares what each step told with its gradients and the last directions, in float64."""
 
-    def __init__(self, name: str, rule: str) -> None:
+    def __init__(self, name: str, rule: Any) -> None:
         self.name, self.rule = name, rule
         self.d: list[Tensor] = []
         self.g: list[Tensor] = []
@@ -144,7 +144,7 @@ class Recorder(Callback):
 @pytest.mark.parametrize("precision", ROUNDING)
 @pytest.mark.parametrize("rule", ["auto", "multiplicative"])
 @pytest.mark.parametrize("name", ["SGD", "heavy ball", "Nesterov", "RMSprop"])
-def test_products_and_norms_have_the_digits_of_float32(name: str, rule: str, precision: str, tmp_path: Path) -> None:
+def test_products_and_norms_have_the_digits_of_float32(name: str, rule: Any, precision: str, tmp_path: Path) -> None:
     if precision == "16-true" and name in ADAPTIVE:
         return  # it fails by itself
     recorder = Recorder(name, rule)
@@ -177,10 +177,10 @@ SCALED: list[tuple[Any, dict[str, Any]]] = [
 class Scaled:
     """A training in float16 autocast, with and without a scaler, whose scale is a power of two: it rounds nothing."""
 
-    def __init__(self, cls: Any, settings: dict[str, Any], rule: str = "auto", scaled: bool = True) -> None:
+    def __init__(self, cls: Any, settings: dict[str, Any], rule: Any = "auto", scaled: bool = True) -> None:
         self.network = reference.torch_network().float()
         self.optimizer: Optimizer = cls(self.network.parameters(), lr=0.01, **settings)
-        self.hd = HypergradientLR(self.optimizer, rule, None if rule == "auto" else 0.02)
+        self.hd = HypergradientLR(self.optimizer, rule, hypergrad_lr=None if rule == "auto" else 0.02)
         self.scaler = torch.amp.GradScaler("cpu", enabled=scaled, init_scale=1024.0)
 
     def backward(self, step: int, spoil: bool = False) -> None:
@@ -213,7 +213,7 @@ class Scaled:
 @pytest.mark.parametrize("clip", [math.inf, 0.3])
 @pytest.mark.parametrize("rule", ["auto", "multiplicative"])
 @pytest.mark.parametrize(("cls", "settings"), SCALED)
-def test_neither_a_scaler_nor_a_fused_step_matters(cls: Any, settings: dict[str, Any], rule: str, clip: float) -> None:
+def test_neither_a_scaler_nor_a_fused_step_matters(cls: Any, settings: dict[str, Any], rule: Any, clip: float) -> None:
     expected = Scaled(cls, settings, rule, scaled=False).run(clip)
     for fused in (False, True):
         lrs = Scaled(cls, {**settings, "fused": fused}, rule).run(clip)
@@ -233,7 +233,7 @@ def test_a_skipped_step_changes_neither_rate_nor_direction(cls: Any, settings: d
         run.scaler.update()
         if step in (4, 5):
             assert differences(run.state(), before) == 0
-    assert (run.hd.step_count, run.hd.nonfinite_steps) == (6, 0)
+    assert (run.hd.step_count, run.hd.stats.nonfinite_steps) == (6, 0)
 
 
 @pytest.mark.parametrize("fused", [False, True])

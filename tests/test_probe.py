@@ -88,7 +88,7 @@ def test_positions_and_pieces_agree_in_every_layout(layout: str) -> None:
     assert torch.equal(*flatten([slot, slot], [gradient, p.detach()]))
 
 
-def train(budget: Any, rule: str, cls: Any, steps: int = 60) -> list[float]:
+def train(budget: Any, rule: Any, cls: Any, steps: int = 60) -> list[float]:
     torch.manual_seed(0)
     network = nn.Sequential(nn.Linear(20, 200), nn.Tanh(), nn.Linear(200, 200), nn.Tanh(), nn.Linear(200, 1)).double()
     optimizer = cls(network.parameters(), lr=1e-3)
@@ -105,7 +105,7 @@ def train(budget: Any, rule: str, cls: Any, steps: int = 60) -> list[float]:
 
 @pytest.mark.parametrize("rule", ["auto", "multiplicative"])
 @pytest.mark.parametrize("cls", [SGD, AdamW])
-def test_a_probe_that_holds_everything_is_no_probe_and_a_smaller_one_is_near(rule: str, cls: Any) -> None:
+def test_a_probe_that_holds_everything_is_no_probe_and_a_smaller_one_is_near(rule: Any, cls: Any) -> None:
     every = train(None, rule, cls)
     assert train(44_601, rule, cls) == every
     assert train("default", rule, cls) == every
@@ -140,7 +140,7 @@ def test_parameters_that_are_frozen_are_not_looked_at_until_they_are_not() -> No
         for p in (a, b):
             p.grad = p.detach().clone() if p.requires_grad else None
         optimizer.step()
-        assert hd.probe == ((150, 150) if step >= 4 else (100, 100))
+        assert hd.stats.coordinates == ((150, 150) if step >= 4 else (100, 100))
         lrs += hd.lrs
     assert all(y > x for x, y in itertools.pairwise(lrs[:4]))
     assert lrs[4] == pytest.approx(lrs[0], rel=0.2), "the rate was found without the second one, so it starts anew"

@@ -184,7 +184,7 @@ def test_any_run_is_that_of_the_formulas(data: st.DataObject) -> None:
         for key, p in params.items():
             np.testing.assert_allclose(to_numpy(p), expected.values[key], rtol=0, atol=tolerance * expected.sizes[key])
     assert hd.step_count == expected.steps
-    assert hd.nonfinite_steps == 0
+    assert hd.stats.nonfinite_steps == 0
 
 
 # ---------------------------------------------------------------------- what may happen between two steps
@@ -279,10 +279,10 @@ def check_step(run: Run, before: list[float], nonfinite_before: int) -> None:
         assert math.isfinite(lr)
         assert low is None or lr >= low or (configured == lr == 0)
         assert high is None or lr <= high
-        seen = hd.last[i if hd.scope == "group" else 0]
+        seen = hd.last[i if run.case.arguments["scope"] == "group" else 0]
         if seen is not None and not all(map(math.isfinite, seen)):
             assert lr == before[i]
-            assert hd.nonfinite_steps > nonfinite_before
+            assert hd.stats.nonfinite_steps > nonfinite_before
 
 
 @pytest.mark.filterwarnings("ignore::RuntimeWarning")
@@ -294,7 +294,7 @@ def test_what_is_no_step_changes_nothing_and_rates_stay_in_bounds(story: tuple[C
     for event, scales in events:
         if event == "anew" and not all(p.isfinite().all() for p in run.params.values()):
             continue
-        before, steps, nonfinite_steps, state = run.hd.lrs, run.hd.step_count, run.hd.nonfinite_steps, run.state()
+        before, steps, nonfinite_steps, state = run.hd.lrs, run.hd.step_count, run.hd.stats.nonfinite_steps, run.state()
         run.meet(event, scales)
         if event in NO_STEPS:
             assert run.state() == state
@@ -303,7 +303,7 @@ def test_what_is_no_step_changes_nothing_and_rates_stay_in_bounds(story: tuple[C
         assert run.state() == straight.state()
         if run.hd.step_count > steps:
             check_step(run, before, nonfinite_steps)
-    assert run.hd.nonfinite_steps == 0 or "nonfinite" in [event for event, _ in events]
+    assert run.hd.stats.nonfinite_steps == 0 or "nonfinite" in [event for event, _ in events]
     run.repair()
     for _ in range(3):
         run.meet("step", [1.0] * len(case.specs))

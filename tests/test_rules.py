@@ -165,7 +165,7 @@ def test_whatever_auto_sees_its_rates_are_those_of_the_formula(seed: int, leaps:
         assert mine == pytest.approx(expected, rel=1e-9), t
         assert rule.used(mine, context) == pytest.approx(expected * np.exp(-formula.brake), rel=1e-9), t
         assert rule.discount(mine, context) == pytest.approx(formula.part_kept(expected, t), rel=1e-9), t
-    assert rule.brakes == len(formula.braked) + len(formula.retreats)
+    assert rule.backoffs == len(formula.braked) + len(formula.retreats)
     assert min(map(len, (formula.braked, formula.retreats, formula.undone))) > 0, "the comparison needs all of them"
 
 
@@ -191,7 +191,7 @@ def test_where_the_step_is_not_linear_auto_forgets_nothing_and_moves_little() ->
 
 
 def test_a_rule_has_not_backed_off_at_first_and_what_is_not_observed_is_0() -> None:
-    assert (Additive().brakes, Auto().brakes) == (0, 0)
+    assert (Additive().backoffs, Auto().backoffs) == (0, 0)
     assert SEEN[3:] == (0.0, 0.0, 0.0, 0.0)
 
 

@@ -13,6 +13,7 @@ from torch.optim import SGD, Optimizer, lr_scheduler
 from torch.optim.swa_utils import SWALR
 
 from lightning_hd import HypergradientDescent, HypergradientLR
+from lightning_hd.rules import RuleName
 from tests import reference
 from tests.test_callback import Reference, make_trainer
 
@@ -23,7 +24,7 @@ pytestmark = [
 
 EPOCHS, EPOCH = 5, 4
 
-RULES = ["auto", "additive", "multiplicative"]
+RULES: list[RuleName] = ["auto", "additive", "multiplicative"]
 
 SCHEDULERS = [
     cls
@@ -170,7 +171,7 @@ def test_a_scheduler_that_is_stepped_in_a_hook_of_the_optimizer(tmp_path: Path, 
 
 
 @pytest.mark.parametrize("rule", RULES)
-def test_a_scheduler_that_comes_in_on_resuming_is_told(rule: str) -> None:
+def test_a_scheduler_that_comes_in_on_resuming_is_told(rule: Any) -> None:
     def train(optimizer: Optimizer, network: nn.Module, steps: slice) -> None:
         for batch in reference.torch_batches()[steps]:
             optimizer.zero_grad()
@@ -220,15 +221,13 @@ def test_an_optimizer_that_changes_its_rate_in_a_step_does_so_under_a_schedule_a
 def test_schedulers_compose_in_a_plain_loop(
     cls: Any, first: str, every: int, scope: Literal["global", "group"]
 ) -> None:
-    def train(rule: str | None) -> Run:
+    def train(rule: Any | None) -> Run:
         run, network = Run(), reference.torch_network()
         optimizer = two_groups(network)
         scheduler = build(cls, optimizer) if first == "scheduler" else None
-        engine = HypergradientLR(optimizer, rule, scope=scope) if rule else None
+        plateau = cls is lr_scheduler.ReduceLROnPlateau
+        engine = HypergradientLR(optimizer, rule, scope=scope, scheduled=plateau or None) if rule else None
         scheduler = scheduler or build(cls, optimizer)
-        plateau = isinstance(scheduler, lr_scheduler.ReduceLROnPlateau)
-        if engine and plateau:
-            engine.scheduled = True
         for t, batch in enumerate(reference.torch_batches()[: EPOCHS * EPOCH], start=1):
             run.before_step(optimizer, scheduler)
             optimizer.zero_grad()

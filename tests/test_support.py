@@ -104,7 +104,7 @@ def test_another_optimizer_beside_one_that_cannot_be_tuned_starts_anew(cls: Any,
         make_trainer(tmp_path, HypergradientDescent("additive"), **arguments).fit(
             Other(module().other), ckpt_path=tmp_path / "last.ckpt"
         )
-    hd = HypergradientDescent("additive", 0.0, on_mismatch="restart")
+    hd = HypergradientDescent("additive", hypergrad_lr=0.0, on_mismatch="restart")
     with pytest.warns(UserWarning, match="so this optimizer starts anew"):
         make_trainer(tmp_path, hd, **arguments).fit(Other(module().other), ckpt_path=tmp_path / "last.ckpt")
     assert hd.lrs[f"lr-{cls.__name__}"] == [0.02] * 20
@@ -162,11 +162,11 @@ def test_a_checkpoint_of_something_else_is_refused_or_a_fresh_start(what: str, t
         hd, trainer = resume(on_mismatch="restart")
     assert trainer.global_step == 40
     assert hd.engines[0].step_count == 20
-    assert not hd.engines[0].nonfinite_steps
+    assert not hd.engines[0].stats.nonfinite_steps
 
 
 def test_a_fresh_start_begins_at_the_configured_rate_without_what_was_kept(tmp_path: Path) -> None:
-    def fit(rule: str, resume: bool, **arguments: Any) -> tuple[HypergradientDescent, Trainer]:
+    def fit(rule: Any, resume: bool, **arguments: Any) -> tuple[HypergradientDescent, Trainer]:
         hd = HypergradientDescent(rule, **arguments)
         trainer = make_trainer(tmp_path, hd, max_epochs=1 + resume, limit_train_batches=20)
         trainer.fit(Reference(), ckpt_path=tmp_path / "last.ckpt" if resume else None)
@@ -232,10 +232,10 @@ def test_curves_keep_their_names_where_a_run_is_resumed_after_a_group_was_added(
 
 @pytest.mark.parametrize("rule", ["auto", "additive", "multiplicative"])
 @pytest.mark.parametrize("configure", [sgd, under_schedule])
-def test_what_is_learned_stays_after_some_steps(rule: str, configure: Any, tmp_path: Path) -> None:
+def test_what_is_learned_stays_after_some_steps(rule: Any, configure: Any, tmp_path: Path) -> None:
     runs = []
     for stop in (None, 10):
-        hd = HypergradientDescent(rule, decline=0, stop_after=stop)
+        hd = HypergradientDescent(rule, cooldown=0, stop_after=stop)
         make_trainer(tmp_path, hd, limit_train_batches=30).fit(Reference(configure))
         runs.append(hd.lrs["lr-SGD"])
     assert runs[0][:10] == runs[1][:10]
@@ -247,9 +247,9 @@ def test_what_is_learned_stays_after_some_steps(rule: str, configure: Any, tmp_p
     assert len(set(runs[0][10:])) > 10
 
 
-def test_tuning_that_has_stopped_stays_so_on_resuming_and_declines(tmp_path: Path) -> None:
+def test_tuning_that_has_stopped_stays_so_on_resuming_and_cools_down(tmp_path: Path) -> None:
     def hd() -> HypergradientDescent:
-        return HypergradientDescent("auto", stop_after=30, decline=0.5)
+        return HypergradientDescent("auto", stop_after=30, cooldown=0.5)
 
     whole, first, second = hd(), hd(), hd()
     arguments = {"max_epochs": 2, "limit_train_batches": 20}
@@ -287,7 +287,7 @@ def test_a_rate_that_is_edited_in_a_checkpoint_becomes_the_new_one(tmp_path: Pat
 def test_a_rich_bar_shows_the_digits_of_a_small_rate(chosen: str | None, tmp_path: Path) -> None:
     theme = RichProgressBarTheme() if chosen is None else RichProgressBarTheme(metrics_format=chosen)
     bar = RichProgressBar(theme=theme, console_kwargs={"file": io.StringIO(), "force_terminal": True, "width": 200})
-    hd = HypergradientDescent("additive", 0.0, prog_bar=True)
+    hd = HypergradientDescent("additive", hypergrad_lr=0.0, prog_bar=True)
     module = Reference(lambda network: SGD(network.parameters(), lr=1e-4))
     make_trainer(tmp_path, hd, bar, enable_progress_bar=True, limit_train_batches=20).fit(module)
     assert bar.theme.metrics_format == (chosen or ".3g")
@@ -311,4 +311,4 @@ def test_every_metric_can_be_monitored(tmp_path: Path) -> None:
 
     seen: list[set[str]] = []
     make_trainer(tmp_path, HypergradientDescent(), Seen(), limit_train_batches=5).fit(Reference())
-    assert seen[-1] == {f"hd/{what}-SGD" for what in ("lr", "scale", "value", "cosine", "brakes")}
+    assert seen[-1] == {f"hd/{what}-SGD" for what in ("lr", "scale", "hypergradient", "cosine", "backoffs")}

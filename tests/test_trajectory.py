@@ -1,5 +1,7 @@
 """The constant rate that a trajectory suggests: by hand, from engines and callbacks, and in training."""
 
+import math
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -45,9 +47,9 @@ def test_an_engine_suggests_one_rate_or_one_for_each_group_and_goes_on_from_a_ch
 
     def train(hd: HypergradientLR, steps: int) -> None:
         for _ in range(steps):
-            hd.optimizer.zero_grad()
-            sum((p**2).sum() for group in hd.optimizer.param_groups for p in group["params"]).backward()  # type: ignore[union-attr]
-            hd.optimizer.step()
+            hd._optimizer.zero_grad()
+            sum((p**2).sum() for group in hd._optimizer.param_groups for p in group["params"]).backward()  # type: ignore[union-attr]
+            hd._optimizer.step()
 
     one = engine({}, rule="additive", hypergrad_lr=1e-4)
     with pytest.raises(RuntimeError, match=r"HypergradientLR\(SGD\): no suggestion before a step has moved"):
@@ -63,24 +65,23 @@ def test_an_engine_suggests_one_rate_or_one_for_each_group_and_goes_on_from_a_ch
     for scope in ("global", "group"):
         several = engine({"name": "body"}, {"name": "head", "lr": 0.03}, rule="additive", scope=scope)
         train(several, 20)
-        lrs = several.suggestion()
-        assert isinstance(lrs, dict)
+        with pytest.raises(ValueError, match=r"call suggestion\(by_group=True\)"):
+            several.suggestion()
+        lrs = several.suggestion(by_group=True)
         assert list(lrs) == ["SGD/body", "SGD/head"]
         ratio = lrs["SGD/head"] / lrs["SGD/body"]
         assert ratio == pytest.approx(3, rel=1e-9) if scope == "global" else 1 < ratio < 2
     frozen = engine({}, {"lr": 0.0}, rule="additive", scope="group", min_lr=1e-4)
     train(frozen, 20)
-    lrs = frozen.suggestion()
-    assert isinstance(lrs, dict)
+    lrs = frozen.suggestion(by_group=True)
     assert lrs["SGD/pg1"] > 0 == lrs["SGD/pg2"]
 
     ending = engine({}, {"lr": 1e-4}, rule="additive", hypergrad_lr=1e-9)
-    scheduler = LambdaLR(ending.optimizer, lambda step: max(0.0, 1 - step / 19))
+    scheduler = LambdaLR(ending._optimizer, lambda step: max(0.0, 1 - step / 19))
     for _ in range(20):
         train(ending, 1)
         scheduler.step()
-    lrs = ending.suggestion()
-    assert isinstance(lrs, dict)
+    lrs = ending.suggestion(by_group=True)
     assert lrs["SGD/pg2"] == pytest.approx(0.01 * lrs["SGD/pg1"])
 
     held = engine({}, rule="additive", hypergrad_lr=1.0, max_lr=0.02)
@@ -88,7 +89,43 @@ def test_an_engine_suggests_one_rate_or_one_for_each_group_and_goes_on_from_a_ch
     assert held.suggestion() == pytest.approx(0.6 * 0.02)
 
 
-def test_a_callback_names_the_groups_and_the_decline_does_not_count(tmp_path: Path) -> None:
+@pytest.mark.parametrize("wrong", [2, 3])
+def test_a_suggestion_of_a_run_with_many_steps_that_were_not_finite_comes_with_a_warning(wrong: int) -> None:
+    w = nn.Parameter(torch.ones(3))
+    optimizer = SGD([w], lr=0.01)
+    hd = HypergradientLR(optimizer, "multiplicative", hypergrad_lr=0.0)
+    for step in range(40):
+        w.grad = torch.full_like(w, math.nan if 20 <= step < 20 + wrong else 1.0)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            optimizer.step()
+        with torch.no_grad():
+            w.nan_to_num_(1.0)
+    count = hd.stats.nonfinite_steps
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        assert hd.suggestion() == hd.suggestion() == pytest.approx(0.6 * 0.01)
+    told = [str(warning.message) for warning in caught]
+    says = f"HypergradientLR(SGD): the suggested rate says little, because {count} of 40 steps were not finite"
+    assert told == [says] * (count > 2)
+    assert count > 2 or wrong == 2
+
+
+def test_a_checkpoint_brings_the_suggestion_of_its_training(tmp_path: Path) -> None:
+    settings: dict[str, Any] = {"limit_train_batches": 20}
+    before, finished, tested = (HypergradientDescent() for _ in range(3))
+    trainer = make_trainer(tmp_path, before, **settings)
+    trainer.fit(Reference())
+    trainer.save_checkpoint(tmp_path / "last.ckpt")
+    make_trainer(tmp_path, finished, **settings).fit(Reference(), ckpt_path=tmp_path / "last.ckpt")
+    assert finished.engines == []
+    tested.load_state_dict(torch.load(tmp_path / "last.ckpt")["callbacks"]["HypergradientDescent"])
+    assert before.suggestion() == finished.suggestion() == tested.suggestion()
+    make_trainer(tmp_path, finished, limit_train_batches=40).fit(Reference())
+    assert finished.suggestion() != before.suggestion()
+
+
+def test_a_callback_names_the_groups_and_the_cooldown_does_not_count(tmp_path: Path) -> None:
     def configure(network: nn.Module) -> Any:
         first, *others = network.parameters()
         return Adam([{"params": [first], "lr": 0.01}, {"params": others, "lr": 0.02, "name": "head"}])
@@ -97,11 +134,13 @@ def test_a_callback_names_the_groups_and_the_decline_does_not_count(tmp_path: Pa
     with pytest.raises(RuntimeError, match="no step of an optimizer was tuned yet"):
         hd.suggestion()
     make_trainer(tmp_path, hd, logger=CSVLogger(tmp_path)).fit(Reference(configure))
-    lrs = hd.suggestion()
-    assert isinstance(lrs, dict)
+    lrs = hd.suggestion(by_group=True)
     assert list(lrs) == ["Adam/pg1", "Adam/head"]
     assert lrs["Adam/head"] == pytest.approx(2 * lrs["Adam/pg1"])
-    falling, steady = HypergradientDescent("additive", 0.0, decline=1.0), HypergradientDescent("additive", 0.0)
+    falling, steady = (
+        HypergradientDescent("additive", hypergrad_lr=0.0, cooldown=1.0),
+        HypergradientDescent("additive", hypergrad_lr=0.0),
+    )
     for callback in (falling, steady):
         make_trainer(tmp_path, callback).fit(Reference())
     assert falling.lrs["lr-SGD"][-1] < 0.1 * steady.lrs["lr-SGD"][-1]

@@ -43,12 +43,12 @@ def test_a_network_that_fits_all_data_keeps_fitting_them(
     hd = HypergradientLR(cls(network.parameters(), lr=1e-3, **settings))  # type: ignore[call-arg]
     losses = []
     for _ in range(1000):
-        hd.optimizer.zero_grad()
+        hd._optimizer.zero_grad()
         loss = nn.functional.cross_entropy(network(x), y)
         loss.backward()  # type: ignore[no-untyped-call]
         if reported:
             hd.observe(loss)
-        hd.optimizer.step()
+        hd._optimizer.step()
         losses.append(loss.item())
     assert max(losses[500:]) < 1e-4
 
@@ -60,9 +60,9 @@ def test_in_float64_gradients_may_vanish_further() -> None:
         curvature = torch.linspace(0.1, 1, 10, dtype=dtype)
         hd = HypergradientLR(SGD([w], lr=1e-3, momentum=0.9, nesterov=True))
         for _ in range(1500):
-            hd.optimizer.zero_grad()
+            hd._optimizer.zero_grad()
             (curvature * w.square()).sum().backward()  # type: ignore[no-untyped-call]
-            hd.optimizer.step()
+            hd._optimizer.step()
         assert w.grad is not None
         norms[dtype] = float(w.grad.norm())
     assert norms[torch.float64] < 1e-10

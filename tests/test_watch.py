@@ -73,8 +73,8 @@ def test_a_copy_watches_nothing(duplicate: Callable[[Any], HypergradientLR]) -> 
     hd = HypergradientLR(SGD([w], lr=0.1))
     backward(w)
     other = duplicate(hd)
-    assert other.attached
-    (copied,) = other.optimizer.param_groups[0]["params"]
+    assert other._hooks is not None
+    (copied,) = other._optimizer.param_groups[0]["params"]
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         go_without_a_step(copied)
@@ -114,7 +114,7 @@ def run(optimizer: Optimizer, w: nn.Parameter, steps: int) -> None:
 
 
 @pytest.mark.parametrize("rule", RULES)
-def test_an_optimizer_that_moves_first_is_refused_and_its_parameters_are_as_they_were(rule: str) -> None:
+def test_an_optimizer_that_moves_first_is_refused_and_its_parameters_are_as_they_were(rule: Any) -> None:
     w = nn.Parameter(torch.zeros(3))
     optimizer = Sam([w])
     HypergradientLR(optimizer, rule)
@@ -124,7 +124,7 @@ def test_an_optimizer_that_moves_first_is_refused_and_its_parameters_are_as_they
 
 
 @pytest.mark.parametrize("rule", RULES)
-def test_single_steps_that_move_first_are_taken_without_tuning(rule: str) -> None:
+def test_single_steps_that_move_first_are_taken_without_tuning(rule: Any) -> None:
     w = nn.Parameter(torch.zeros(3))
     optimizer = Sam([w], period=4, first=4)
     hd = HypergradientLR(optimizer, rule)

@@ -17,7 +17,7 @@ from tests.test_callback import Reference, make_trainer
 
 
 def train(
-    change: Callable[[Optimizer, int], object], rule: str, scheduled: bool | None = None
+    change: Callable[[Optimizer, int], object], rule: Any, scheduled: bool | None = None
 ) -> tuple[Any, list[str]]:
     """Forty steps; what changes the rate comes before each of them."""
     torch.manual_seed(0)
@@ -25,8 +25,7 @@ def train(
     optimizer = SGD([w], lr=0.01)
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
-        hd = HypergradientLR(optimizer, rule)
-        hd.scheduled = scheduled
+        hd = HypergradientLR(optimizer, rule, scheduled=scheduled)
         for t in range(40):
             change(optimizer, t)
             optimizer.zero_grad()
@@ -57,10 +56,10 @@ def plateau() -> Callable[[Optimizer, int], object]:
 
 @pytest.mark.parametrize("rule", ["auto", "additive", "multiplicative"])
 @pytest.mark.parametrize("change", [cosine, warm_up, plateau()])
-def test_a_schedule_that_is_written_is_reported_once_and_can_be_named(change: Any, rule: str) -> None:
+def test_a_schedule_that_is_written_is_reported_once_and_can_be_named(change: Any, rule: Any) -> None:
     change = plateau() if change not in (cosine, warm_up) else change
     (told,) = train(change, rule)[1]
-    assert "`scheduled = True`" in told
+    assert "`scheduled=True`" in told
     change = plateau() if change not in (cosine, warm_up) else change
     hd, told_then = train(change, rule, scheduled=True)
     assert told_then == []
@@ -68,7 +67,7 @@ def test_a_schedule_that_is_written_is_reported_once_and_can_be_named(change: An
 
 
 @pytest.mark.parametrize("rule", ["auto", "additive"])
-def test_a_few_writes_are_taken_over_in_silence(rule: str) -> None:
+def test_a_few_writes_are_taken_over_in_silence(rule: Any) -> None:
     def change(optimizer: Optimizer, t: int) -> None:
         if t in (10, 20, 21, 22, 30):
             optimizer.param_groups[0]["lr"] = 0.001 * t
@@ -108,7 +107,7 @@ def test_a_schedule_in_optimizer_step_is_followed_where_the_callback_is_told(tmp
         return hd
 
     with pytest.warns(
-        RuntimeWarning, match=r"HypergradientDescent\(SGD\): learning rates are written .*scheduled = True"
+        RuntimeWarning, match=r"HypergradientDescent\(SGD\): learning rates are written .*scheduled=True"
     ):
         fit(None)
     hd = fit(True)

@@ -5,14 +5,14 @@ import math
 from torch.optim import Optimizer
 
 from lightning_hd.checks import check_count, check_flag, check_number
-from lightning_hd.engine.cooldown import Decline
+from lightning_hd.engine.cooldown import Cooldown
 from lightning_hd.optimizers import parameters_of
 from lightning_hd.processes import is_flat_shard
 from lightning_hd.rules import Rule, make_rule
 
 _PART = 0.2
-"""The default length of the decline, as a part of the run. The noise of the gradient averages out within a fifth, and
-the steps before it learn as much as without a decline."""
+"""The default length of the cooldown, as a part of the run. The noise of the gradient averages out within a fifth, and
+the steps before it learn as much as without a cooldown."""
 
 
 def check_arguments(
@@ -23,6 +23,7 @@ def check_arguments(
     max_lr: float | None,
     probe: int | str | None,
     stop_after: int | None,
+    scheduled: bool | None,
 ) -> tuple[Rule, float, float]:
     """Check the arguments that both public classes have.
 
@@ -37,8 +38,8 @@ def check_arguments(
         raise ValueError(f"scope must be 'global' or 'group', got {scope!r}")
     low = -math.inf if min_lr is None else check_number("min_lr", min_lr)
     high = math.inf if max_lr is None else check_number("max_lr", max_lr)
-    if min_lr is not None and max_lr is not None and high < 0 == low:
-        raise ValueError(f"max_lr must be at least 0, got {max_lr!r} (or pass min_lr=None, for rates below 0)")
+    if high <= 0 == low:
+        raise ValueError(f"max_lr must be above 0, got {max_lr!r} (or pass min_lr=None, for rates below 0)")
     if low > high:
         raise ValueError(f"min_lr must not be above max_lr, got min_lr={min_lr!r} and max_lr={max_lr!r}")
     if isinstance(probe, str) and probe != "default":
@@ -47,45 +48,25 @@ def check_arguments(
         raise ValueError("probe must be at least 1, or None for all coordinates, got 0")
     if stop_after is not None:
         check_count("stop_after", stop_after)
+    if scheduled is not None:
+        check_flag("scheduled", scheduled)
     return make_rule(rule, hypergrad_lr), low, high
 
 
-def make_decline(part: float | str, total: int | None, rule: Rule) -> Decline:
-    """Build the decline from the arguments ``decline`` and ``total_steps``.
+def make_cooldown(part: float | str, total: int | None, rule: Rule) -> Cooldown:
+    """Build the cooldown from the arguments ``cooldown`` and ``total_steps``.
 
     Raises:
         TypeError: An argument is of the wrong type.
         ValueError: An argument is out of range.
     """
     if isinstance(part, str) and part != "default":
-        raise ValueError(f"decline must be a number from 0 to 1, or 'default', got {part!r}")
+        raise ValueError(f"cooldown must be a number from 0 to 1, or 'default', got {part!r}")
     if isinstance(part, str):
         part = _PART if rule.picks_start else 0.0
     if total is not None and check_count("total_steps", total) == 0:
         raise ValueError("total_steps must be at least 1, or None where it is not known, got 0")
-    return Decline(check_number("decline", part, 0.0, 1.0), total)
-
-
-def check_callback_arguments(
-    log_every_n_steps: int | None,
-    prog_bar: bool,
-    scheduled: bool | None,
-    on_mismatch: str,
-    summary: bool,
-) -> None:
-    """Check the arguments that only the callback has.
-
-    Raises:
-        TypeError: An argument is of the wrong type.
-        ValueError: An argument is out of range.
-    """
-    if log_every_n_steps is not None:
-        check_count("log_every_n_steps", log_every_n_steps)
-    for name, flag in (("prog_bar", prog_bar), ("scheduled", scheduled), ("summary", summary)):
-        if flag is not None:
-            check_flag(name, flag)
-    if on_mismatch not in ("error", "restart"):
-        raise ValueError(f"on_mismatch must be 'error' or 'restart', got {on_mismatch!r}")
+    return Cooldown(check_number("cooldown", part, 0.0, 1.0), total)
 
 
 def check_flat_shards(optimizer: Optimizer, rule: Rule) -> None:

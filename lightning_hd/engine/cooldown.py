@@ -1,12 +1,12 @@
-"""The decline of the rates at the end of a run whose length is known."""
+"""The cooldown of the rates at the end of a run whose length is known."""
 
 import math
 from dataclasses import dataclass
 
 
 @dataclass
-class Decline:
-    """A decline over the last part of the run, by one minus the square root of the part of it that is over.
+class Cooldown:
+    """A cooldown over the last part of the run, by one minus the square root of the part of it that is over.
 
     It is steep at first, where the rate is high and its noise large, and long where the noise is small. Source: Hägele
     et al., "Scaling Laws and Compute-Optimal Training Beyond Fixed Training Durations" (NeurIPS 2024), Section 3.2.
@@ -20,11 +20,11 @@ class Decline:
     total: int | None
 
     def is_over(self, step: int) -> bool:
-        """Whether a step, counted from 1, comes after the last one of the decline."""
+        """Whether a step, counted from 1, comes after the last one of the cooldown."""
         return bool(self.part and self.total and step > self.total)
 
     def left(self, step: int) -> float:
-        """The length of the decline that is still to come before a step, counted from 1; 0 if there is none."""
+        """The length of the cooldown that is still to come before a step, counted from 1; 0 if there is none."""
         return max(0.0, min(self.part * (self.total or 0), (self.total or 0) - step + 1))
 
     def factor(self, step: int) -> float:

@@ -25,8 +25,8 @@ class Step:
     number: int  # counted from 1
     sights: Sequence[Sight]  # of each scope
     loss: float | None  # averaged over the processes, where it is known
-    cooldown: float  # the length of the decline that is still to come
-    factor: float  # of all rates, in the decline
+    cooldown: float  # the length of the cooldown that is still to come
+    factor: float  # of all rates, in the cooldown
     stopped: bool  # whether the learned scales stay as they are
     nonlinear: bool  # whether the optimizer's step is found not to be linear in its rate
     held: list[float]  # what param_groups[i]["lr"] held before

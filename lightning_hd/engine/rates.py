@@ -158,14 +158,14 @@ class Rates:
 
     def _decide(self, step: Step, index: int, seen: Observation | None) -> Decision:
         scope = self.scopes[index]
-        rule, context, backoffs = scope.rule, self._context(step, scope), scope.rule.brakes
+        rule, context, backoffs = scope.rule, self._context(step, scope), scope.rule.backoffs
         finite = seen is None or all(map(math.isfinite, seen))
         stopped = step.stopped and scope.tuned
         lr, cause = scope.lr, "the loss has risen"
         step.rules.append(rule.state_dict())
         if seen is not None and finite and not stopped:
             lr = number(rule.update(lr, seen, context), rule, "update")
-            if rule.brakes > backoffs:
+            if rule.backoffs > backoffs:
                 cause = f"the gradient's norm leapt to {seen.grad_norm:.3g}"
             lr = self._bounded(step, index, lr) if rule.long_horizon else lr
             if step.loss is not None and math.isfinite(lr):
@@ -175,7 +175,7 @@ class Rates:
             lr = self.clamp(index, lr)
             used = (lr if stopped else number(rule.used(lr, context), rule, "used")) * step.factor
             if abs(used) <= LARGEST:
-                if rule.brakes > backoffs:
+                if rule.backoffs > backoffs:
                     backed_off = f"the rate backs off from {scope.used:.3g} to {used:.3g}"
                     self._notices.log(f"step {step.number}: {cause}; {backed_off}")
                 return Decision(lr, used, seen)
@@ -190,7 +190,7 @@ class Rates:
         """``α_t`` of a rule with a long horizon, bounded where former moves would ask for a rate that is too high.
 
         While a schedule is low, no step shows whether ``α`` is too high for its peak. So where it rises again, ``α`` is
-        at most what it was at the last peak. In the decline, ``α`` does not rise: old moves at higher rates would ask
+        at most what it was at the last peak. In the cooldown, ``α`` does not rise: old moves at higher rates would ask
         for it.
         """
         scope = self.scopes[index]

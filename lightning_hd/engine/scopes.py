@@ -78,7 +78,7 @@ def grow(scope: Scope, factor: float) -> None:
 
 def restarted(scope: Scope, rule: Rule, step_count: int) -> Scope:
     """The scope with a new rule, which picks the first rate again, after ``step_count`` steps."""
-    rule.brakes = scope.rule.brakes
+    rule.backoffs = scope.rule.backoffs
     return dataclasses.replace(scope, rule=rule, tuned=False, moved=False, low=False, since=step_count, vanished=0)
 
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from lightning_hd.engine.cooldown import Decline
+from lightning_hd.engine.cooldown import Cooldown
 from lightning_hd.engine.decision import Step
 from lightning_hd.engine.first_rate import FirstRates
 from lightning_hd.engine.linearity import Linearity
@@ -58,7 +58,7 @@ class Tuning:
         view: The view of the model that the rule needs.
         ranks: The processes that train together.
         notices: Where warnings and log messages go.
-        decline: The decline of the rates at the end.
+        cooldown: The cooldown of the rates at the end.
         stop_after: The number of steps after which the learned scale stays as it is; ``None``: never.
     """
 
@@ -68,7 +68,7 @@ class Tuning:
     view: View
     ranks: Ranks
     notices: Notices
-    decline: Decline
+    cooldown: Cooldown
     stop_after: int | None
     losses: Losses = field(default_factory=Losses)
     seconds: float = 0.0  # the time that tuning has taken
@@ -258,12 +258,12 @@ class Tuning:
 
     def _new_step(self, sights: list[Sight], loss: float | None) -> Step:
         number, left, factor = self.step_count + 1, 0.0, 1.0
-        if self.decline.total is not None and not self.rates.under_schedule:  # a schedule declines by itself
-            left, factor = self.decline.left(number), self.decline.factor(number)
-            if self.decline.is_over(number):
+        if self.cooldown.total is not None and not self.rates.under_schedule:  # a schedule falls by itself
+            left, factor = self.cooldown.left(number), self.cooldown.factor(number)
+            if self.cooldown.is_over(number):
                 self.notices.warn(
                     "longer",
-                    f"training goes on after the {self.decline.total} steps that it was to take. It keeps the rate of "
+                    f"training goes on after the {self.cooldown.total} steps that it was to take. It keeps the rate of "
                     "the last one",
                 )
         return Step(

@@ -1,22 +1,25 @@
 """HypergradientLR, the public engine: it is attached to one torch optimizer and tunes its learning rate."""
 
-from typing import Any, Literal
+from typing import Any, Literal, overload
 
 from torch import Tensor
 from torch.distributed import ProcessGroup
 from torch.optim import Optimizer
 
-from lightning_hd.checks import check_count
-from lightning_hd.engine.arguments import check_arguments, check_flat_shards, make_decline
+from lightning_hd.engine.arguments import check_arguments, check_flat_shards, make_cooldown
 from lightning_hd.engine.hooks import StepHooks
 from lightning_hd.engine.rates import Rates
 from lightning_hd.engine.state import load, save
+from lightning_hd.engine.stats import Stats
 from lightning_hd.engine.step import Tuning, check_loss
 from lightning_hd.engine.suggestion import suggestions
 from lightning_hd.hypergradient import PROBE, Displacement, LastStep, View, copies_of, drop_copies, keep_copies
 from lightning_hd.optimizers import check_optimizer, get_lr, group_names, parameters_of, unwrap
 from lightning_hd.processes import Notices, Ranks
-from lightning_hd.rules import Observation, Rule
+from lightning_hd.rules import Observation, Rule, RuleName
+
+_NONFINITE = 0.05
+"""A GradScaler skips a few steps. If a larger part of them than this is not finite, the rates are not to be trusted."""
 
 
 class HypergradientLR:
@@ -70,10 +73,13 @@ class HypergradientLR:
             ``all_reduce`` per step, and the rates are equal bit for bit. ``None``: the default group if
             ``torch.distributed`` is initialized. Give models that train apart a group each.
         total_steps: How many steps the training takes; ``None``: it is not known.
-        decline: The last part of these steps, from 0 to 1, over which the rates fall linearly to 0; 0: none.
+        cooldown: The last part of these steps, from 0 to 1, over which the rates fall to 0; 0: none.
             ``"default"``: a fifth with the default rule, none with the paper's. There is none under a scheduler.
         stop_after: The number of steps after which tuning stops. The learned scale then stays as it is, and schedules
-            and the decline go on. ``None``: never.
+            and the cooldown go on. ``None``: never.
+        scheduled: Whether ``param_groups[i]["lr"]`` belongs to a schedule between steps; ``None``: it is detected from
+            the groups' ``initial_lr``. All schedulers of ``torch.optim.lr_scheduler`` set that but
+            ``ReduceLROnPlateau``. Pass ``True`` for that one, and where your own code writes a schedule.
 
     Raises:
         TypeError: ``optimizer`` is not an optimizer or has no rate to tune (LBFGS, Rprop, SparseAdam), or another
@@ -104,7 +110,8 @@ class HypergradientLR:
     def __init__(
         self,
         optimizer: Optimizer,
-        rule: Rule | str = "auto",
+        rule: Rule | RuleName = "auto",
+        *,
         hypergrad_lr: float | None = None,
         scope: Literal["global", "group"] = "global",
         min_lr: float | None = 0.0,
@@ -112,32 +119,33 @@ class HypergradientLR:
         probe: int | Literal["default"] | None = "default",
         process_group: ProcessGroup | None = None,
         total_steps: int | None = None,
-        decline: float | Literal["default"] = "default",
+        cooldown: float | Literal["default"] = "default",
         stop_after: int | None = None,
+        scheduled: bool | None = None,
     ) -> None:
-        checked, low, high = check_arguments(rule, hypergrad_lr, scope, min_lr, max_lr, probe, stop_after)
-        falling = make_decline(decline, total_steps, checked)
-        if total_steps is None and not isinstance(decline, str) and decline:
-            raise ValueError(f"decline={decline!r} has no effect without total_steps, the number of steps")
+        checked, low, high = check_arguments(rule, hypergrad_lr, scope, min_lr, max_lr, probe, stop_after, scheduled)
+        falling = make_cooldown(cooldown, total_steps, checked)
+        if total_steps is None and not isinstance(cooldown, str) and cooldown:
+            raise ValueError(f"cooldown={cooldown!r} has no effect without total_steps, the number of steps")
         check_optimizer(optimizer)
         ranks = Ranks(process_group)
         ranks.check_meshes(parameters_of(optimizer))
-        self.optimizer = unwrap(optimizer)
-        self.scope = scope
-        check_flat_shards(self.optimizer, checked)
-        self._name = type(self.optimizer).__name__
+        self._optimizer = unwrap(optimizer)
+        check_flat_shards(self._optimizer, checked)
+        self._name = type(self._optimizer).__name__
         notices = Notices(f"{self._owner}({self._name})", ranks)
-        rates = Rates(self.optimizer, checked, scope, (low, high), notices)
-        self._copies = copies_of(self.optimizer)
+        rates = Rates(self._optimizer, checked, scope, (low, high), notices)
+        rates.scheduled = scheduled
+        self._copies = copies_of(self._optimizer)
         self._loads = 0  # how often the optimizer had loaded a state when this loaded its own
         view: View
         if checked.long_horizon:
             self._copies.tensors.clear()  # they belong to a rule that this training had before
-            view = Displacement(self.optimizer, PROBE if probe == "default" else probe, ranks, notices)
+            view = Displacement(self._optimizer, PROBE if probe == "default" else probe, ranks, notices)
         else:
-            view = LastStep(self.optimizer, None if probe == "default" else probe, ranks, notices, self._copies)
-        self._tuning = Tuning(self.optimizer, checked, rates, view, ranks, notices, falling, stop_after)
-        self._hooks: StepHooks | None = StepHooks(self.optimizer, self._tuning, notices)
+            view = LastStep(self._optimizer, None if probe == "default" else probe, ranks, notices, self._copies)
+        self._tuning = Tuning(self._optimizer, checked, rates, view, ranks, notices, falling, stop_after)
+        self._hooks: StepHooks | None = StepHooks(self._optimizer, self._tuning, notices)
 
     # ------------------------------------------------------------------ what others read
 
@@ -145,7 +153,7 @@ class HypergradientLR:
     def lrs(self) -> list[float]:
         """The effective learning rate of each parameter group, which the last step used."""
         known = [group.lr for group in self._tuning.rates.groups]
-        return known + [get_lr(group) for group in self.optimizer.param_groups[len(known) :]]
+        return known + [get_lr(group) for group in self._optimizer.param_groups[len(known) :]]
 
     @property
     def scales(self) -> list[float]:
@@ -154,14 +162,6 @@ class HypergradientLR:
         Where the rate is configured at 0, it is the effective rate itself.
         """
         return [scope.used / scope.reference for scope in self._tuning.rates.scopes]
-
-    @property
-    def brakes(self) -> list[int]:
-        """How often the rule of each scope has backed off from an overshoot.
-
-        Each brake is reported to the logger ``lightning_hd.engine.tuner`` at the level INFO.
-        """
-        return [scope.rule.brakes for scope in self._tuning.rates.scopes]
 
     @property
     def last(self) -> list[Observation | None]:
@@ -177,42 +177,55 @@ class HypergradientLR:
         return self._tuning.step_count
 
     @property
-    def nonfinite_steps(self) -> int:
-        """The number of steps that left the rate as it was because a number was not finite."""
-        return self._tuning.nonfinite_steps
+    def stats(self) -> Stats:
+        """Figures of the steps so far: back-offs, steps that were not finite, time, coordinates, clamps, loss."""
+        tuning = self._tuning
+        return Stats(
+            backoffs=tuple(scope.rule.backoffs for scope in tuning.rates.scopes),
+            nonfinite_steps=tuning.nonfinite_steps,
+            seconds=tuning.seconds,
+            coordinates=tuning.view.share,
+            limits=tuning.rates.limits,
+            loss=tuning.loss,
+        )
 
-    @property
-    def loss(self) -> float | None:
-        """The loss of the last step, averaged over the processes; ``None``: it is not known."""
-        return self._tuning.loss
+    @overload
+    def suggestion(self) -> float: ...
 
-    def suggestion(self) -> float | dict[str, float]:
+    @overload
+    def suggestion(self, *, by_group: Literal[True]) -> dict[str, float]: ...
+
+    def suggestion(self, *, by_group: bool = False) -> float | dict[str, float]:
         """The constant rate that the steps so far suggest for a training like this one without tuning.
 
-        It is 0.6 times the 0.8-quantile of the rates in the first half of the steps so far, without the decline at the
+        It is 0.6 times the 0.8-quantile of the rates in the first half of the steps so far, without the cooldown at the
         end. Source: this project.
 
-        Returns:
-            The rate. With several parameter groups, a rate for each by its name: ``"Adam/pg1"``, or ``"Adam/"`` and
-            the group's ``name``.
+        Args:
+            by_group: Whether to return the rate of each parameter group by its name: ``"Adam/pg1"``, or ``"Adam/"`` and
+                the group's ``name``. A single group without a name has the name of its optimizer.
 
         Raises:
             RuntimeError: No step was tuned yet.
+            ValueError: The groups have different rates, and ``by_group`` is not ``True``.
+
+        Warns:
+            RuntimeWarning: Many steps were not finite.
         """
         lrs = suggestions(self._tuning.rates)
         if lrs is None:
             raise RuntimeError(f"{self._owner}({self._name}): no suggestion before a step has moved the parameters")
-        return dict(zip(group_names(self._name, self.optimizer), lrs, strict=False)) if len(lrs) > 1 else lrs[0]
+        self._warn_of_nonfinite_steps()
+        named = dict(zip(group_names(self._name, self._optimizer), lrs, strict=False))
+        return named if by_group else common_rate(named)
 
-    @property
-    def seconds(self) -> float:
-        """The time that tuning has taken on this process, in seconds."""
-        return self._tuning.seconds
-
-    @property
-    def limits(self) -> tuple[float, float]:
-        """The lower and the upper clamp, infinite where there is none."""
-        return self._tuning.rates.limits
+    def _warn_of_nonfinite_steps(self) -> None:
+        """Warn if so many steps were not finite that the suggested rate says little."""
+        wrong, steps = self._tuning.nonfinite_steps, self.step_count
+        if wrong > _NONFINITE * steps:
+            self._tuning.notices.warn(
+                "suggestion", f"the suggested rate says little, because {wrong} of {steps} steps were not finite"
+            )
 
     @property
     def paused(self) -> bool:
@@ -224,36 +237,9 @@ class HypergradientLR:
         self._tuning.paused = bool(value)
 
     @property
-    def scheduled(self) -> bool | None:
-        """Whether ``param_groups[i]["lr"]`` belongs to a scheduler between steps; ``None``: it is detected. Settable.
-
-        It is detected from the groups' ``initial_lr``. All schedulers of ``torch.optim.lr_scheduler`` set that but
-        ``ReduceLROnPlateau``. Set this to ``True`` for that one.
-        """
-        return self._tuning.rates.scheduled
-
-    @scheduled.setter
-    def scheduled(self, value: bool | None) -> None:
-        self._tuning.rates.scheduled = None if value is None else bool(value)
-
-    @property
-    def under_schedule(self) -> bool:
-        """Whether a scheduler owns the rates: the value of ``scheduled``, or what is detected."""
+    def scheduled(self) -> bool:
+        """Whether ``param_groups[i]["lr"]`` belongs to a schedule between steps: what was passed, or is detected."""
         return self._tuning.rates.is_scheduled()
-
-    @property
-    def total_steps(self) -> int | None:
-        """How many steps of this optimizer the training takes; ``None``: it is not known. Settable."""
-        return self._tuning.decline.total
-
-    @total_steps.setter
-    def total_steps(self, value: int | None) -> None:
-        self._tuning.decline.total = None if value is None else check_count("total_steps", value)
-
-    @property
-    def probe(self) -> tuple[int, int]:
-        """How many coordinates were looked at in the last step, and how many there are."""
-        return self._tuning.view.share
 
     def observe(self, loss: Tensor | float) -> None:
         """Report the loss of the next step, or of the last one. The default rule backs off where the loss rises.
@@ -272,11 +258,6 @@ class HypergradientLR:
         if self._hooks is not None and not self._tuning.paused:
             self._tuning.losses.reported.append(known)
 
-    @property
-    def attached(self) -> bool:
-        """Whether the hooks are in place: from the beginning until ``detach``."""
-        return self._hooks is not None
-
     def detach(self, *, keep_state: bool = False) -> None:
         """Remove every hook and buffer from the optimizer.
 
@@ -290,7 +271,7 @@ class HypergradientLR:
         if self._hooks is not None:
             self._hooks.remove()
             self._hooks = None
-        drop_copies(self.optimizer, self._copies, keep_state)
+        drop_copies(self._optimizer, self._copies, keep_state)
 
     def state_dict(self) -> dict[str, Any]:
         """What was learned: plain numbers and, with the default rule, one number for each coordinate of the probe.
@@ -315,20 +296,24 @@ class HypergradientLR:
         if self._hooks is not None and self.step_count:
             self._hooks.proven = True
 
-    def check_agreement(self) -> None:
-        """Compare the learning rates of all processes of the group. Call it on each of them.
-
-        Raises:
-            RuntimeError: They are not equal bit for bit. It is raised on every process.
-        """
-        self._tuning.ranks.check_agreement(f"{self._owner}({self._name})", self.step_count, self.lrs)
-
     def __getstate__(self) -> dict[str, Any]:
-        return {**vars(self), "_hooks": self.attached}
+        return {**vars(self), "_hooks": self._hooks is not None}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         attached = state.pop("_hooks")
         vars(self).update(state, _hooks=None)
         if attached:  # torch does not copy the hooks of an optimizer
-            keep_copies(self.optimizer, self._copies)
-            self._hooks = StepHooks(self.optimizer, self._tuning, notices=None)
+            keep_copies(self._optimizer, self._copies)
+            self._hooks = StepHooks(self._optimizer, self._tuning, notices=None)
+
+
+def common_rate(suggested: dict[str, float]) -> float:
+    """The one suggested rate of all parameter groups.
+
+    Raises:
+        ValueError: They have different rates.
+    """
+    first, *others = suggested.values()
+    if any(lr != first for lr in others):
+        raise ValueError(f"suggestion() is one rate, but there are {suggested}: call suggestion(by_group=True)")
+    return first

@@ -39,6 +39,6 @@ class Writes:
             self._notices.warn(
                 "written rates",
                 "learning rates are written into the parameter groups again and again, and tuning goes on from each of "
-                "them. If they are a schedule, of your loop or of ReduceLROnPlateau, set `scheduled = True`. Then they "
+                "them. If they are a schedule, of your loop or of ReduceLROnPlateau, pass `scheduled=True`. Then they "
                 "are multiplied by the learned scale",
             )

@@ -2,63 +2,59 @@
 
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.loggers import Logger
 
-from lightning_hd.reporting.names import LAYOUT, former, tag
-from lightning_hd.reporting.recorder import Tracker
+from lightning_hd.reporting.names import LAYOUT, PREFIX, tag
+from lightning_hd.reporting.recorder import Recorder
 
 _DISPLAY = {"log_every_n_steps", "prog_bar", "on_mismatch", "summary"}
 """Arguments that do not change the training. They would only be in the way among the hyperparameters."""
 
 
-def show(trainer: Trainer, pl_module: LightningModule, trackers: Sequence[Tracker], prog_bar: bool) -> None:
+def show(trainer: Trainer, pl_module: LightningModule, recorders: Sequence[Recorder], prog_bar: bool) -> None:
     """Give other callbacks the numbers of the last step, and the progress bar the rates."""
-    known = {key: value for tracker in trackers for key, value in tracker.current().items()}
-    metrics = {key: torch.tensor(value) for key, value in known.items()}
-    trainer.callback_metrics.update(metrics | former(metrics))
+    for recorder in recorders:
+        trainer.callback_metrics.update({key: torch.tensor(value) for key, value in recorder.current().items()})
     if prog_bar:
-        pl_module.log_dict(_rates(trackers), on_step=True, on_epoch=False, prog_bar=True, logger=False)
+        pl_module.log_dict(_rates(recorders), on_step=True, on_epoch=False, prog_bar=True, logger=False)
 
 
-def log(trainer: Trainer, trackers: Sequence[Tracker], step: int) -> None:
+def log(trainer: Trainer, recorders: Sequence[Recorder], step: int) -> None:
     """Log the numbers that are new since the last call.
 
     Args:
         trainer: The Trainer.
-        trackers: The trackers of its optimizers.
+        recorders: The recorders of its optimizers.
         step: The step, on the axis of ``self.log``.
     """
-    means = {key: value for tracker in trackers for key, value in tracker.collect().items()}
-    rates, logarithms = _rates(trackers), _logarithms(means)
+    means = {key: value for recorder in recorders for key, value in recorder.collect().items()}
+    rates, logarithms = _rates(recorders), _logarithms(means)
     for logger in trainer.loggers:
         own = means | logarithms if _writes_events(logger) else rates | means
         logger.log_metrics(metrics=own, step=step)
-    log_curves(trainer, trackers)
+    log_curves(trainer, recorders)
 
 
-def _rates(trackers: Sequence[Tracker]) -> dict[str, float]:
+def _rates(recorders: Sequence[Recorder]) -> dict[str, float]:
     """The tags and the effective rates of all groups of all optimizers."""
-    return {key: lr for tracker in trackers for key, lr in tracker.lr_metrics().items()}
+    return {key: lr for recorder in recorders for key, lr in recorder.lr_metrics().items()}
 
 
 def _logarithms(metrics: dict[str, float]) -> dict[str, float]:
     """The logarithms of scales and schedules, which add up to that of the rate."""
-    found = {}
-    for quantity in ("scale", "schedule"):
-        start = tag(f"{quantity}-")
-        for key, value in metrics.items():
-            if key.startswith(start) and value > 0:
-                found[tag(f"log10_{quantity}", key.removeprefix(start))] = math.log10(value)
-    return found
+    starts = (tag("scale-"), tag("schedule-"))
+    positive = {key: value for key, value in metrics.items() if key.startswith(starts) and value > 0}
+    return {key.replace(PREFIX, f"{PREFIX}log10_", 1): math.log10(value) for key, value in positive.items()}
 
 
-def log_curves(trainer: Trainer, trackers: Sequence[Tracker]) -> None:
+def log_curves(trainer: Trainer, recorders: Sequence[Recorder]) -> None:
     """Write the rates of all steps since the last call into event files."""
-    points = [point for tracker in trackers for point in tracker.take_curve()]
+    points = [point for recorder in recorders for point in recorder.take_curve()]
     for logger in filter(_writes_events, trainer.loggers):
         writer = getattr(logger, "experiment")  # noqa: B009  # the subclass has it; on other processes it does nothing
         for name, lr, step in points:
@@ -87,6 +83,14 @@ def describe(trainer: Trainer, pl_module: LightningModule, settings: dict[str, A
         logger.log_hyperparams(known | own)
         if _writes_events(logger):
             getattr(logger, "experiment").add_custom_scalars(LAYOUT)  # noqa: B009
+
+
+def show_small_numbers(trainer: Trainer) -> None:
+    """Let a RichProgressBar show three digits of numbers below 0.001, unless it has its own format."""
+    bar = trainer.progress_bar_callback
+    theme = getattr(bar, "theme", None)
+    if theme is not None and theme.metrics_format == ".3f":
+        bar.theme = replace(theme, metrics_format=".3g")  # type: ignore[union-attr]
 
 
 def _writes_events(logger: Logger) -> bool:

@@ -1,13 +1,12 @@
 """Tags of the logged numbers. They are spelled as those of ``LearningRateMonitor``."""
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 
-from torch import Tensor
 from torch.optim import Optimizer
 
-PREFIX, FORMER = "hd/", "hypergradient/"
-"""The prefixes of tags, now and in the version before."""
+PREFIX = "hd/"
+"""It is short, because TensorBoard cuts off the titles of its cards."""
 
 LAYOUT = {
     "learning rate": {
@@ -16,23 +15,15 @@ LAYOUT = {
         "learning rate": ["Multiline", ["hd/lr-", "lr-"]],
         "effective rate, schedule, scale, log10": ["Multiline", ["hd/log10_lr", "hd/log10_schedule", "hd/log10_scale"]],
         "cosine and its running mean": ["Multiline", ["hd/cosine", "hd/mean_cosine"]],
-        "brakes": ["Multiline", ["hd/brakes"]],
+        "backoffs": ["Multiline", ["hd/backoffs"]],
     }
 }
 """The charts in the tab "Custom scalars". Each shows the tags whose beginning matches one of its expressions."""
 
 
 def tag(quantity: str, name: str = "") -> str:
-    """The tag of a quantity (``lr``, ``scale``, ``value``, ``cosine``, ``brakes``): ``hd/lr-Adam``.
-
-    It is short, because TensorBoard cuts off the titles of its cards.
-    """
+    """The tag of a quantity (``lr``, ``scale``, ``hypergradient``, ``cosine``, ``backoffs``): ``hd/lr-Adam``."""
     return f"{PREFIX}{quantity}-{name}" if name else f"{PREFIX}{quantity}"
-
-
-def former(metrics: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The same numbers under the tags of the version before, for callbacks that monitor them."""
-    return {FORMER + key.removeprefix(PREFIX): value for key, value in metrics.items()}
 
 
 def optimizer_names(optimizers: Sequence[Optimizer]) -> list[str]:

@@ -23,6 +23,7 @@ INSTALL = "pip install matplotlib typer"
 COLORS = ("#0072B2", "#E69F00", "#000000", "#56B4E9", "#D55E00", "#CC79A7", "#009E73", "#404040")
 MARKERS = ("o", "s", "^", "D", "v", "P", "X", "<")
 DASHES = ("solid", (0, (4, 1.2)), (0, (1, 1)), (0, (5, 1.2, 1, 1.2)), (0, (2, 1)))
+LINE = {"markersize": 4, "markeredgecolor": "white", "markeredgewidth": 0.4, "linewidth": 1.1}
 
 COLUMN = 3.5  # inches, the width of a column of a paper
 LABEL, SMALL = 8, 7  # points
@@ -109,10 +110,8 @@ def _draw(panels: Sequence[_Panel], width: float) -> "Figure":
     styles = {key: _style(i, key[1]) for i, key in enumerate(keys)}
     handles = [Line2D([], [], **styles[key]) for key in keys if key[1]]
     lines = [line for handle in handles for line in str(handle.get_label()).split("\n")]
-    columns = max(
-        1, min(len(handles), 3, int(LINE_CHARACTERS * width / COLUMN / (max(map(len, lines), default=0) + 8)))
-    )
-
+    fitting = int(LINE_CHARACTERS * width / COLUMN / (max(map(len, lines), default=0) + 8))
+    columns = max(1, min(len(handles), 3, fitting))
     height = 0.35 + 1.2 * len(panels) + 0.15 * math.ceil(len(lines) / columns)
     drawn = Figure(figsize=(width, height), layout="constrained")
     grid = drawn.subplots(len(panels), 1, sharex=True, squeeze=False)[:, 0]
@@ -121,31 +120,16 @@ def _draw(panels: Sequence[_Panel], width: float) -> "Figure":
     grid[-1].set_xlabel("step", fontsize=LABEL)
     drawn.align_ylabels(grid)
     if handles:
-        legend = drawn.legend(
-            handles=handles,
-            loc="outside lower center",
-            ncols=columns,
-            fontsize=SMALL,
-            frameon=False,
-            handlelength=3.2,
-            borderaxespad=0,
-        )
+        options: dict[str, Any] = {"fontsize": SMALL, "frameon": False, "handlelength": 3.2, "borderaxespad": 0}
+        legend = drawn.legend(handles=handles, loc="outside lower center", ncols=columns, **options)
         for text in legend.get_texts():
             text.set_parse_math(False)
     return drawn
 
 
 def _style(i: int, label: str) -> dict[str, Any]:
-    return {
-        "label": _wrapped(label),
-        "color": COLORS[i % len(COLORS)],
-        "linestyle": DASHES[i % len(DASHES)],
-        "marker": MARKERS[i % len(MARKERS)],
-        "markersize": 4,
-        "markeredgecolor": "white",
-        "markeredgewidth": 0.4,
-        "linewidth": 1.1,
-    }
+    own = {"color": COLORS[i % len(COLORS)], "linestyle": DASHES[i % len(DASHES)], "marker": MARKERS[i % len(MARKERS)]}
+    return {**LINE, **own, "label": _wrapped(label)}
 
 
 def _wrapped(label: str) -> str:

@@ -1,16 +1,16 @@
-"""Records what is logged of one optimizer: every step, and means over the steps since they were last logged."""
+"""Records every step of one optimizer."""
 
 import math
 from array import array
 from collections.abc import Iterable, Sequence
-from typing import Any
+from statistics import fmean
+from typing import Any, NamedTuple
 
-import torch
+from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
-from torchmetrics import MeanMetric
 
 from lightning_hd.engine import HypergradientLR
-from lightning_hd.optimizers import get_lrs, group_names
+from lightning_hd.optimizers import get_lr, group_names
 from lightning_hd.reporting.names import tag
 from lightning_hd.reporting.runs import Curve, Curves
 
@@ -18,39 +18,59 @@ _WINDOW = 100
 """The number of steps in the running mean of the cosine."""
 
 
-class Tracker:
+class Course(NamedTuple):
+    """What the steps have shown of one scope."""
+
+    name: str
+    scales: list[float]
+    cosines: list[float]  # where they are known, and there was a gradient
+    schedule: list[float]  # the scheduled rates of its first group; empty without a schedule
+
+
+class Recorder:
     """Records every step of an engine.
 
     Args:
         engine: The engine.
-        name: The name of its optimizer in tags.
+        optimizer: Its optimizer.
+        name: The name of the optimizer in tags.
+        scope: The scope of the learned rates: ``"global"`` or ``"group"``.
+        configured: The rates that the parameter groups are configured with.
     """
 
-    def __init__(self, engine: HypergradientLR, name: str) -> None:
+    def __init__(
+        self, engine: "HypergradientLR", optimizer: Optimizer, name: str, scope: str, configured: Sequence[float]
+    ) -> None:
         self.engine = engine
         self.name = name
+        self.stats = engine.stats  # after the last step
+        self.untuned = 0  # steps of the optimizer that the engine did not tune
+        self._optimizer = optimizer
+        self._by_group = scope == "group"
+        self._configured = list(configured)
         self._names: list[str] = []
-        self._configured = get_lrs(engine.optimizer.param_groups)
         self._lrs: list[array[float]] = []  # of each group; those of groups that were added later are shorter
-        self._leaders: list[int] = []  # for each group, the first group that has had the same rate in every step
-        self._written: list[int] = []  # for each group, how many points are in event files
-        self._scales: list[array[float]] = []  # of each scope
-        self._cosines: list[array[float]] = []  # of each scope
+        self._scales: list[array[float]] = []  # of each scope, like the next two, which are NaN where nothing is known
+        self._cosines: list[array[float]] = []
+        self._hypergradients: list[array[float]] = []
         self._losses = array("d")
         self._axis = array("q")  # the place of each step on the axis of loggers
-        self._seen: dict[tuple[str, int], list[float]] = {}  # of each scope, since they were last logged
+        self._logged = 0  # how many steps are in the means that were logged
+        self._drawn = 0  # how many steps are in event files
         self._step_count = engine.step_count
-        self.untuned = 0  # steps of the optimizer that the engine did not tune
-        self.has_news = False
         self._handles: list[RemovableHandle] = [
-            engine.optimizer.register_step_pre_hook(self._begin),
-            engine.optimizer.register_step_post_hook(self._record),
+            optimizer.register_step_pre_hook(self._begin),
+            optimizer.register_step_post_hook(self._record),
         ]
 
     def detach(self) -> None:
         """Stop recording."""
         for handle in self._handles:
             handle.remove()
+
+    def see_groups(self) -> None:
+        """Note the rates that new groups are configured with, before their first step."""
+        self._configured += map(get_lr, self._optimizer.param_groups[len(self._configured) :])
 
     def _begin(self, *_: Any) -> None:
         self._step_count = self.engine.step_count
@@ -61,95 +81,116 @@ class Tracker:
         if engine.step_count == self._step_count:
             self.untuned += not engine.paused
             return
-        self.has_news = True
         seen = [found if found and all(map(math.isfinite, found)) else None for found in engine.last]
         _append(self._lrs, engine.lrs)
         _append(self._scales, engine.scales)
         _append(self._cosines, [found.cosine if found else math.nan for found in seen])
-        self._losses.append(math.nan if engine.loss is None else engine.loss)
-        self._compare()
-        for i, found in enumerate(seen):
-            if found:
-                self._seen.setdefault(("value", i), []).append(found.hypergradient)
-                self._seen.setdefault(("cosine", i), []).append(found.cosine)
+        _append(self._hypergradients, [found.hypergradient if found else math.nan for found in seen])
+        self.stats = engine.stats
+        self._losses.append(math.nan if self.stats.loss is None else self.stats.loss)
 
-    def _compare(self) -> None:
-        """Find groups that had the same rate in all steps so far, and no longer have it."""
-        self._leaders.extend(0 for _ in self._lrs[len(self._leaders) :])
-        self._written.extend(0 for _ in self._lrs[len(self._written) :])
-        for i, (leader, lrs) in enumerate(zip(self._leaders, self._lrs, strict=True)):
-            if leader != i and (lrs[-1] != self._lrs[leader][-1] or len(lrs) != len(self._lrs[leader])):
-                self._leaders[i] = next(k for k in range(i + 1) if self._lrs[k] == lrs)
-
-    def scope_of(self, group: int) -> int:
-        """The scope of a group."""
-        return group if self.engine.scope == "group" else 0
-
-    def configured(self, group: int) -> float:
-        """The rate that a group had before the first step."""
-        return self._configured[group] if group < len(self._configured) else math.nan
-
-    def scopes(self) -> list[tuple[str, list[float], list[float], list[float]]]:
-        """For each scope its name, its scales, its known cosines, and its scheduled rates."""
-        found = []
-        for i, (name, scales, cosines) in enumerate(zip(self._scopes(), self._scales, self._cosines, strict=False)):
-            lrs = self._lrs[i][-len(scales) :]  # with scope="global", those of the first group
-            schedule = [lr / scale if scale else math.nan for lr, scale in zip(lrs, scales, strict=True)]
-            known = [cosine for cosine in cosines if cosine and not math.isnan(cosine)]  # 0: there was no gradient
-            found.append((name, scales.tolist(), known, schedule if self.engine.under_schedule else []))
-        return found
-
-    def _mean_cosine(self, scope: int) -> float:
-        return _mean(cosine for cosine in self._cosines[scope][-_WINDOW:] if not math.isnan(cosine))
+    # ------------------------------------------------------------------ names
 
     def names(self) -> list[str]:
         """The name of each group. A name stays when groups are added."""
-        if len(self._names) < len(self.engine.optimizer.param_groups):
-            self._names += group_names(self.name, self.engine.optimizer)[len(self._names) :]
+        if len(self._names) < len(self._optimizer.param_groups):
+            self._names += group_names(self.name, self._optimizer)[len(self._names) :]
         return self._names
 
     def go_on(self, names: Sequence[str]) -> None:
         """Use the names that a former run of the same optimizer has given to the groups."""
         own = all(name.partition("/")[0] == self.name for name in names)
-        if own and len(names) <= len(self.engine.optimizer.param_groups):
+        if own and len(names) <= len(self._optimizer.param_groups):
             self._names = list(names)
-            self._leaders = list(range(len(self._names)))  # each goes on with the card that it had
+
+    def _scopes(self) -> list[str]:
+        return self.names() if self._by_group else [self.name]
+
+    def scope_of(self, group: int) -> int:
+        """The scope of a group."""
+        return group if self._by_group else 0
+
+    # ------------------------------------------------------------------ logs
 
     @property
-    def has_points(self) -> bool:
-        """Whether there is something to draw."""
-        return len(self._axis) > 0
+    def steps(self) -> int:
+        """The number of recorded steps."""
+        return len(self._losses)
+
+    @property
+    def has_news(self) -> bool:
+        """Whether there are steps that no mean was logged of."""
+        return self._logged < self.steps
 
     def mark(self, step: int) -> None:
         """Place new steps at ``step`` on the axis of loggers, after a batch."""
-        self._axis.extend([step] * (len(self._losses) - len(self._axis)))
+        self._axis.extend([step] * (self.steps - len(self._axis)))
 
     def skip(self) -> None:
         """Drop the numbers that wait to be logged."""
-        self._seen.clear()
-        self._written = [len(self._axis)] * len(self._written)
+        self._logged, self._drawn = self.steps, len(self._axis)
+
+    def lr_metrics(self) -> dict[str, float]:
+        """The tags and the effective rates of all groups."""
+        return {tag("lr", name): lr for name, lr in zip(self.names(), self.engine.lrs, strict=True)}
+
+    def current(self) -> dict[str, float]:
+        """The numbers of the last step."""
+        return self.lr_metrics() | self._metrics(self.steps - 1)
+
+    def collect(self) -> dict[str, float]:
+        """All numbers to log now, except for the rates. The means start anew."""
+        engine, since, self._logged = self.engine, self._logged, self.steps
+        none = tag("backoffs-")  # they are logged once there are any
+        metrics = {key: value for key, value in self._metrics(since).items() if value or not key.startswith(none)}
+        for name, cosines in zip(self._scopes(), self._cosines, strict=False):
+            if tag("cosine", name) in metrics:
+                metrics[tag("mean_cosine", name)] = fmean(_known(cosines[-_WINDOW:]))
+        for i, (name, lr) in enumerate(zip(self.names(), engine.lrs, strict=True) if engine.scheduled else ()):
+            if scale := engine.scales[self.scope_of(i)]:
+                metrics[tag("schedule", name)] = lr / scale
+        return metrics
+
+    def _metrics(self, since: int) -> dict[str, float]:
+        """Scales, counts of back-offs, and means over the steps from ``since`` on."""
+        names, engine = self._scopes(), self.engine
+        metrics = {tag("scale", name): scale for name, scale in zip(names, engine.scales, strict=False)}
+        metrics |= {tag("backoffs", name): float(n) for name, n in zip(names, self.stats.backoffs, strict=False)}
+        for quantity, histories in (("hypergradient", self._hypergradients), ("cosine", self._cosines)):
+            for name, history in zip(names, histories, strict=False):
+                if new := _known(history[max(since - self._late(history), 0) :]):
+                    metrics[tag(quantity, name)] = fmean(new)
+        return metrics
 
     def take_curve(self) -> list[tuple[str, float, int]]:
-        """The name of a group, its rate, and the step on the axis of loggers, for all steps since the last call.
-
-        Groups that have had the same rate in every step share the curve of the first.
-        """
-        points = []
-        for i, (name, leader, lrs) in enumerate(zip(self.names(), self._leaders, self._lrs, strict=False)):
-            if i == leader:
-                steps, values = self._points(lrs, self._written[i])
-                points += [(name, lr, step) for step, lr in zip(steps, values, strict=True)]
-                self._written[i] = len(self._axis)
+        """The name of a group, its rate, and the step on the axis of loggers, for all steps since the last call."""
+        points = [
+            (name, lr, step)
+            for name, lrs in zip(self.names(), self._lrs, strict=False)
+            for step, lr in zip(*self._points(lrs, self._drawn), strict=True)
+        ]
+        self._drawn = len(self._axis)
         return points
 
-    def _points(self, numbers: Sequence[float], start: int = 0) -> tuple[list[int], list[float]]:
-        """Steps on the axis of loggers, from place ``start`` on, and the last number in each, if there is one."""
-        late = len(self._losses) - len(numbers)
-        axis = self._axis
-        places = range(max(start, late), len(axis))
-        last = [i for i in places if i + 1 == len(axis) or axis[i + 1] != axis[i]]
-        known = [i for i in last if not math.isnan(numbers[i - late])]
-        return [axis[i] for i in known], [numbers[i - late] for i in known]
+    # ------------------------------------------------------------------ the whole training
+
+    def history(self) -> list[tuple[str, list[float]]]:
+        """The name of each group, and the effective rate of every step."""
+        return [(name, lrs.tolist()) for name, lrs in zip(self.names(), self._lrs, strict=False)]
+
+    def configured(self, group: int) -> float:
+        """The rate that a group was configured with; NaN if it was added between two steps of one batch."""
+        return self._configured[group] if group < len(self._configured) else math.nan
+
+    def courses(self) -> list[Course]:
+        """The course of each scope."""
+        found = []
+        for i, (name, scales, cosines) in enumerate(zip(self._scopes(), self._scales, self._cosines, strict=False)):
+            lrs = self._lrs[i][-len(scales) :]
+            schedule = [lr / scale if scale else math.nan for lr, scale in zip(lrs, scales, strict=True)]
+            known = [cosine for cosine in _known(cosines) if cosine]  # 0: there was no gradient
+            found.append(Course(name, scales.tolist(), known, schedule if self.engine.scheduled else []))
+        return found
 
     def curves(self) -> Curves:
         """The curves to draw."""
@@ -161,44 +202,17 @@ class Tracker:
         cosines = named(self._scopes(), self._cosines)
         return Curves(self.name, named(self.names(), self._lrs), self._points(self._losses), cosines)
 
-    def history(self) -> list[tuple[str, list[float]]]:
-        """The name of each group, and the effective rate of every step."""
-        return [(name, lrs.tolist()) for name, lrs in zip(self.names(), self._lrs, strict=False)]
+    def _late(self, history: Sequence[float]) -> int:
+        """The number of steps before a history began."""
+        return self.steps - len(history)
 
-    def lr_metrics(self) -> dict[str, float]:
-        """The tags and the effective rates of all groups."""
-        return {tag("lr", name): lr for name, lr in zip(self.names(), self.engine.lrs, strict=True)}
-
-    def current(self) -> dict[str, float]:
-        """The current values of all that is logged."""
-        metrics = self.lr_metrics()
-        for name, scale, n, seen in zip(
-            self._scopes(), self.engine.scales, self.engine.brakes, self.engine.last, strict=False
-        ):
-            metrics |= {tag("scale", name): scale, tag("brakes", name): float(n)}
-            if seen is not None:
-                metrics |= {tag("value", name): seen.hypergradient, tag("cosine", name): seen.cosine}
-        return metrics
-
-    def _scopes(self) -> list[str]:
-        return self.names() if self.engine.scope == "group" else [self.name]
-
-    def collect(self) -> dict[str, float]:
-        """All numbers to log now, except for the rates. The means start anew."""
-        names = self._scopes()
-        metrics = {tag("scale", name): scale for name, scale in zip(names, self.engine.scales, strict=False)}
-        if self.engine.under_schedule:
-            for i, (name, lr) in enumerate(zip(self.names(), self.engine.lrs, strict=True)):
-                scale = self.engine.scales[self.scope_of(i)]
-                metrics |= {tag("schedule", name): lr / scale} if scale else {}
-        metrics |= {tag("brakes", name): float(n) for name, n in zip(names, self.engine.brakes, strict=False) if n}
-        for (quantity, i), values in self._seen.items():
-            metrics[tag(quantity, names[i])] = _mean(values)
-            if quantity == "cosine":
-                metrics[tag("mean_cosine", names[i])] = self._mean_cosine(i)
-        self._seen.clear()
-        self.has_news = False
-        return metrics
+    def _points(self, numbers: Sequence[float], start: int = 0) -> tuple[list[int], list[float]]:
+        """Steps on the axis of loggers, from place ``start`` on, and the last number in each, if there is one."""
+        late, axis = self._late(numbers), self._axis
+        places = range(max(start, late), len(axis))
+        last = [i for i in places if i + 1 == len(axis) or axis[i + 1] != axis[i]]
+        known = [i for i in last if not math.isnan(numbers[i - late])]
+        return [axis[i] for i in known], [numbers[i - late] for i in known]
 
 
 def _append(histories: "list[array[float]]", numbers: Sequence[float]) -> None:
@@ -208,5 +222,5 @@ def _append(histories: "list[array[float]]", numbers: Sequence[float]) -> None:
         history.append(number)
 
 
-def _mean(values: Iterable[float]) -> float:
-    return float(MeanMetric().set_dtype(torch.float64)(torch.tensor([*values], dtype=torch.float64)))
+def _known(numbers: Iterable[float]) -> list[float]:
+    return [number for number in numbers if not math.isnan(number)]

@@ -4,12 +4,13 @@ import csv
 import math
 import os
 import re
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeAlias
 
-from lightning_hd.reporting.names import FORMER, PREFIX
+from lightning_hd.reporting.names import PREFIX
 
 Curve: TypeAlias = tuple[Sequence[float], Sequence[float]]
 """Steps and values."""
@@ -44,6 +45,8 @@ class Curves:
 def load(runs: Sequence[Path | str], loss: str | None = None) -> list[Curves]:
     """Read the runs in some folders, and in the folders below them.
 
+    A run with a file that cannot be read is left out, with a warning.
+
     Args:
         runs: Folders with event files of TensorBoard or with ``metrics.csv`` of Lightning's ``CSVLogger``.
         loss: The tag of the loss; ``None``: the first of ``loss``, ``train_loss``, ``train/loss``, ``loss_step`` and
@@ -53,21 +56,28 @@ def load(runs: Sequence[Path | str], loss: str | None = None) -> list[Curves]:
         The curves of each run.
 
     Raises:
-        PlotError: A folder or the tag does not exist, or no run has logged a learning rate.
+        PlotError: A folder or the tag does not exist, no run can be read, or none has logged a learning rate.
     """
-    folders = list(dict.fromkeys(folder for run in runs for folder in _find(Path(run))))
-    logged = [_read(folder) for folder in folders]
-    if loss is not None and not any(loss in tags for tags in logged):
-        there = sorted({tag for tags in logged for tag in tags}, key=natural)
+    read, unreadable = dict[Path, dict[str, Curve]](), list[PlotError]()
+    for folder in dict.fromkeys(folder for run in runs for folder in _find(Path(run))):
+        try:
+            read[folder] = _read(folder)
+        except PlotError as error:
+            unreadable.append(error)
+    if unreadable and not read:
+        raise unreadable[0]
+    for why in unreadable:
+        warnings.warn(f"{why}. This run is left out", stacklevel=2)
+    if loss is not None and not any(loss in tags for tags in read.values()):
+        there = sorted({tag for tags in read.values() for tag in tags}, key=natural)
         raise PlotError(f"no run has logged {loss!r}; the tags are: {', '.join(there)}")
-    root = os.path.commonpath([folder.parent for folder in folders]) if folders else ""
-    names = [folder.relative_to(root).as_posix() for folder in folders]
-    curves = [_select(name, tags, loss) for name, tags in zip(names, logged, strict=True)]
+    root = os.path.commonpath([folder.parent for folder in read]) if read else ""
+    curves = [_select(folder.relative_to(root).as_posix(), tags, loss) for folder, tags in read.items()]
     if not any(run.rates for run in curves):
         where = ", ".join(map(str, runs))
         raise PlotError(
-            f"no run has logged a learning rate in {where}: looked for the tags {PREFIX}lr-NAME, {FORMER}lr-NAME "
-            "(HypergradientDescent) and lr-NAME (LearningRateMonitor)"
+            f"no run has logged a learning rate in {where}: looked for the tags {PREFIX}lr-NAME, "
+            "of HypergradientDescent, and lr-NAME, of LearningRateMonitor"
         )
     return [run for run in curves if run.rates or run.loss or run.cosines]
 
@@ -128,8 +138,13 @@ def _number(text: Any) -> float | None:
 
 def _events(folder: Path) -> Iterator[tuple[str, int, float]]:
     from tensorboard.backend.event_processing.event_accumulator import SCALARS, EventAccumulator
+    from tensorboard.backend.event_processing.event_file_loader import EventFileLoader
 
-    if any(folder.glob(EVENTS)):
+    files = list(folder.glob(EVENTS))
+    for file in files:
+        if file.stat().st_size and next(iter(EventFileLoader(str(file)).Load()), None) is None:
+            raise PlotError(f"{file} cannot be read: it holds no event")  # every file begins with one
+    if files:
         events = EventAccumulator(str(folder), size_guidance={SCALARS: 0}).Reload()  # 0: keeps every point
         for tag in events.Tags()[SCALARS]:
             for event in events.Scalars(tag):
@@ -137,18 +152,18 @@ def _events(folder: Path) -> Iterator[tuple[str, int, float]]:
 
 
 def _select(name: str, tags: Mapping[str, Curve], loss: str | None) -> Curves:
-    rates = _named(tags, (f"{FORMER}lr-", f"{PREFIX}lr-"))
+    rates = _named(tags, f"{PREFIX}lr-")
     if not rates:
         others = {tag: tags[tag] for tag in tags if not tag.endswith(("-momentum", "-weight_decay"))}
-        rates = _named(others, ("lr-",))
+        rates = _named(others, "lr-")
     if loss is None:
         there = [tag for tag in LOSSES if tag in tags] or [tag for tag in tags if tag.endswith("loss")]
         loss = there[0] if there else "loss"
-    cosines = _named(tags, (f"{FORMER}cosine-", f"{PREFIX}cosine-"))
+    cosines = _named(tags, f"{PREFIX}cosine-")
     return Curves(name, rates, tags.get(loss), cosines, "loss" if loss in LOSSES else loss)
 
 
-def _named(tags: Mapping[str, Curve], prefixes: tuple[str, ...]) -> dict[str, Curve]:
-    """The curves whose tags have one of these prefixes, by the rest of the tag. A later prefix takes precedence."""
-    found = {tag[len(start) :]: tags[tag] for start in prefixes for tag in tags if tag.startswith(start)}
-    return {name: found[name] for name in sorted(found, key=natural)}
+def _named(tags: Mapping[str, Curve], prefix: str) -> dict[str, Curve]:
+    """The curves whose tags have this prefix, by the rest of the tag."""
+    found = {tag.removeprefix(prefix): curve for tag, curve in tags.items() if tag.startswith(prefix)}
+    return dict(sorted(found.items(), key=lambda item: natural(item[0])))

@@ -1,19 +1,21 @@
 """Reports: one line when training starts, a short table and remarks on what seems wrong when it ends."""
 
-import io
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from statistics import fmean, linear_regression, median
 from typing import Any
 
 from lightning.pytorch import Trainer
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 
-from lightning_hd.engine import HypergradientLR
-from lightning_hd.reporting.recorder import Tracker
+from lightning_hd.reporting.recorder import Course, Recorder
+from lightning_hd.rules import Auto, Rule
 
-_SHORT = 100
-"""In fewer steps, the climb to the useful range may not end."""
+_SHORT = 300
+"""In fewer steps, a tuned rate is better, because much of the run is the climb to the useful range."""
+
+_SAMPLE = 100
+"""Fewer steps or cosines show nothing."""
 
 _PINNED = 0.5
 """A clamp holds the rate if at least this part of the steps is taken at it."""
@@ -33,15 +35,15 @@ _UNDONE = 0.7
 _UNSEEN = 0.05
 """A GradScaler skips a few steps. A larger part of them than this is reported."""
 
-_BRAKED = 0.1
-"""If the rule brakes in more than this part of the steps, brakes come in series."""
+_BACKED_OFF = 0.1
+"""If the rule backs off in more than this part of the steps, back-offs come in series."""
 
-_HEAD = ("optimizer", "configured", "first lr", "median", "highest", "last", "brakes", "skipped", "seconds", "share")
+_HEAD = ("group", "configured", "first", "median", "highest", "last", "backoffs", "not finite", "tuning s", "tuning %")
 
 
-def say_what_is_missing(trainer: Trainer, engines: Sequence[HypergradientLR], restored: dict[str, Any] | None) -> None:
+def say_what_is_missing(trainer: Trainer, recorders: Sequence[Recorder], restored: dict[str, Any] | None) -> None:
     """Report if there is no optimizer, no logger, or no state of the callback in the checkpoint."""
-    if not engines:
+    if not recorders:
         rank_zero_warn("HypergradientDescent: the Trainer has no optimizer, so there is no learning rate to tune.")
         return
     if trainer.ckpt_path and trainer.global_step and restored is None:
@@ -56,26 +58,25 @@ def say_what_is_missing(trainer: Trainer, engines: Sequence[HypergradientLR], re
         )
 
 
-def check_tuned(trackers: Sequence[Tracker]) -> None:
+def check_tuned(recorders: Sequence[Recorder]) -> None:
     """Warn of optimizers without a tuned step."""
-    for tracker in trackers:
-        if not (tracker.engine.step_count or tracker.engine.paused):
+    for recorder in recorders:
+        if not (recorder.engine.step_count or recorder.engine.paused):
             rank_zero_warn(
-                f"HypergradientDescent: no step of {tracker.name} was tuned. Its `step` was replaced or not called, or "
-                "there was no gradient. If the parameters have moved, it was at the configured learning rate."
+                f"HypergradientDescent: no step of {recorder.name} was tuned. Its `step` was replaced or not called, "
+                "or there was no gradient. If the parameters have moved, it was at the configured learning rate."
             )
 
 
-def announce(trackers: Sequence[Tracker], rule: str, max_lr: float | None) -> None:
+def announce(recorders: Sequence[Recorder], rule: Rule | str, max_lr: float | None) -> None:
     """Report what is tuned, by which rule, and how much of each model is looked at. Call it after a first step."""
     parts = []
-    for tracker in trackers:
-        seen, count = tracker.engine.probe
-        parts.append(
-            f"{tracker.name} (looks at {f'{seen:,} of {count:,}' if seen < count else f'all {count:,}'} numbers)"
-        )
-    rank_zero_info(f"HypergradientDescent tunes {', '.join(parts)} with the rule {rule}.")
-    if len(trackers) > 1 and max_lr is None and rule.strip("'").lower().startswith("auto"):
+    for recorder in recorders:
+        seen, count = recorder.stats.coordinates
+        part = f"{seen:,} of {count:,}" if seen < count else f"all {count:,}"
+        parts.append(f"{recorder.name} (looks at {part} numbers)" if recorder.steps else recorder.name)
+    rank_zero_info(f"HypergradientDescent tunes {', '.join(parts)} with the rule {rule!r}.")
+    if len(recorders) > 1 and max_lr is None and (rule == "auto" or isinstance(rule, Auto)):
         rank_zero_info(
             "HypergradientDescent: if these optimizers train against each other, as in a GAN, neither gradients nor "
             "losses show that a rate is too high. Then set max_lr= to a rate that is known to work, such as 3e-3 for "
@@ -83,72 +84,81 @@ def announce(trackers: Sequence[Tracker], rule: str, max_lr: float | None) -> No
         )
 
 
-def summarize(trackers: Sequence[Tracker], seconds: float) -> None:
+def summarize(recorders: Sequence[Recorder], seconds: float) -> None:
     """Show the table and the remarks, on the first process.
 
     Args:
-        trackers: The trackers of the optimizers.
+        recorders: The recorders of the optimizers.
         seconds: The time that training took.
     """
-    body = rows(trackers, seconds)
-    if body:
-        rank_zero_info("\n".join([_table(body), *remarks(trackers)]))
+    if body := rows(recorders, seconds):
+        rank_zero_info("\n".join([_table(body), *remarks(recorders)]))
 
 
-def rows(trackers: Sequence[Tracker], seconds: float) -> list[tuple[str, ...]]:
-    """For each parameter group its rates, the numbers of brakes and of steps that were not finite, and the time."""
+def rows(recorders: Sequence[Recorder], seconds: float) -> list[tuple[str, ...]]:
+    """For each parameter group its rates, the numbers of back-offs and of steps that were not finite, and the time."""
     found = []
-    for tracker in trackers:
-        engine = tracker.engine
-        for i, (name, lrs) in enumerate(tracker.history()):
+    for recorder in recorders:
+        stats = recorder.stats
+        percent = f"{100 * stats.seconds / seconds:.1f}" if seconds else ""
+        for i, (name, lrs) in enumerate(recorder.history()):
             if lrs:
-                rates = (tracker.configured(i), lrs[0], median(lrs), max(lrs), lrs[-1])
-                counts = (engine.brakes[tracker.scope_of(i)], engine.nonfinite_steps)
-                share = f"{engine.seconds / seconds:.1%}" if seconds else ""
-                numbers = [f"{lr:.2g}" for lr in rates] + [f"{count}" for count in counts]
-                found.append((name, *numbers, f"{engine.seconds:.1f}", share))
+                rates = (recorder.configured(i), lrs[0], median(lrs), max(lrs), lrs[-1])
+                counts = (stats.backoffs[recorder.scope_of(i)], stats.nonfinite_steps)
+                numbers = ["" if math.isnan(lr) else f"{lr:.2g}" for lr in rates] + [f"{count}" for count in counts]
+                found.append((name, *numbers, f"{stats.seconds:.1f}", percent))
     return found
 
 
-def remarks(trackers: Sequence[Tracker]) -> list[str]:
+def remarks(recorders: Sequence[Recorder]) -> list[str]:
     """A sentence for each thing that seems wrong."""
-    found = []
-    for tracker in trackers:
-        engine, history = tracker.engine, tracker.history()
-        count = len(history[0][1]) if history else 0
-        if 0 < count < _SHORT:
-            found.append(f"{tracker.name}: {count} steps may be too few for the rate to reach its range.")
-        if not count >= _SHORT:
-            continue
-        held = False
-        for name, lrs in history:
-            for argument, bound in zip(("min_lr", "max_lr"), engine.limits, strict=True):
-                if bound and lrs.count(bound) >= _PINNED * len(lrs):
-                    held = True
-                    found.append(f"{name}: the rate was held by {argument}={bound:g} in most steps.")
-        for name, scales, cosines, schedule in tracker.scopes():
-            many = len(cosines) >= _SHORT
-            positive = sum(cosine > 0 for cosine in cosines) / (len(cosines) or math.nan)
-            if many and not 1 - _ONE_SIGN <= positive <= _ONE_SIGN:
-                sign, size = ("positive", "small") if positive > _ONE_SIGN else ("negative", "large")
-                part = max(positive, 1 - positive)
-                found.append(
-                    f"{name}: the cosine was {sign} in {part:.0%} of the steps, so the rate was always too {size}."
+    return [remark for recorder in recorders if recorder.steps for remark in _remarks(recorder)]
+
+
+def _remarks(recorder: Recorder) -> Iterator[str]:
+    name, steps, stats = recorder.name, recorder.steps, recorder.stats
+    if steps < _SHORT:
+        yield f"{name}: {steps} steps may be too few for the rate to reach its range. Below {_SHORT}, tune it by hand."
+    if steps >= _SAMPLE:
+        held = list(_held(recorder))
+        yield from held
+        for course, backoffs in zip(recorder.courses(), stats.backoffs, strict=False):
+            yield from _cosines(course)
+            if not held and _fights(course.scales, course.schedule):
+                yield (
+                    f"{course.name}: the learned scale undid most of what the scheduler did. Leave the scheduler out, "
+                    "or pass stop_after= to keep the scale after some steps."
                 )
-            elif many and fmean(cosines[-_SHORT:]) > _RISING:
-                found.append(f"{name}: the rate was still too small at the end, so the run was too short.")
-            if not held and _fights(scales, schedule):
-                found.append(
-                    f"{name}: the learned scale undid most of what the scheduler did. Leave the scheduler out, or pass "
-                    "stop_after= to keep the scale after some steps."
+            if backoffs > _BACKED_OFF * steps:
+                yield (
+                    f"{course.name}: the rule backed off in {backoffs} of {steps} steps. Look for unusual batches, or "
+                    "pass a max_lr= below the highest rate."
                 )
-        if sum(engine.brakes) > _BRAKED * count:
-            found.append(f"{tracker.name}: the rule braked {sum(engine.brakes)} times. Is the loss very noisy?")
-        if tracker.untuned > _UNSEEN * count:
-            found.append(f"{tracker.name}: {tracker.untuned} steps of the optimizer were not tuned.")
-        if engine.nonfinite_steps:
-            found.append(f"{tracker.name}: numbers were not finite in {engine.nonfinite_steps} steps.")
-    return found
+        if recorder.untuned > _UNSEEN * steps:
+            yield f"{name}: {recorder.untuned} steps of the optimizer were not tuned."
+    if stats.nonfinite_steps:
+        yield f"{name}: numbers were not finite in {stats.nonfinite_steps} of {recorder.engine.step_count} steps."
+
+
+def _held(recorder: Recorder) -> Iterator[str]:
+    """What is to be said of groups whose rates were at a clamp."""
+    for name, lrs in recorder.history():
+        for argument, bound in zip(("min_lr", "max_lr"), recorder.stats.limits, strict=True):
+            if bound and lrs.count(bound) >= _PINNED * len(lrs):
+                yield f"{name}: the rate was held by {argument}={bound:g} in most steps."
+
+
+def _cosines(course: Course) -> Iterator[str]:
+    """What is to be said of the cosines of a scope."""
+    if len(course.cosines) < _SAMPLE:
+        return
+    positive = fmean(cosine > 0 for cosine in course.cosines)
+    if not 1 - _ONE_SIGN <= positive <= _ONE_SIGN:
+        sign, size = ("positive", "small") if positive > _ONE_SIGN else ("negative", "large")
+        part = max(positive, 1 - positive)
+        yield f"{course.name}: the cosine was {sign} in {part:.0%} of the steps, so the rate was always too {size}."
+    elif fmean(course.cosines[-_SAMPLE:]) > _RISING:
+        yield f"{course.name}: the rate was still too small at the end, so the run was too short."
 
 
 def _fights(scales: Sequence[float], schedule: Sequence[float]) -> bool:
@@ -161,18 +171,7 @@ def _fights(scales: Sequence[float], schedule: Sequence[float]) -> bool:
 
 
 def _table(body: Sequence[tuple[str, ...]]) -> str:
-    """The table as text, drawn by ``rich`` if that is installed."""
-    try:
-        from rich.console import Console
-        from rich.table import Table
-    except ModuleNotFoundError:
-        return "\n".join("  ".join(cell.rjust(10) for cell in line) for line in (_HEAD, *body))
-    table = Table(title="Learning rates, by HypergradientDescent")
-    for i, name in enumerate(_HEAD):
-        table.add_column(name, justify="right" if i else "left")
-    for line in body:
-        table.add_row(*line)
-    console = Console(file=io.StringIO(), width=120)
-    console.print(table)
-    written: str = console.file.getvalue()  # type: ignore[attr-defined]
-    return "\n" + written.rstrip()
+    """The table as text."""
+    widths = [max(map(len, column)) for column in zip(_HEAD, *body, strict=True)]
+    lines = ["  ".join(map(str.rjust, line, widths)) for line in (_HEAD, *body)]
+    return "\n".join(["HypergradientDescent: the learning rates of this training", *lines])

@@ -1,5 +1,7 @@
 """Rules, and the names by which they are chosen."""
 
+from typing import Literal, TypeAlias
+
 from lightning_hd.rules.auto import Auto
 from lightning_hd.rules.base import Context, Observation, Rule
 from lightning_hd.rules.paper import PAPER_RULES, Additive, Multiplicative, inverse_square
@@ -11,10 +13,14 @@ __all__ = [
     "Multiplicative",
     "Observation",
     "Rule",
+    "RuleName",
     "inverse_square",
     "make_rule",
     "rule_name",
 ]
+
+RuleName: TypeAlias = Literal["auto", "additive", "multiplicative"]
+"""The names of the rules."""
 
 
 def rule_name(class_name: str) -> str:

@@ -24,7 +24,7 @@ _NORMS, _NORMS_GROWTH = 10.0, 0.02
 """The memory of ``G``. With 1, ``c`` is the cosine. Rates get too high if few batches hold what is to be learned."""
 
 _SMOOTHED, _RECENT = 0.05, 0.2
-"""``W``: a part of the decline at the end, and at most a part of the steps taken."""
+"""``W``: a part of the cooldown at the end, and at most a part of the steps taken."""
 
 _TURNS = 20
 """The number of steps in the running mean of the cosine of two gradients in a row."""
@@ -103,15 +103,15 @@ class Auto(Rule):
     \end{aligned}
     ```
 
-    ``γ`` is ``α`` times the factor of the decline at the end of the run. ``α`` does not rise during the decline. ``L``
+    ``γ`` is ``α`` times the factor of the cooldown at the end of the run, in which ``α`` does not rise. ``L``
     is the mean of ``log γ`` over the moves in ``E``, each weighted by the part of it that is left. Moves at rates far
     from the present one show nothing about it, so they are forgotten.
 
-    **Past the noise.** ``g · E`` is the derivative of the loss as it is now. A part of it is noise, which the decline
+    **Past the noise.** ``g · E`` is the derivative of the loss as it is now. A part of it is noise, which the cooldown
     at the end removes. Along a direction of curvature ``λ`` the noise of the parameters forgets itself at the rate
-    ``α λ``. So its product with a mean over ``W`` steps keeps the part ``1 / (1 + α λ W)`` of it. A decline over ``n``
+    ``α λ``. So its product with a mean over ``W`` steps keeps the part ``1 / (1 + α λ W)`` of it. A cooldown over ``n``
     steps leaves about ``√(2 / (α λ n))``. For ``W = n / 20`` both are alike within a factor of two, from ``α λ``
-    of 0.01 to 1. What is learned along flat directions counts in full. Without a decline, ``W = 1`` and ``Ē = E``.
+    of 0.01 to 1. What is learned along flat directions counts in full. Without a cooldown, ``W = 1`` and ``Ē = E``.
 
     **Round the bend.** ``κ`` is the running mean of the cosine of two gradients in a row. Near -1 gradients turn round,
     so steps are too long, and ``g · E`` is believed. Above 0.8 they do not turn, so nothing asks for a smaller rate.
@@ -143,7 +143,7 @@ class Auto(Rule):
             optimizer is configured with.
 
     Attributes:
-        brakes: How often the rule has backed off from a leap of the gradient's norm or a rise of the loss.
+        backoffs: How often the rule has backed off from a leap of the gradient's norm or a rise of the loss.
 
     Raises:
         ValueError: ``start`` is none of the two.
@@ -157,13 +157,13 @@ class Auto(Rule):
         if self.start not in ("automatic", "configured"):
             raise ValueError(f"start must be 'automatic' or 'configured', got {self.start!r}")
         self.picks_start = self.start == "automatic"
-        self.brakes = 0
+        self.backoffs = 0
         self._normalized = True
         self._own, self._greedy, self._brake, self._guard = Learned(), Greedy(), Brake(), LossGuard()
         self._slope = 0.0  # g_t · (θ_t - θ_{t-1}), from update to watch
 
     def bind(self, normalized: bool) -> "Auto":
-        """A copy for one scope. It brakes steps that follow the gradient, as those of SGD, by all that it has leapt."""
+        """A copy for one scope. Steps that follow the gradient, as those of SGD, are braked by all of its leap."""
         bound = copy.deepcopy(self)
         bound._normalized = normalized
         return bound
@@ -176,7 +176,7 @@ class Auto(Rule):
         return own.first_lr
 
     def smoothing(self, context: Context) -> float:
-        """``1 / W_t``: a twentieth of the decline that is still to come, and at most a fifth of the steps taken."""
+        """``1 / W_t``: a twentieth of the cooldown that is still to come, and at most a fifth of the steps taken."""
         return 1 / max(1.0, min(_SMOOTHED * context.cooldown, _RECENT * context.step))
 
     def discount(self, lr: float, context: Context) -> float:
@@ -207,7 +207,7 @@ class Auto(Rule):
         change = self._change(seen, context)
         fall = self._brake.see(seen.grad_norm, math.log(lr), normalized=self._normalized)
         if fall is not None:
-            self.brakes += 1
+            self.backoffs += 1
             return max(lr * math.exp(-fall), min(lr, own.first_lr))
         own.peak, own.largest_norm = max(own.peak, lr), max(own.largest_norm, seen.grad_norm)
         if own.norm < resolved * math.sqrt(own.norm_weight):
@@ -230,7 +230,7 @@ class Auto(Rule):
         before = math.log(lr)
         after = self._guard.limit(before, loss, self._slope, context.step)
         self._own.fresh |= self._guard.cut
-        self.brakes += self._guard.cut and self._guard.tries
+        self.backoffs += self._guard.cut and self._guard.tries
         return lr if after == before else math.exp(min(after, _LARGEST_LOG))
 
     def used(self, lr: float, context: Context) -> float:
@@ -276,7 +276,7 @@ class Auto(Rule):
         """What the rule has learned, as plain numbers."""
         parts = {"own_": self._own, "greedy_": self._greedy, "brake_": self._brake, "guard_": self._guard}
         learned = {prefix + name: value for prefix, part in parts.items() for name, value in vars(part).items()}
-        return {"brakes": self.brakes, **learned}
+        return {"backoffs": self.backoffs, **learned}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load what ``state_dict`` returned.
@@ -284,8 +284,8 @@ class Auto(Rule):
         Raises:
             KeyError, TypeError, ValueError: The state is damaged.
         """
-        brakes = check_count("brakes", state_dict["brakes"])
+        backoffs = check_count("backoffs", state_dict["backoffs"])
         own, greedy = check_fields(Learned, state_dict, "own_"), check_fields(Greedy, state_dict, "greedy_")
         brake, guard = check_fields(Brake, state_dict, "brake_"), check_fields(LossGuard, state_dict, "guard_")
-        self.brakes = brakes
+        self.backoffs = backoffs
         self._own, self._greedy, self._brake, self._guard = own, greedy, brake, guard

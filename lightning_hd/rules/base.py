@@ -46,7 +46,7 @@ class Context(NamedTuple):
 
     Attributes:
         step: ``t``, the number of the step, counted from 1. It starts anew where the rate starts anew.
-        cooldown: The length of the decline at the end that is still to come, in steps; 0 if there is none.
+        cooldown: The length of the cooldown at the end that is still to come, in steps; 0 if there is none.
         rounding: The relative rounding of gradients, in float32 or in float64.
         nonlinear: Whether the optimizer's step is found not to be linear in its rate. A change of the rate then also
             changes what former steps have done.
@@ -73,7 +73,7 @@ class Rule(ABC):
             coordinates.
         picks_start: Whether the first learning rate comes from ``first_lr``. The configured rate then only sets the
             ratios between groups. Default: ``False``.
-        brakes: How often the rule has backed off from an overshoot. The engine reports each increase.
+        backoffs: How often the rule has backed off from an overshoot. The engine reports each increase.
 
     Examples:
         >>> from lightning_hd import Rule
@@ -84,7 +84,7 @@ class Rule(ABC):
 
     long_horizon = False
     picks_start = False
-    brakes = 0
+    backoffs = 0
 
     @abstractmethod
     def update(self, lr: float, seen: Observation, context: Context) -> float:
@@ -114,7 +114,7 @@ class Rule(ABC):
         """``φ_t``, the part of ``E`` that is left when the next move is added, for a rule with ``long_horizon``.
 
         Args:
-            lr: ``α_t`` times the factor of the decline at the end.
+            lr: ``α_t`` times the factor of the cooldown at the end.
             context: What is known of the run. It is called once for each step.
         """
         raise NotImplementedError(f"{type(self).__name__} has a long horizon, so it must implement discount()")

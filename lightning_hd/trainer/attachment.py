@@ -1,7 +1,6 @@
 """Attaches engines to the optimizers of a Trainer when training starts, and detaches them when it ends."""
 
 from collections.abc import Callable, Mapping
-from contextlib import suppress
 from functools import partial
 from typing import Any
 
@@ -10,34 +9,114 @@ from lightning.pytorch import Callback, Trainer
 from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
-from lightning_hd.engine import HypergradientLR
+from lightning_hd.engine import HypergradientLR, suggestions
 from lightning_hd.optimizers import unwrap
-from lightning_hd.reporting.names import optimizer_names
-from lightning_hd.reporting.recorder import Tracker
-from lightning_hd.trainer.support import check_modules, check_tensors, remaining_steps, tunable, with_groups
+from lightning_hd.reporting import Recorder, optimizer_names
+from lightning_hd.trainer.checks import check_modules, check_tensors, tunable
+from lightning_hd.trainer.progress import remaining_steps
 
-Make = Callable[[Optimizer, int | None, dist.ProcessGroup | None], HypergradientLR]
+
+class TrainerEngine(HypergradientLR):
+    """The engine of a Trainer's optimizer. Its messages name the callback, which is what the user has written."""
+
+    _owner = "HypergradientDescent"
+
+    @property
+    def optimizer(self) -> Optimizer:
+        """The optimizer, without wrappers."""
+        return self._optimizer
+
+    def expect(self, remaining: int | None) -> None:
+        """Set how many steps the training still takes; ``None``: it is not known."""
+        self._tuning.cooldown.total = None if remaining is None else self.step_count + remaining
+
+    def suggestions(self, warn: bool) -> list[float]:
+        """The suggested rate of each parameter group; none before the first step.
+
+        Args:
+            warn: Whether to warn if many steps were not finite.
+        """
+        if warn:
+            self._warn_of_nonfinite_steps()
+        return suggestions(self._tuning.rates) or []
+
+    def check_agreement(self) -> None:
+        """Raise ``RuntimeError`` on every process if the rates of the processes are not equal bit for bit."""
+        self._tuning.ranks.check_agreement(f"{self._owner}({self._name})", self.step_count, self.lrs)
+
+
+Make = Callable[[Optimizer, dist.ProcessGroup | None, int | None, bool | None], TrainerEngine]
+
+
+def with_groups(trainer: Trainer) -> list[Optimizer]:
+    """The Trainer's optimizers that have parameters."""
+    return [optimizer for optimizer in trainer.optimizers if optimizer.param_groups]
 
 
 class Attachment:
-    """Attaches an engine and a tracker to each optimizer that can be tuned.
+    """Attaches an engine and a recorder to each optimizer that can be tuned.
 
     Args:
         callback: The callback that owns the engines.
-        make: Builds an engine from an optimizer, the number of its steps and the processes that train together.
-        scheduled: Whether the rates in the groups belong to a schedule; ``None``: it is detected.
+        make: Builds an engine from an optimizer, the processes that train together, the number of steps that the
+            training still takes, and whether a scheduler of the Trainer owns the rates.
     """
 
-    def __init__(self, callback: Callback, make: Make, scheduled: bool | None) -> None:
+    def __init__(self, callback: Callback, make: Make) -> None:
         self._callback = callback
         self._make = make
-        self._scheduled = scheduled
-        self.engines: list[HypergradientLR] = []
-        self.trackers: list[Tracker] = []
+        self.engines: list[TrainerEngine] = []
+        self.recorders: list[Recorder] = []
+        self.active = False  # whether the engines are attached
         self._optimizers: list[Optimizer] = []  # all of the Trainer's, including those that cannot be tuned
         self._handles: list[RemovableHandle] = []
         self._alone: dist.ProcessGroup | None = None
         self._paused: list[bool] | None = None  # whether each engine was paused before a tuner began to search
+
+    def attach(self, trainer: Trainer, scope: str, configured: Mapping[int, list[float]]) -> None:
+        """Attach to every optimizer.
+
+        Args:
+            trainer: The Trainer.
+            scope: The scope of the learned rates.
+            configured: The rates that the groups of each optimizer were configured with, by its id.
+
+        Raises:
+            TypeError, ValueError, RuntimeError: An optimizer, a module or a rate cannot be tuned.
+        """
+        everyone = with_groups(trainer)
+        self._optimizers = list(map(unwrap, everyone))
+        optimizers = tunable(everyone)
+        check_modules(trainer.lightning_module, optimizers)
+        check_tensors(optimizers)
+        if dist.is_initialized() and dist.get_world_size() > 1 and trainer.world_size == 1:
+            # This Trainer has one process only, so the others train another model.
+            self._alone = dist.new_group([dist.get_rank()], use_local_synchronization=True)
+        self.active = True
+        remaining = remaining_steps(trainer, whole_epochs=False)
+        schedulers = [id(config.scheduler.optimizer) for config in trainer.lr_scheduler_configs]
+        for optimizer, name in zip(everyone, optimizer_names(everyone), strict=True):
+            if not any(optimizer is other for other in optimizers):
+                continue
+            # Lightning's tuner removes all callbacks while it searches. Its steps are no part of the training.
+            self._handles.append(optimizer.register_step_pre_hook(partial(self._pause, trainer)))
+            engine = self._make(optimizer, self._alone, remaining, id(optimizer) in schedulers or None)
+            self.engines.append(engine)
+            rates = configured.get(id(engine.optimizer), [])
+            self.recorders.append(Recorder(engine, engine.optimizer, name, scope, rates))
+
+    def before_batch(self, trainer: Trainer, batch_idx: int) -> None:
+        """Note what has changed since the last batch: the length of the training, and the parameter groups."""
+        if batch_idx == 0:
+            self.expect(trainer, whole_epochs=True)
+        for recorder in self.recorders:
+            recorder.see_groups()
+
+    def expect(self, trainer: Trainer, whole_epochs: bool) -> None:
+        """Set how many steps the engines expect. The training may have become longer or shorter."""
+        remaining = remaining_steps(trainer, whole_epochs)
+        for engine in self.engines:
+            engine.expect(remaining)
 
     def observe(self, outputs: Any) -> None:
         """Report to the engines what ``training_step`` has returned."""
@@ -45,54 +124,21 @@ class Attachment:
         for engine in self.engines if loss is not None else ():
             engine.observe(loss)
 
-    def suggestion(self) -> float | dict[str, float]:
-        """The constant rate that the engines recommend, or one for each parameter group.
+    def check_agreement(self) -> None:
+        """Raise ``RuntimeError`` if the rates differ between the processes."""
+        for engine in self.engines:
+            engine.check_agreement()
 
-        Raises:
-            RuntimeError: No step was tuned yet.
+    def suggestions(self, warn: bool) -> dict[str, float]:
+        """The suggested rate of each parameter group, by its name.
+
+        Args:
+            warn: Whether to warn if many steps were not finite.
         """
         found: dict[str, float] = {}
-        for tracker in self.trackers:
-            with suppress(RuntimeError):  # it has taken no step
-                own = tracker.engine.suggestion()
-                lrs = own.values() if isinstance(own, dict) else [own]
-                found |= dict(zip(tracker.names(), lrs, strict=False))
-        if not found:
-            raise RuntimeError("there is no suggestion: no step of an optimizer was tuned yet, on this process")
-        return found if len(found) > 1 else next(iter(found.values()))
-
-    def attach(self, trainer: Trainer) -> None:
-        """Attach to every optimizer.
-
-        Raises:
-            TypeError, ValueError, RuntimeError: An optimizer, a module or a rate cannot be tuned.
-        """
-        schedulers = [config.scheduler.optimizer for config in trainer.lr_scheduler_configs]
-        everyone = with_groups(trainer)
-        self._optimizers = [unwrap(optimizer) for optimizer in everyone]
-        optimizers = tunable(everyone)
-        check_modules(trainer.lightning_module, optimizers)
-        check_tensors(optimizers)
-        if dist.is_initialized() and dist.get_world_size() > 1 and trainer.world_size == 1:
-            # This Trainer has one process only, so the others train another model.
-            self._alone = dist.new_group([dist.get_rank()], use_local_synchronization=True)
-        remaining = remaining_steps(trainer, whole_epochs=False)
-        for optimizer, name in zip(everyone, optimizer_names(everyone), strict=True):
-            if not any(optimizer is other for other in optimizers):
-                continue
-            # Lightning's tuner removes all callbacks while it searches. Its steps are no part of the training.
-            self._handles.append(optimizer.register_step_pre_hook(partial(self._pause, trainer)))
-            engine = self._make(optimizer, remaining, self._alone)
-            self.engines.append(engine)
-            if self._scheduled is not None or any(optimizer is other for other in schedulers):
-                engine.scheduled = self._scheduled is not False
-            self.trackers.append(Tracker(engine, name))
-
-    def expect(self, trainer: Trainer, whole_epochs: bool) -> None:
-        """Set how many steps the engines expect. The training may have become longer or shorter."""
-        remaining = remaining_steps(trainer, whole_epochs)
-        for engine in self.engines:
-            engine.total_steps = None if remaining is None else engine.step_count + remaining
+        for engine, recorder in zip(self.engines, self.recorders, strict=True):
+            found |= dict(zip(recorder.names(), engine.suggestions(warn), strict=False))
+        return found
 
     @property
     def classes(self) -> list[str]:
@@ -108,10 +154,11 @@ class Attachment:
         """Detach all engines. Their state stays, for checkpoints that are written later."""
         for handle in self._handles:
             handle.remove()
-        self._handles, self._paused = [], None
-        for engine, tracker in zip(self.engines, self.trackers, strict=False):
+        self._handles, self._paused, self.active = [], None, False
+        for engine in self.engines:
             engine.detach(keep_state=True)
-            tracker.detach()
+        for recorder in self.recorders:
+            recorder.detach()
         if self._alone is not None and dist.is_initialized():
             dist.destroy_process_group(self._alone)
         self._alone = None
@@ -119,7 +166,7 @@ class Attachment:
     def forget(self) -> None:
         """Detach all engines, and drop them."""
         self.detach()
-        self.engines, self.trackers, self._optimizers = [], [], []
+        self.engines, self.recorders, self._optimizers = [], [], []
 
     def _pause(self, trainer: Trainer, *_: Any) -> None:
         searching = not any(callback is self._callback for callback in trainer.callbacks)  # type: ignore[attr-defined]

@@ -3,7 +3,7 @@
 import inspect
 import time
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, overload
 
 import torch.distributed as dist
 from lightning.pytorch import Callback, LightningModule, Trainer
@@ -11,35 +11,17 @@ from lightning.pytorch.utilities import rank_zero_warn
 from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
-from lightning_hd.engine import HypergradientLR, check_arguments, check_callback_arguments, make_decline
+from lightning_hd.engine import HypergradientLR, check_arguments, common_rate, make_cooldown
 from lightning_hd.hypergradient import copies_of, leave_copies, load_copies
-from lightning_hd.reporting.loggers import describe, log, log_curves, show
-from lightning_hd.reporting.plotting import figure
-from lightning_hd.reporting.recorder import Tracker
-from lightning_hd.reporting.summary import announce, check_tuned, say_what_is_missing, summarize
-from lightning_hd.rules import Rule
-from lightning_hd.trainer.attachment import Attachment
-from lightning_hd.trainer.support import (
-    axis,
-    check_alone,
-    check_strategy,
-    configured_rates,
-    guard_states,
-    is_due,
-    restore,
-    show_small_numbers,
-    strategies,
-    with_groups,
-)
+from lightning_hd.reporting import Recorder, figure, loggers, summary
+from lightning_hd.rules import Rule, RuleName
+from lightning_hd.trainer.attachment import Attachment, TrainerEngine, with_groups
+from lightning_hd.trainer.checkpoints import configured_rates, guard_states, restore
+from lightning_hd.trainer.checks import check_alone, check_own_arguments, check_strategy, strategies
+from lightning_hd.trainer.progress import axis, is_due
 
 if TYPE_CHECKING:  # matplotlib is an extra
     from matplotlib.figure import Figure
-
-
-class _Engine(HypergradientLR):
-    """An engine whose messages name the callback, because that is what the user has written."""
-
-    _owner = "HypergradientDescent"
 
 
 class HypergradientDescent(Callback):
@@ -49,17 +31,18 @@ class HypergradientDescent(Callback):
 
         trainer = Trainer(callbacks=[HypergradientDescent()])
 
-    When training starts, one ``HypergradientLR`` is attached to each optimizer that ``configure_optimizers`` returns,
-    in automatic and in manual optimization. It is detached when training ends or an exception stops it. Every logger
-    of the Trainer gets these numbers, on the step axis of Lightning's own metrics:
+    One instance tunes all optimizers, so a Trainer takes one only. When training starts, one ``HypergradientLR`` is
+    attached to each optimizer that ``configure_optimizers`` returns, in automatic and in manual optimization. It is
+    detached when training ends or an exception stops it. Every logger of the Trainer gets these numbers, on the step
+    axis of Lightning's own metrics:
 
     - ``hd/lr-Adam``: the effective learning rate of each group, which the last step used;
     - ``hd/scale-Adam``: the learned scale of each scope: the effective rate over the configured or scheduled one;
     - ``hd/schedule-Adam``: the scheduled rate of each group, where there is a scheduler;
-    - ``hd/value-Adam``: the hypergradient of each scope, averaged over the steps since it was last logged;
+    - ``hd/hypergradient-Adam``: the hypergradient of each scope, averaged over the steps since it was last logged;
     - ``hd/cosine-Adam``: the cosine between the new gradient and the direction of the last step (of all remembered
       steps with the default rule), averaged likewise, and ``hd/mean_cosine-Adam``: its mean over the last 100 steps;
-    - ``hd/brakes-Adam``: how often the rule has backed off from an overshoot, from the first time on.
+    - ``hd/backoffs-Adam``: how often the rule has backed off from an overshoot, from the first time on.
 
     The part after the dash is what ``LearningRateMonitor`` uses: ``Adam-1`` for a second Adam; ``Adam/pg1``, or
     ``Adam/`` and the group's ``name``, where there are several groups. After every batch, the current numbers are in
@@ -81,11 +64,11 @@ class HypergradientDescent(Callback):
             default rule, all with the paper's.
         log_every_n_steps: Logging interval in steps; ``None``: the Trainer's. 0: loggers get nothing.
         prog_bar: Whether to show the learning rates in the progress bar.
-        decline: The last part of the training, from 0 to 1, over which the rates fall linearly to 0; 0: none.
+        cooldown: The last part of the training, from 0 to 1, over which the rates fall to 0; 0: none.
             ``"default"``: a fifth with the default rule, none with the paper's. The rates do not fall under a
             scheduler, in manual optimization, or where the Trainer does not know how long it trains.
         stop_after: The number of steps of each optimizer after which tuning stops. The learned scale then stays as it
-            is, and schedules and the decline go on. ``None``: never.
+            is, and schedules and the cooldown go on. ``None``: never.
         scheduled: Whether the rates in ``param_groups`` belong to a schedule; ``None``: it is detected. Pass ``True``
             where your own code writes the schedule, in ``optimizer_step`` for example.
         on_mismatch: What to do with a checkpoint of another rule, scope, optimizer or layout of parameter groups.
@@ -102,12 +85,13 @@ class HypergradientDescent(Callback):
             supported.
         ValueError: An argument or a configured learning rate is out of range. When training starts: a checkpoint holds
             the state of another rule, scope or layout of optimizers.
-        RuntimeError: When training starts: an optimizer is tuned by another instance already.
+        RuntimeError: When training starts: the Trainer has two such callbacks, or an optimizer is tuned already.
     """
 
     def __init__(
         self,
-        rule: Rule | str = "auto",  # the class comes first, because command lines try the types in this order
+        rule: Rule | RuleName = "auto",  # the class comes first, because command lines try the types in this order
+        *,
         hypergrad_lr: float | None = None,
         scope: Literal["global", "group"] = "global",
         min_lr: float | None = 0.0,
@@ -115,15 +99,15 @@ class HypergradientDescent(Callback):
         probe: int | Literal["default"] | None = "default",
         log_every_n_steps: int | None = None,
         prog_bar: bool = False,
-        decline: float | Literal["default"] = "default",
+        cooldown: float | Literal["default"] = "default",
         stop_after: int | None = None,
         scheduled: bool | None = None,
         on_mismatch: Literal["error", "restart"] = "error",
         summary: bool = True,
     ) -> None:
-        checked, *_ = check_arguments(rule, hypergrad_lr, scope, min_lr, max_lr, probe, stop_after)
-        make_decline(decline, None, checked)
-        check_callback_arguments(log_every_n_steps, prog_bar, scheduled, on_mismatch, summary)
+        check_own_arguments(rule, log_every_n_steps, prog_bar, on_mismatch, summary)
+        checked, *_ = check_arguments(rule, hypergrad_lr, scope, min_lr, max_lr, probe, stop_after, scheduled)
+        make_cooldown(cooldown, None, checked)
         self.rule = rule
         self.hypergrad_lr = hypergrad_lr
         self.scope = scope
@@ -132,12 +116,12 @@ class HypergradientDescent(Callback):
         self.probe = probe
         self.log_every_n_steps = log_every_n_steps
         self.prog_bar = prog_bar
-        self.decline = decline
+        self.cooldown = cooldown
         self.stop_after = stop_after
         self.scheduled = scheduled
         self.on_mismatch = on_mismatch
         self.summary = summary
-        self._attachment = Attachment(self, self._make, scheduled)
+        self._attachment = Attachment(self, self._make)
         self._restored: dict[str, Any] | None = None  # the state of a checkpoint, until training starts
         self._guards: list[RemovableHandle] = []  # they stay until the optimizers have loaded their states
         self._configured: dict[int, list[float]] = {}  # the rates of each optimizer before a checkpoint was loaded
@@ -155,26 +139,44 @@ class HypergradientDescent(Callback):
     @property
     def engines(self) -> list[HypergradientLR]:
         """The ``HypergradientLR`` of each optimizer that is tuned, during training and after it."""
-        return self._attachment.engines
-
-    @property
-    def _trackers(self) -> list[Tracker]:
-        return self._attachment.trackers
+        return [*self._attachment.engines]
 
     @property
     def lrs(self) -> dict[str, list[float]]:
         """The effective learning rate of every optimizer step since training started or was resumed, by group name."""
-        return {f"lr-{name}": lrs for tracker in self._trackers for name, lrs in tracker.history()}
+        return {f"lr-{name}": lrs for recorder in self._recorders for name, lrs in recorder.history()}
 
-    def suggestion(self) -> float | dict[str, float]:
+    @property
+    def _recorders(self) -> list[Recorder]:
+        return self._attachment.recorders
+
+    @overload
+    def suggestion(self) -> float: ...
+
+    @overload
+    def suggestion(self, *, by_group: Literal[True]) -> dict[str, float]: ...
+
+    def suggestion(self, *, by_group: bool = False) -> float | dict[str, float]:
         """The constant rate that the steps so far suggest for a training like this one without the callback.
 
-        It is one number, or one for each parameter group by its name. See ``HypergradientLR.suggestion``.
+        After a checkpoint was loaded, it is that of the training that has written it, until training goes on. See
+        ``HypergradientLR.suggestion``.
+
+        Args:
+            by_group: Whether to return the rate of each parameter group by its name, which is that in its tag.
 
         Raises:
             RuntimeError: No step was tuned yet.
+            ValueError: The groups have different rates, and ``by_group`` is not ``True``.
+
+        Warns:
+            RuntimeWarning: Many steps were not finite.
         """
-        return self._attachment.suggestion()
+        restored: dict[str, float] = {} if self._restored is None else self._restored.get("suggestion", {})
+        named = restored or self._attachment.suggestions(warn=True)
+        if not named:
+            raise RuntimeError("there is no suggestion: no step of an optimizer was tuned yet, on this process")
+        return named if by_group else common_rate(named)
 
     def plot(self) -> "Figure":
         """Draw the learning rates, the loss and the cosines of this training, for a notebook.
@@ -185,26 +187,26 @@ class HypergradientDescent(Callback):
             RuntimeError: No step was tuned yet.
             ModuleNotFoundError: matplotlib is not installed.
         """
-        if not any(tracker.has_points for tracker in self._trackers):
+        if not any(recorder.steps for recorder in self._recorders):
             raise RuntimeError("there is nothing to plot: no step of an optimizer was tuned yet, on this process")
-        return figure([tracker.curves() for tracker in self._trackers])
+        return figure([recorder.curves() for recorder in self._recorders])
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Forget an earlier training, and a checkpoint that was loaded for validation or testing."""
         if stage == "fit":
             check_alone(HypergradientDescent, trainer)
             if self.prog_bar:
-                show_small_numbers(trainer)
+                loggers.show_small_numbers(trainer)
             self._attachment.forget()  # an error in another callback may have prevented it before
             self._began, self._restored, self._since = False, None, None
-            describe(trainer, pl_module, self._settings())
+            loggers.describe(trainer, pl_module, self._settings())
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Keep the state of a checkpoint until training starts. If it has started already, go on from that state."""
         if not isinstance(state_dict, dict) or not isinstance(state_dict.get("optimizers"), list):
             raise ValueError("the checkpoint's state of HypergradientDescent is damaged: it has no list of optimizers")
         self._restored = state_dict
-        if any(engine.attached for engine in self.engines):
+        if self._attachment.active:
             self._restore()
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -227,8 +229,8 @@ class HypergradientDescent(Callback):
         """Attach to every optimizer."""
         self._drop_guards()
         check_strategy(trainer)
-        self._attachment.attach(trainer)
-        say_what_is_missing(trainer, self.engines, self._restored)
+        self._attachment.attach(trainer, self.scope, self._configured)
+        summary.say_what_is_missing(trainer, self._recorders, self._restored)
         self._restore()
         self._attachment.expect(trainer, whole_epochs=False)
 
@@ -241,53 +243,41 @@ class HypergradientDescent(Callback):
                 "rate starts from the beginning."
             )
             self._attachment.forget()
-            self._attachment.attach(trainer)
-        if batch_idx == 0:
-            self._attachment.expect(trainer, whole_epochs=True)
+            self._attachment.attach(trainer, self.scope, configured_rates(with_groups(trainer)))
+        self._attachment.before_batch(trainer, batch_idx)
 
     def on_train_batch_end(
-        self,
-        trainer: Trainer,
-        pl_module: LightningModule,
-        outputs: Any,
-        batch: Any,
-        batch_idx: int,
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """Log the numbers if a step was taken."""
+        recorders = self._recorders
         if trainer.scaler is not None and pl_module.automatic_optimization:
             self._attachment.observe(outputs)  # a GradScaler gives the optimizer no closure that would return the loss
         if not trainer.barebones:
-            show(trainer, pl_module, self._trackers, self.prog_bar)
-        for tracker in self._trackers:
-            tracker.mark(axis(trainer))
+            loggers.show(trainer, pl_module, recorders, self.prog_bar)
+        for recorder in recorders:
+            recorder.mark(axis(trainer))
             if self.log_every_n_steps == 0:
-                tracker.skip()
-        news = any(tracker.has_news for tracker in self._trackers)
-        if self._since is None and news:
+                recorder.skip()
+        if self._since is None and any(recorder.steps for recorder in recorders):
             self._since = time.perf_counter()
             if self.summary:
-                announce(self._trackers, repr(self.rule), self.max_lr)
-        if news and is_due(trainer, self.log_every_n_steps, batch_idx):
-            for engine in self.engines:
-                engine.check_agreement()
-            log(trainer, self._trackers, axis(trainer))
+                summary.announce(recorders, self.rule, self.max_lr)
+        if any(recorder.has_news for recorder in recorders) and is_due(trainer, self.log_every_n_steps, batch_idx):
+            self._attachment.check_agreement()
+            loggers.log(trainer, recorders, axis(trainer))
 
-    def on_exception(
-        self,
-        trainer: Trainer,
-        pl_module: LightningModule,
-        exception: BaseException,
-    ) -> None:
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         """Detach."""
         self._attachment.detach()
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Detach."""
         if self._began:
-            check_tuned(self._trackers)
-        log_curves(trainer, self._trackers)
+            summary.check_tuned(self._recorders)
+        loggers.log_curves(trainer, self._recorders)
         if self.summary and self._since is not None:
-            summarize(self._trackers, time.perf_counter() - self._since)
+            summary.summarize(self._recorders, time.perf_counter() - self._since)
         self._attachment.detach()
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
@@ -301,12 +291,13 @@ class HypergradientDescent(Callback):
         """What every engine has learned. Tensors of the parameters' size are in the optimizers' states (``hd_*``)."""
         if self._restored is not None:  # training has not started yet
             return self._restored
-        if not self.engines:
+        if not self._attachment.engines:
             return {}
         return {
-            "optimizers": [engine.state_dict() for engine in self.engines],
+            "optimizers": [engine.state_dict() for engine in self._attachment.engines],
             "classes": self._attachment.classes,
-            "names": [tracker.names() for tracker in self._trackers],
+            "names": [recorder.names() for recorder in self._recorders],
+            "suggestion": self._attachment.suggestions(warn=False),
         }
 
     def __getstate__(self) -> dict[str, Any]:
@@ -316,22 +307,27 @@ class HypergradientDescent(Callback):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         vars(self).update(state, _guards=[])
-        self._attachment = Attachment(self, self._make, self.scheduled)
+        self._attachment = Attachment(self, self._make)
 
-    def _make(self, optimizer: Optimizer, steps: int | None, group: dist.ProcessGroup | None) -> HypergradientLR:
-        return _Engine(
+    def _make(
+        self, optimizer: Optimizer, group: dist.ProcessGroup | None, steps: int | None, scheduled: bool | None
+    ) -> TrainerEngine:
+        engine = TrainerEngine(
             optimizer,
             self.rule,
-            self.hypergrad_lr,
-            self.scope,
-            self.min_lr,
-            self.max_lr,
-            self.probe,
-            group,
-            steps,
-            0.0 if steps is None else self.decline,
-            self.stop_after,
+            hypergrad_lr=self.hypergrad_lr,
+            scope=self.scope,
+            min_lr=self.min_lr,
+            max_lr=self.max_lr,
+            probe=self.probe,
+            process_group=group,
+            total_steps=None if steps is None else max(steps, 1),
+            cooldown=0.0 if steps is None else self.cooldown,
+            stop_after=self.stop_after,
+            scheduled=scheduled if self.scheduled is None else self.scheduled,
         )
+        engine.expect(steps)
+        return engine
 
     def _drop_guards(self) -> None:
         for handle in self._guards:
@@ -339,10 +335,6 @@ class HypergradientDescent(Callback):
         self._guards = []
 
     def _restore(self) -> None:
-        if self._restored is None:
-            return
-        saved, self._restored = self._restored, None
-        configured = [self._configured.get(id(engine.optimizer), []) for engine in self.engines]
-        restore(self.engines, saved["optimizers"], configured, restart=self.on_mismatch == "restart")
-        for tracker, names in zip(self._trackers, saved.get("names", []), strict=False):
-            tracker.go_on(names)
+        if self._restored is not None:
+            saved, self._restored = self._restored, None
+            restore(self._attachment, saved, self._configured, restart=self.on_mismatch == "restart")

@@ -42,6 +42,7 @@ from tqdm import tqdm
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # for those who run the file by its path
 
 from lightning_hd import HypergradientLR
+from lightning_hd.rules import RuleName
 from tests.benchmarks.gala import GALA
 from tests.benchmarks.osgm import ETA_BETA, OSGM, Oracle, OSGMRule
 
@@ -205,7 +206,7 @@ def gala(counter: Counter) -> None:
     descend(counter, p, optimizer)
 
 
-def tuned_by(counter: Counter, momentum: float, rule: str | None, eta: float = ETA) -> None:
+def tuned_by(counter: Counter, momentum: float, rule: RuleName | None, eta: float = ETA) -> None:
     """SGD with a rule of lightning_hd, or with OSGM's where there is no name."""
     p, L = first_point(counter), counter.problem.smoothness  # noqa: N806
     optimizer = SGD([p], 1 / L, momentum, nesterov=momentum > 0)

@@ -88,7 +88,7 @@ class Row:
     optimizer: str
     way: str
     model: str
-    rule: str
+    rule: Any
     probe: int | str | None = "default"
 
 
@@ -223,7 +223,7 @@ def measure(row: Row, rounds: int, device: str) -> str:
     first, second = (OPTIMIZERS[row.optimizer](p, **WAYS[row.way]) for p in (plain, tuned))
     probe: Any = row.probe
     # The gradients are always the same, so a paper's rule that moved would leave the range of numbers.
-    engine = HypergradientLR(second, row.rule, None if row.rule == "auto" else 0.0, probe=probe)
+    engine = HypergradientLR(second, row.rule, hypergrad_lr=None if row.rule == "auto" else 0.0, probe=probe)
     for _ in range(3):
         first.step()
         second.step()
@@ -278,7 +278,7 @@ def tuners() -> None:
         "D-Adaptation": functools.partial(DAdaptAdam, lr=1.0),
         "Mechanic": lambda p: mechanize(Adam)(p, lr=1.0),  # type: ignore[no-any-return]
         "Schedule-Free": schedule_free,
-        "rule auto": lambda p: HypergradientLR(Adam(p, fused=True)).optimizer,
+        "rule auto": lambda p: HypergradientLR(Adam(p, fused=True))._optimizer,
     }
     torch.set_num_threads(1)
     print("\nOther tuners, one thread, over a step of fused Adam and of foreach Adam\n")

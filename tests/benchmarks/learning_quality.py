@@ -18,7 +18,7 @@ the last eighth of the steps, the second the validation loss after the last step
 constant (rate)              loss at the best rate of the grid, and that rate
 cosine (rate)                the same under warm-up and cosine annealing
 auto / const, auto / cos     loss of the rule over the best constant rate's, over the best cosine annealing's
-auto+decline / const, / cos  loss of the rule with its decline at the end, which knows the length of the run
+auto+cooldown / const, / cos  loss of the rule with its cooldown at the end, which knows the length of the run
 auto+cos / cos               loss of the rule under cosine annealing over that of the best cosine annealing
 paper, paper, worst          the better of the paper's two rules over constant: from 1e-3, from its worst of three rates
 Prodigy, Mechanic, ...       loss of that tuner over the best constant rate's; with "+cos / cos", both under annealing

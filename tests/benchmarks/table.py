@@ -60,8 +60,8 @@ def make_row(losses: Losses, task: str, optimizer: str, rule: str, constant: tup
     ratios = {
         f"{rule} / const": ratio(own, constant[1]),
         f"{rule} / cos": ratio(own, cosine[1]),
-        f"{rule}+decline / const": ratio(only(f"{rule}+decline"), constant[1]),
-        f"{rule}+decline / cos": ratio(only(f"{rule}+decline"), cosine[1]),
+        f"{rule}+cooldown / const": ratio(only(f"{rule}+cooldown"), constant[1]),
+        f"{rule}+cooldown / cos": ratio(only(f"{rule}+cooldown"), cosine[1]),
         f"{rule}+cos / cos": ratio(only(f"{rule}+cosine"), cosine[1]),
         "spread const": losses.spread(task, optimizer, "constant", constant[0]),
         f"spread {rule}": losses.spread(task, optimizer, rule, RULE_RATE),

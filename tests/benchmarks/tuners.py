@@ -96,10 +96,10 @@ def constant(network: nn.Module, base: str, rate: float, decay: float, steps: in
 
 
 def hypergradient(
-    network: nn.Module, base: str, rate: float, decay: float, steps: int, rule: str, decline: bool = False
+    network: nn.Module, base: str, rate: float, decay: float, steps: int, rule: Any, cooldown: bool = False
 ) -> Tuning:
     optimizer = plain(network, base, rate, decay)
-    engine = HypergradientLR(optimizer, rule=rule, total_steps=steps if decline else None)
+    engine = HypergradientLR(optimizer, rule=rule, total_steps=steps if cooldown else None)
     return Tuning(optimizer, lambda: engine.lrs[0], observe=engine.observe)
 
 
@@ -228,13 +228,13 @@ def methods(rule: str, make: Callable[[], Problem] | None = None) -> dict[str, M
         "osgm": Method(functools.partial(osgm, make=make), {"SGD": (ETA,), "Nesterov": (ETA,)}),
         "gala": Method(functools.partial(gala, make=make), {"SGD": (FIRST_RATE,)}),
         **({} if rule in ("additive", "multiplicative") else {rule: rule_method(rule, (RULE_RATE,))}),
-        f"{rule}+decline": Method(
-            functools.partial(hypergradient, rule=rule, decline=True), dict.fromkeys(BASES, (RULE_RATE,))
+        f"{rule}+cooldown": Method(
+            functools.partial(hypergradient, rule=rule, cooldown=True), dict.fromkeys(BASES, (RULE_RATE,))
         ),
         f"{rule}+cosine": rule_method(rule, (RULE_RATE,), cosine=True),
     }
 
 
-def check_rule(rule: str) -> None:
+def check_rule(rule: Any) -> None:
     """Raise :class:`ValueError` where lightning_hd has no such rule."""
     HypergradientLR(SGD([torch.zeros(1, requires_grad=True)], lr=1.0), rule=rule).detach()

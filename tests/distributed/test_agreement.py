@@ -25,7 +25,8 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.optim import SGD, Optimizer
 
 from lightning_hd import Additive, HypergradientDescent, HypergradientLR
-from lightning_hd.rules import inverse_square
+from lightning_hd.rules import RuleName, inverse_square
+from lightning_hd.trainer.attachment import TrainerEngine
 from tests.distributed.processes import run
 from tests.distributed.training import CASES, OPTIMIZERS, Case, Kind, Trained, network, train
 from tests.test_callback import Reference, make_trainer, same
@@ -173,7 +174,8 @@ def test_the_ways_to_use_ddp() -> None:
 def count_collectives() -> list[int]:
     counts = []
     kinds: list[Kind] = ["ddp", "sharded"]
-    for kind, name, rule in itertools.product(kinds, OPTIMIZERS, ("auto", "additive")):
+    rules: list[RuleName] = ["auto", "additive"]
+    for kind, name, rule in itertools.product(kinds, OPTIMIZERS, rules):
         model = network(kind, 8)
         optimizer = OPTIMIZERS[name](model.parameters())
         HypergradientLR(optimizer, rule=rule)
@@ -254,7 +256,7 @@ def test_processes_that_disagree_are_told_on_every_rank() -> None:
 def drift() -> None:
     p = nn.Parameter(torch.ones(3))
     optimizer = SGD([p], lr=0.1)
-    hd = HypergradientLR(optimizer, rule="additive")
+    hd = TrainerEngine(optimizer, rule="additive")
     for _ in range(3):
         p.grad = torch.ones(3)
         optimizer.step()

@@ -17,6 +17,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import fully_shard
 
 from lightning_hd import HypergradientLR
+from lightning_hd.trainer.attachment import TrainerEngine
 from tests.distributed.processes import run, tell_lightning
 from tests.distributed.training import BATCH, OPTIMIZERS, network, whole
 
@@ -76,12 +77,12 @@ def train(fabric: Fabric, model: Any, name: str, raw: bool, path: Path, resume: 
     if sharded:
         model = fabric.setup_module(model)
     optimizer: Any = OPTIMIZERS[name](model.parameters())
-    early = HypergradientLR(optimizer) if raw else None
+    early = TrainerEngine(optimizer) if raw else None
     if sharded:
         optimizer = fabric.setup_optimizers(optimizer)
     else:
         model, optimizer = fabric.setup(model, optimizer)
-    hd = early or HypergradientLR(optimizer)
+    hd = early or TrainerEngine(optimizer)
     if resume:
         state = {"model": model, "optimizer": optimizer, "hd": hd.state_dict()}
         fabric.load(path, state)

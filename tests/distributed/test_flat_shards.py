@@ -14,6 +14,7 @@ from torch.distributed.fsdp import FullyShardedDataParallel, ShardingStrategy
 from torch.optim import SGD
 
 from lightning_hd import HypergradientLR
+from lightning_hd.trainer.attachment import TrainerEngine
 from tests.distributed.processes import run
 from tests.distributed.training import BATCH, OPTIMIZERS, made, share
 
@@ -47,7 +48,7 @@ def train(name: str, scope: Any, probe: int | None, sharded: bool, state: Any = 
     model: nn.Module = made(9)
     model = flat(model) if sharded else model
     optimizer = OPTIMIZERS[name](groups(model))
-    hd = HypergradientLR(optimizer, scope=scope, probe=probe)
+    hd = TrainerEngine(optimizer, scope=scope, probe=probe)
     lrs, saved = [], None
     part = share("ddp" if sharded else "alone")
     for step in range(STEPS):

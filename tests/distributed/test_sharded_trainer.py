@@ -24,7 +24,7 @@ from tests.test_callback import make_trainer
 
 pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="gloo processes are spawned with POSIX semantics")
 
-Case = tuple[str, str, bool, Any]
+Case = tuple[str, Any, bool, Any]
 CASES: list[Case] = [
     *((name, rule, True, "32-true") for name in ("SGD", "Adam", "RMSprop") for rule in ("auto", "additive")),
     ("SGD", "auto", True, "bf16-true"),
@@ -63,7 +63,7 @@ class Sharded(LightningModule):
 
 def fit(case: Case, folder: Path, ckpt_path: Path | None = None) -> tuple[list[float], list[Tensor]]:
     name, rule, distributed, precision = case
-    module, hd = Sharded(name), HypergradientDescent(rule, RULES[rule])
+    module, hd = Sharded(name), HypergradientDescent(rule, hypergrad_lr=RULES[rule])
     saver = ModelCheckpoint(folder, "{epoch}", save_top_k=-1)
     strategy = ModelParallelStrategy(dist.get_world_size(), 1, save_distributed_checkpoint=distributed)
     plugins = [TorchElasticEnvironment()]

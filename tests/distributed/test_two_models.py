@@ -12,7 +12,7 @@ from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Adam
 
-from lightning_hd import HypergradientLR
+from lightning_hd.trainer.attachment import TrainerEngine
 from tests import reference
 from tests.distributed.processes import run
 from tests.distributed.training import whole
@@ -30,7 +30,7 @@ def train_pair(pair: int, data: DeviceMesh | None) -> tuple[list[float], list[Te
         group, part = data.get_group(), slice(data.get_local_rank(), None, 2)
         model = DistributedDataParallel(model, process_group=group) if pair == 0 else fully_shard(model, mesh=data)
     optimizer = Adam(model.parameters())
-    hd = HypergradientLR(optimizer, process_group=group)
+    hd = TrainerEngine(optimizer, process_group=group)
     lrs = []
     for x, y in reference.torch_batches()[pair::2][:STEPS]:
         optimizer.zero_grad()

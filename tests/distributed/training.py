@@ -14,7 +14,7 @@ from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, 
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import SGD, Adam, AdamW, Optimizer, RMSprop
 
-from lightning_hd import HypergradientLR
+from lightning_hd.trainer.attachment import TrainerEngine
 from tests.pairs import covering
 
 BATCH = 16
@@ -26,8 +26,8 @@ OPTIMIZERS: dict[str, Callable[..., Optimizer]] = {
     "AdamW": functools.partial(AdamW, lr=0.001, weight_decay=0.1),
     "RMSprop": functools.partial(RMSprop, lr=0.001),
 }
-RULES = {"auto": None, "additive": 1e-4, "multiplicative": 0.02}
-Case = tuple[str, str, Literal["global", "group"]]
+RULES: dict[Any, float | None] = {"auto": None, "additive": 1e-4, "multiplicative": 0.02}
+Case = tuple[str, Any, Literal["global", "group"]]
 Kind = Literal["alone", "ddp", "sharded", "hybrid", "parallel", "both"]
 
 
@@ -108,11 +108,11 @@ def whole(tensor: Tensor) -> Tensor:
     return (tensor if gather is None else gather()).detach().clone()
 
 
-def tuner(parameters: list[nn.Parameter], case: Case, probe: Any = "default") -> HypergradientLR:
+def tuner(parameters: list[nn.Parameter], case: Case, probe: Any = "default") -> TrainerEngine:
     name, rule, scope = case
     optimizer = OPTIMIZERS[name]([{"params": parameters[:2]}, {"params": parameters[2:]}])
     optimizer.param_groups[1]["lr"] /= 2
-    return HypergradientLR(optimizer, rule=rule, hypergrad_lr=RULES[rule], scope=scope, probe=probe)
+    return TrainerEngine(optimizer, rule=rule, hypergrad_lr=RULES[rule], scope=scope, probe=probe)
 
 
 def train(kind: Kind, cases: list[Case], steps: int, width: int, probe: Any = "default") -> dict[Case, Trained]:
@@ -130,7 +130,7 @@ def train(kind: Kind, cases: list[Case], steps: int, width: int, probe: Any = "d
         model.zero_grad()
         (model(x[part]) - y[part]).square().mean(dim=(1, 2)).sum().backward()
         for hd, own in zip(hds, lrs, strict=True):
-            hd.optimizer.step()
+            hd._optimizer.step()
             own.append(hd.lrs)
             assert all(map(math.isfinite, hd.lrs))
     for hd in hds:

@@ -1,6 +1,7 @@
-"""The decline at the end: over the steps that the training takes, as far as that is known, and however it changes."""
+"""The cooldown at the end: over the steps that the training takes, as far as that is known, and however it changes."""
 
 import math
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from torch.optim import SGD
 from torch.utils.data import DataLoader
 
 from lightning_hd import HypergradientDescent, HypergradientLR
+from lightning_hd.trainer.attachment import TrainerEngine
 from tests.test_callback import Reference, make_trainer
 
 pytestmark = [
@@ -21,11 +23,11 @@ pytestmark = [
 
 
 def fall(over: float) -> float:
-    """What is left of the rate once this part of the decline is over."""
+    """What is left of the rate once this part of the cooldown is over."""
     return 1 - math.sqrt(over)
 
 
-def declines(lrs: list[float], steps: int, part: float = 0.2) -> None:
+def cools_down(lrs: list[float], steps: int, part: float = 0.2) -> None:
     """With a rate that is not tuned, it falls over the last part of so many steps, and not before."""
     length = part * steps
     expected = [0.01 * fall(max(0.0, step - steps + length) / length) for step in range(steps)]
@@ -59,16 +61,16 @@ class Longer(Callback):
         (Reference, [GradientAccumulationScheduler({0: 1, 1: 2})], {"max_epochs": 4, "limit_train_batches": 20}, 50),
     ],
 )
-def test_the_end_of_a_training_declines(
+def test_a_training_ends_in_a_cooldown(
     module: Any, others: list[Any], arguments: dict[str, Any], steps: int, tmp_path: Path
 ) -> None:
-    hd = HypergradientDescent("additive", 0.0, decline=0.2)
+    hd = HypergradientDescent("additive", hypergrad_lr=0.0, cooldown=0.2)
     make_trainer(tmp_path, hd, *others, **arguments).fit(module())
-    declines(hd.lrs["lr-SGD"], steps)
+    cools_down(hd.lrs["lr-SGD"], steps)
 
 
-def test_a_training_on_more_and_more_data_declines_at_its_end_only(tmp_path: Path) -> None:
-    hd = HypergradientDescent("additive", 0.0, decline=0.2)
+def test_a_training_on_more_and_more_data_cools_down_at_its_end_only(tmp_path: Path) -> None:
+    hd = HypergradientDescent("additive", hypergrad_lr=0.0, cooldown=0.2)
     make_trainer(tmp_path, hd, max_epochs=4, reload_dataloaders_every_n_epochs=1).fit(Growing())
     lrs = hd.lrs["lr-SGD"]
     assert len(lrs) == 10 + 20 + 30 + 40
@@ -78,12 +80,12 @@ def test_a_training_on_more_and_more_data_declines_at_its_end_only(tmp_path: Pat
 
 
 @pytest.mark.parametrize("former", ["none", "of another rule"])
-def test_tuning_that_starts_in_the_middle_declines_at_the_end(former: str, tmp_path: Path) -> None:
-    before = [] if former == "none" else [HypergradientDescent("multiplicative", 0.0)]
+def test_tuning_that_starts_in_the_middle_cools_down_at_the_end(former: str, tmp_path: Path) -> None:
+    before = [] if former == "none" else [HypergradientDescent("multiplicative", hypergrad_lr=0.0)]
     trainer = make_trainer(tmp_path, *before, max_epochs=2, limit_train_batches=20)
     trainer.fit(Reference())
     trainer.save_checkpoint(tmp_path / "last.ckpt")
-    hd = HypergradientDescent("additive", 0.0, decline=0.2, on_mismatch="restart")
+    hd = HypergradientDescent("additive", hypergrad_lr=0.0, cooldown=0.2, on_mismatch="restart")
     with pytest.warns(UserWarning, match="was written without it|starts anew"):
         make_trainer(tmp_path, hd, max_epochs=5, limit_train_batches=20).fit(
             Reference(), ckpt_path=tmp_path / "last.ckpt"
@@ -97,7 +99,7 @@ def test_tuning_that_starts_in_the_middle_declines_at_the_end(former: str, tmp_p
 def test_steps_after_the_end_are_warned_of_once() -> None:
     w = nn.Parameter(torch.ones(3))
     optimizer = SGD([w], lr=0.01)
-    hd = HypergradientLR(optimizer, "additive", 0.0, total_steps=10, decline=0.5)
+    hd = TrainerEngine(optimizer, "additive", hypergrad_lr=0.0, total_steps=10, cooldown=0.5)
 
     def train(steps: int) -> None:
         for _ in range(steps):
@@ -108,11 +110,53 @@ def test_steps_after_the_end_are_warned_of_once() -> None:
         train(15)
     assert len(caught) == 1
     assert hd.lrs == [pytest.approx(0.01 * fall(4 / 5))]
-    hd.total_steps = 100
+    hd.expect(85)
     train(1)
     assert hd.lrs == [0.01]
 
 
-def test_a_decline_without_a_number_of_steps_is_refused() -> None:
-    with pytest.raises(ValueError, match=r"decline=0.5 has no effect without total_steps"):
-        HypergradientLR(SGD([nn.Parameter(torch.ones(3))], lr=0.1), decline=0.5)
+def test_a_cooldown_without_a_number_of_steps_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"cooldown=0.5 has no effect without total_steps"):
+        HypergradientLR(SGD([nn.Parameter(torch.ones(3))], lr=0.1), cooldown=0.5)
+
+
+@pytest.mark.parametrize("rule", ["auto", "additive"])
+@pytest.mark.parametrize("cooldown", ["default", 0.5])
+@pytest.mark.parametrize("estimate", [0, -1, 7, 100, math.inf])
+def test_any_number_of_steps_that_the_trainer_estimates_will_do(
+    estimate: float, cooldown: Any, rule: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It is smaller than the number of steps taken, and it changes between two fits."""
+    monkeypatch.setattr(Trainer, "estimated_stepping_batches", property(lambda _: estimate))
+    monkeypatch.setattr(Trainer, "max_epochs", property(lambda _: 1))
+    trainer = make_trainer(tmp_path, HypergradientDescent(rule, cooldown=cooldown), limit_train_batches=20)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=".*goes on after the .* steps that it was to take.*")
+        trainer.fit(Reference())
+        estimate = 3
+        trainer.fit_loop.max_epochs = 2
+        trainer.fit(Reference())
+
+
+@pytest.mark.filterwarnings("ignore:.*goes on after the .* steps that it was to take.*")
+@pytest.mark.parametrize("cooldown", ["default", 0.5])
+def test_a_fit_that_has_no_step_left_ends_in_peace(cooldown: Any, tmp_path: Path) -> None:
+    class Fails(Reference):
+        """An error in the last validation ends the training, after a checkpoint of all steps was written."""
+
+        def val_dataloader(self) -> Any:
+            return self.train_dataloader()
+
+        def validation_step(self, *_: Any) -> None:
+            if self.trainer.global_step:
+                self.trainer.save_checkpoint(tmp_path / "last.ckpt")
+                raise ArithmeticError
+
+    settings: dict[str, Any] = {"max_epochs": 1, "limit_train_batches": 20, "limit_val_batches": 1}
+    with pytest.raises(ArithmeticError):
+        make_trainer(tmp_path, HypergradientDescent(cooldown=cooldown), **settings).fit(Fails())
+    tuned = make_trainer(tmp_path, HypergradientDescent(cooldown=cooldown), **settings)
+    plain = make_trainer(tmp_path, **settings)
+    for trainer in (tuned, plain):
+        trainer.fit(Reference(), ckpt_path=tmp_path / "last.ckpt")
+    assert tuned.global_step == plain.global_step

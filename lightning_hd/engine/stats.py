@@ -1,0 +1,25 @@
+"""Stats: the figures of a tuned optimizer."""
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Stats:
+    """Figures of the steps so far, for a log or a report.
+
+    Attributes:
+        backoffs: How often the rule of each scope has backed off from an overshoot. Each back-off is reported to the
+            logger ``lightning_hd`` at the level INFO.
+        nonfinite_steps: How many steps left the rate as it was, because a number was not finite.
+        seconds: The time that tuning has taken on this process, in seconds.
+        coordinates: How many coordinates the last step looked at, and how many there are.
+        limits: The lower and the upper clamp on the rates. A clamp is infinite where there is none.
+        loss: The loss of the last step, averaged over the processes; ``None``: it is not known.
+    """
+
+    backoffs: tuple[int, ...]
+    nonfinite_steps: int
+    seconds: float
+    coordinates: tuple[int, int]
+    limits: tuple[float, float]
+    loss: float | None

@@ -1,0 +1,50 @@
+"""How far a Trainer is: the step on the axis of its loggers, and the steps that it still takes."""
+
+import math
+
+from lightning.pytorch import Trainer
+
+
+def axis(trainer: Trainer) -> int:
+    """The step on the axis of ``self.log``.
+
+    Lightning has no public name for it. ``global_step`` is not the same in manual optimization, because it counts the
+    steps of all optimizers. ``LearningRateMonitor`` reads the same attribute.
+    """
+    return int(trainer.fit_loop.epoch_loop._batches_that_stepped)
+
+
+def is_due(trainer: Trainer, every: int | None, batch_idx: int) -> bool:
+    """Whether to log at the end of a batch.
+
+    Args:
+        trainer: The Trainer.
+        every: The interval in steps; ``None``: the Trainer's. 0: never.
+        batch_idx: The batch.
+    """
+    if every is None:
+        every = int(trainer.log_every_n_steps)  # type: ignore[attr-defined]  # public, but set without an annotation
+    # The axis does not move while gradients are accumulated.
+    moves = (batch_idx + 1) % trainer.accumulate_grad_batches == 0 or trainer.is_last_batch
+    return bool(moves and every and (axis(trainer) + 1) % every == 0)
+
+
+def remaining_steps(trainer: Trainer, whole_epochs: bool) -> int | None:
+    """How many steps the training still takes; ``None`` if that is not known.
+
+    Args:
+        trainer: The Trainer.
+        whole_epochs: Whether an epoch begins. If so, its own batches and accumulation are counted.
+    """
+    if not trainer.lightning_module.automatic_optimization:
+        return None
+    total = trainer.estimated_stepping_batches
+    if not 0 < total < math.inf:
+        return None
+    remaining = int(total) - trainer.global_step
+    batches, epochs = trainer.num_training_batches, trainer.max_epochs
+    if whole_epochs and epochs is not None and epochs > 0 and batches < math.inf:
+        remaining = math.ceil(batches / trainer.accumulate_grad_batches) * (epochs - trainer.current_epoch)
+        if trainer.max_steps > 0:
+            remaining = min(remaining, trainer.max_steps - trainer.global_step)
+    return max(remaining, 0)
