@@ -153,6 +153,7 @@ class AutoRule:
         self._memories: list[float] = []
         self._squared_norms: list[float] = []
         self._turns: list[float] = []
+        self.turn = 0.0  # their mean
         self._greedy: list[tuple[float, float]] = []  # cosines, and their parts
         self._cosines: list[float] = []
         self._bent: list[float] = []
@@ -222,7 +223,7 @@ class AutoRule:
         if shown.move_norm:
             cosine = -shown.slope / (shown.g_norm * shown.move_norm)
             self._greedy.append((cosine, 1 / min(len(self._greedy) + 1, max(10.0, t / 50))))
-        turn = np.dot(newest_weights([1 / min(n + 1, 20) for n in range(len(self._turns))]), self._turns)
+        turn = self.turn = np.dot(newest_weights([1 / min(n + 1, 20) for n in range(len(self._turns))]), self._turns)
         late = shown.product if shown.late is None else shown.late
         product = late + np.clip((-turn - 0.1) / 0.5, 0, 1) * (shown.product - late)
         return float(max(product, 0.0) if turn > 0.8 or self.sigmas() > 2 else product)
@@ -266,6 +267,8 @@ class AutoRule:
         if usual_norm < resolved:
             return lr
         cap = 0.5 if lr < 30 * self.first else 0.05 * min(1.0, 100 / t)
+        if self.turn > 0.8:
+            cap = max(cap, 0.1)
         if self.sigmas() > 2 and lr < min(self._fast_to, max(self._seen_lrs)):
             cap = max(cap, 0.1)
             if self.brake < 0.1:

@@ -182,9 +182,9 @@ def test_at_a_rate_of_0_auto_learns_nothing_and_goes_on() -> None:
 def test_moves_before_the_first_rate_of_auto_do_not_count() -> None:
     late, fresh, rates = Auto(), Auto(), (1e-4, 3e-4, 3e-4, 9e-4)
     for step in range(1, 6):
-        late.discount(0.3, step)
+        late.discount(0.3, Context(step))
     assert late.first_lr(1.0, 1.0) == fresh.first_lr(1.0, 1.0) == 1e-4
-    kept = [[rule.discount(lr, step) for step, lr in enumerate(rates, start=6)] for rule in (late, fresh)]
+    kept = [[rule.discount(lr, Context(step)) for step, lr in enumerate(rates, start=6)] for rule in (late, fresh)]
     assert kept[0] == kept[1]
 
 

@@ -51,7 +51,8 @@ _SURE, _RAMP = 2.0, 8.0
 """Standard errors above 0 beyond which the greedy mean is positive, and over which the fast rise grows."""
 
 _FAST, _QUIET = 0.1, 0.1
-"""The fast rise of ``log α`` per step, and what may be left of a brake meanwhile."""
+"""The fast rise of ``log α`` per step, after a fall or where gradients do not turn, and what may be left of a brake
+while it rises after a fall."""
 
 _NONLINEAR_CAP = 0.02
 """The largest change of ``log α`` per step if the step is not linear in the rate: all former steps change as much."""
@@ -114,7 +115,8 @@ class Auto(Rule):
     of 0.01 to 1. What is learned along flat directions counts in full. Without a cooldown, ``W = 1`` and ``Ē = E``.
 
     **Round the bend.** ``κ`` is the running mean of the cosine of two gradients in a row. Near -1 gradients turn round,
-    so steps are too long, and ``g · E`` is believed. Above 0.8 they do not turn, so nothing asks for a smaller rate.
+    so steps are too long, and ``g · E`` is believed. Above 0.8 they do not turn. Then nothing asks for a smaller rate,
+    and it may rise by 10 % per step.
 
     **The greedy bound.** A rate at which the paper's own derivative is still positive (by two standard errors) is too
     low (``Greedy``). Then the rate does not fall. If it has been higher before, it rises by up to 10 % per step, up to
@@ -214,8 +216,10 @@ class Auto(Rule):
             return lr
         cap = _CAP if lr < _CAREFUL_FROM * own.first_lr else _CAREFUL_CAP * min(1.0, _EARLY / context.step)
         sigmas = self._greedy.sigmas
-        if sigmas > _SURE and lr < own.peak and math.log(lr) < self._brake.limit:
+        back = sigmas > _SURE and lr < own.peak and math.log(lr) < self._brake.limit
+        if back or own.turn > _STRAIGHT:
             cap = max(cap, _FAST)
+        if back:
             if self._brake.left < _QUIET:
                 change = max(change, _FAST * min(1.0, (sigmas - _SURE) / _RAMP))
             self._guard.lift(math.log(lr))
