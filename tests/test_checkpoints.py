@@ -12,7 +12,7 @@ import pytest
 import torch
 from lightning.pytorch import Callback, Trainer
 from torch import Tensor, nn
-from torch.optim import SGD, Adam, Optimizer
+from torch.optim import SGD, Adam, Optimizer, RMSprop
 
 from lightning_hd import HypergradientDescent, HypergradientLR
 from tests import reference
@@ -309,3 +309,20 @@ def test_a_module_of_other_shapes_is_refused_by_torch_or_told() -> None:
         other.load_state_dict(first.optimizer.state_dict())
     with pytest.raises(ValueError, match="2 parameter groups, the optimizer 1"):
         hd.load_state_dict(first.hd.state_dict())
+
+
+@pytest.mark.parametrize("wrong", [math.inf, math.nan])
+def test_a_state_after_a_first_gradient_that_is_not_finite_can_be_loaded(wrong: float) -> None:
+    first, second = (nn.Parameter(torch.ones(3)) for _ in range(2))
+    optimizers = [RMSprop([w], lr=0.1, momentum=0.5) for w in (first, second)]
+    hds = [HypergradientLR(optimizer) for optimizer in optimizers]
+    first.grad = torch.tensor([1.0, wrong, 1.0])
+    before = first.detach().clone()
+    optimizers[0].step()
+    first.data.copy_(before)
+    hds[1].load_state_dict(hds[0].state_dict())
+    assert hds[1].stats.nonfinite_steps == hds[0].stats.nonfinite_steps
+    for w, optimizer, hd in zip((first, second), optimizers, hds, strict=True):
+        w.grad = torch.ones(3)
+        optimizer.step()
+        assert math.isfinite(hd.lrs[0])
