@@ -379,6 +379,7 @@ class Tuned:
         self._lengths = [0.0] * len(self.scopes)  # the longest that it has been, or what its rounding is relative to
         self._moved = [False] * len(self.scopes)
         self._errors = [0.0] * len(self.scopes)
+        self._drifts = [0.0] * len(self.scopes)  # how far the parameters are off, because rates are
 
     def error(self, i: int) -> float:
         """By how much a group's rate is off, per relative error in what the observations were summed from."""
@@ -529,7 +530,8 @@ class Tuned:
             length = norm(x for key, x in self._last.items() if key[0] in members)
             if auto:  # a difference of parameters
                 length += norm(x for key, x in self.values.items() if key[0] in members)
-            self._lengths[s] = max(self._lengths[s], length)
+            self._drifts[s] += norm(self.error(key[0]) * x for key, x in d.items() if key[0] in members)
+            self._lengths[s] = max(self._lengths[s], length + self._drifts[s])
 
 
 def torch_network() -> nn.Sequential:

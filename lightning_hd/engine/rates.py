@@ -229,11 +229,14 @@ class Rates:
         )
 
     def retain(self, step: Step) -> None:
-        """Decide what is left of the former moves of each scope, for rules with a long horizon."""
-        for scope, (lr, _, seen) in zip(self.scopes, step.decisions, strict=True):
+        """Decide what is left of the former moves of each scope, for rules with a long horizon.
+
+        What is not finite is not remembered, even where no rule learns from it.
+        """
+        for scope, sight, decision in zip(self.scopes, step.sights, step.decisions, strict=True):
             rule, context = scope.rule, self._context(step, scope)
-            if rule.long_horizon and (seen is None or all(map(math.isfinite, seen))):
-                moves, smoothing = rule.discount(lr * step.factor, context), rule.smoothing(context)
+            if rule.long_horizon and all(map(math.isfinite, sight.observation)):
+                moves, smoothing = rule.discount(decision.lr * step.factor, context), rule.smoothing(context)
                 step.retained.append(Retained(number(moves, rule, "discount"), number(smoothing, rule, "smoothing")))
             else:
                 step.retained.append(None)

@@ -208,9 +208,8 @@ class Displacement(View):
             if part is None:
                 continue
             if memory is None:
-                finite, nothing = point.g_squared.isfinite(), torch.zeros_like(point.theta)  # no step has judged this g
-                rows = torch.stack([point.theta, nothing, torch.where(finite, point.g, nothing), point.theta])
-                self._memory[i] = Memory(rows, torch.where(finite, point.g_squared, 0.0))
+                rows = torch.stack([point.theta, torch.zeros_like(point.theta), point.g, point.theta])
+                self._memory[i] = Memory(rows, point.g_squared)
                 continue
             mean, late, last, before = memory.rows
             mean.add_(point.moved, alpha=1 - part.moves)
