@@ -37,7 +37,7 @@ class HypergradientLR:
     Section 3.
 
     The default rule takes the derivative with respect to the logarithm of the rate that all remembered steps shared.
-    It looks at a fixed sample of the coordinates, so its cost does not grow with the model. It keeps 16 bytes at most
+    It looks at a fixed sample of the coordinates, so its cost does not grow with the model. It keeps 40 bytes at most
     for each of them. The paper's rules look at all coordinates. They keep one copy of the parameters for SGD without
     momentum, Nesterov's, ASGD, and optimizers whose directions are measured, and nothing for the others.
 

@@ -122,11 +122,14 @@ class Displacement(View):
             g, theta = g.mul_(bucket.roots), theta.mul_(bucket.roots)
         mask = self._mask(bucket, missing) if missing & bucket.parts.keys() else None
         g = g if mask is None else g.mul_(mask)
-        nothing = torch.zeros_like(g)
-        mean, late, last, before = (theta, nothing, nothing, theta) if memory is None else memory.rows
-        moved, move = theta - mean, theta - before
         g_squared = torch.dot(g, g)
-        last_squared = torch.zeros_like(g_squared) if memory is None else memory.g_squared
+        if memory is not None:
+            (mean, late, last, before), last_squared = memory.rows, memory.g_squared
+        else:
+            mean = before = theta
+            late = last = torch.zeros_like(g)
+            last_squared = torch.zeros_like(g_squared)
+        moved, move = theta - mean, theta - before
         self._points.append(_Point(theta, moved, g, g_squared))
         if apart := self._spans_apart(bucket):
             moved, late = moved.clone(), late.clone()
