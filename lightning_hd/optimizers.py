@@ -87,9 +87,8 @@ def to_objective(
 
 
 def device_of(optimizer: Optimizer) -> torch.device:
-    """The device of the first parameter, on which sums are computed."""
-    device: torch.device = next(p.device for group in optimizer.param_groups for p in group["params"])
-    return device
+    """The device of the first parameter, on which sums are computed; the CPU if there is none."""
+    return next((p.device for group in optimizer.param_groups for p in group["params"]), torch.device("cpu"))
 
 
 def check_gradients(optimizer: Optimizer) -> None:

@@ -83,7 +83,7 @@ def test_the_command_line_takes_the_callback_from_the_file_or_leaves_it_out(star
     assert accuracy > 0.9 > 0.5 > accuracy_without
     assert loss < 0.5 < 2 < loss_without
     rates = scalars(tmp_path / "runs" / "cli" / "lightning_logs" / "version_0", "hd/lr-Adam")
-    assert max(rates.values()) == pytest.approx(0.005)
+    assert 0.0045 < max(rates.values()) <= 0.005
     assert min(rates.values()) < 2e-5
 
 

@@ -4,6 +4,7 @@ import copy
 import math
 import signal
 from collections.abc import Callable
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -243,7 +244,8 @@ def test_parameters_that_change_their_dtype_between_two_fits(same_optimizer: boo
         module.configure = lambda _: optimizer
     for dtype in (torch.float32, torch.float64, torch.bfloat16):
         fit(tmp_path, module.to(dtype), hd)
-        assert len(set(rates(hd))) == 20
+        assert len(rates(hd)) == 20
+        assert all(lr != before for before, lr in pairwise(rates(hd)))
         assert hd.engines[0].stats.nonfinite_steps == 0
 
 

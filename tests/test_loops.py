@@ -340,9 +340,9 @@ def gan(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> di
     return runpy.run_path(str(ROOT / "examples" / "gan.py"))
 
 
-def test_a_gan_learns_with_the_rule_auto(gan: dict[str, Any], tmp_path: Path) -> None:
+def test_a_gan_learns_with_the_limit_that_the_documentation_names(gan: dict[str, Any], tmp_path: Path) -> None:
     images = torch.tensor(load_digits().data / 16, dtype=torch.float32)
-    hd = HypergradientDescent()
+    hd = HypergradientDescent(max_lr=3e-3)
     untrained = gan["distance"](gan["GAN"]().sample(len(images)), images)
     assert gan["fit"]("auto", images, 30, tmp_path, hd) < 0.8 * untrained
     for name in ("lr-Adam", "lr-Adam-1"):
