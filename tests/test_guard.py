@@ -2,12 +2,13 @@
 
 import math
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from sklearn.datasets import load_digits
-from torch import nn
+from torch import Tensor, nn
 from torch.optim import SGD, Adam
 
 from lightning_hd import HypergradientLR
@@ -96,3 +97,41 @@ def test_the_rate_comes_back_where_the_labels_change() -> None:
         hd._optimizer.step()
         losses.append(loss.item())
     assert np.mean(losses[-100:]) < 0.1
+
+
+def trained(cls: Any, sign: float, closure: bool) -> tuple[list[float], tuple[int, ...]]:
+    """The rates and the back-offs where the loss, times a sign, leaps by 5 for a while."""
+    x, y = load_digits(return_X_y=True)
+    images, labels = torch.tensor(x[:512] / 16, dtype=torch.float32), torch.tensor(y[:512])
+    torch.manual_seed(0)
+    network = nn.Sequential(nn.Linear(64, 16), nn.ReLU(), nn.Linear(16, 10))
+    optimizer = cls(network.parameters(), lr=0.1, maximize=sign < 0)
+    hd = HypergradientLR(optimizer, total_steps=200)
+    generator = torch.Generator().manual_seed(1)
+
+    def evaluate() -> Tensor:
+        chosen = torch.randint(512, (16,), generator=generator)
+        optimizer.zero_grad()
+        loss = sign * nn.functional.cross_entropy(network(images[chosen]), labels[chosen])
+        loss.backward()
+        return (loss + sign * 5.0 * (50 < hd.step_count < 120)).detach()
+
+    lrs = []
+    for _ in range(200):
+        if closure:
+            optimizer.step(evaluate)
+        else:
+            hd.observe(evaluate())
+            optimizer.step()
+        lrs += hd.lrs
+        assert hd.stats.loss is not None
+        assert hd.stats.loss * sign > 0
+    return lrs, hd.stats.backoffs
+
+
+@pytest.mark.parametrize("closure", [False, True])
+@pytest.mark.parametrize("cls", [SGD, Adam])
+def test_a_loss_that_is_maximized_is_that_of_the_mirrored_training(cls: Any, closure: bool) -> None:
+    plain = trained(cls, 1.0, closure)
+    assert trained(cls, -1.0, closure) == plain
+    assert plain[1][0] > 0

@@ -168,8 +168,9 @@ class Rates:
             if rule.backoffs > backoffs:
                 cause = f"the gradient's norm leapt to {seen.grad_norm:.3g}"
             lr = self._bounded(step, index, lr) if rule.long_horizon else lr
-            if step.loss is not None and math.isfinite(lr):
-                lr = number(rule.watch(lr, step.loss, context), rule, "watch")
+            loss = self._minimized(step.loss, index)
+            if loss is not None and math.isfinite(lr):
+                lr = number(rule.watch(lr, loss, context), rule, "watch")
         lr *= self._follow_schedule(index)
         if finite and abs(lr) <= LARGEST:
             lr = self.clamp(index, lr)
@@ -185,6 +186,14 @@ class Rates:
 
     def _context(self, step: Step, scope: Scope) -> Context:
         return Context(step.number - scope.since, step.cooldown, self._rounding, step.nonlinear)
+
+    def _minimized(self, loss: float | None, index: int) -> float | None:
+        """The loss with its sign flipped if the groups of a scope maximize it; unknown if only some of them do."""
+        groups = self.optimizer.param_groups
+        signs = {bool(groups[i].get("maximize", False)) for i in self.members(index)}
+        if loss is None or len(signs) > 1:
+            return None
+        return -loss if True in signs else loss
 
     def _bounded(self, step: Step, index: int, lr: float) -> float:
         """``α_t`` of a rule with a long horizon, bounded where former moves would ask for a rate that is too high.
