@@ -459,7 +459,9 @@ class Tuned:
                 return
             g_size = g_norm + sum(self._decays[key[0]] * self.sizes[key] * g[key].size for key in g)
             size = g_size * self._lengths[s]
-            self.seen[s], self.seen_sizes[s] = (-product, g_norm, d_norm), (size, g_size, self._lengths[s])
+            drift, length = self._drifts[s], self._lengths[s]
+            self.seen[s] = (-product, g_norm, d_norm)
+            self.seen_sizes[s] = (size + g_size * drift, g_size, length + drift)
             cosine, cosine_error = (x / (g_norm * d_norm or 1.0) for x in (product, size))
             if self._rule == "additive":
                 self.alphas[s] += self._beta * product
@@ -531,7 +533,7 @@ class Tuned:
             if auto:  # a difference of parameters
                 length += norm(x for key, x in self.values.items() if key[0] in members)
             self._drifts[s] += norm(self.error(key[0]) * x for key, x in d.items() if key[0] in members)
-            self._lengths[s] = max(self._lengths[s], length + self._drifts[s])
+            self._lengths[s] = max(self._lengths[s], length)
 
 
 def torch_network() -> nn.Sequential:

@@ -30,13 +30,14 @@ TOLERANCE = {torch.float64: 1e-9, torch.complex128: 1e-9, torch.float32: 1e-5}
 """Relative to the size of what is summed. Of float32: twelve steps of some ten operations that round by 6e-8 each."""
 
 
-def examples(count: int) -> Callable[[Callable[[], None]], Callable[[int], None]]:
+def examples(count: int, strategy: st.SearchStrategy[Any]) -> Callable[[Callable[[Any], None]], Callable[[int], None]]:
     """Try a property with so many examples, the same in every run, or with four times as many where it may be slow."""
 
-    def decorate(check: Callable[[], None]) -> Callable[[int], None]:
+    def decorate(check: Callable[[Any], None]) -> Callable[[int], None]:
         @pytest.mark.parametrize("tried", [count, pytest.param(4 * count, marks=pytest.mark.slow)])
         def test(tried: int) -> None:
-            hypothesis.settings(deadline=None, max_examples=tried, derandomize=True, database=None)(check)()
+            settings = hypothesis.settings(deadline=None, max_examples=tried, derandomize=True, database=None)
+            settings(hypothesis.given(strategy)(check))()
 
         return test
 
@@ -159,8 +160,7 @@ def cases(draw: st.DrawFn, kinds: Any, rules: Sequence[str], dtypes: Sequence[to
     return Case(cls, chosen, groups, arguments, draw(st.integers(0, 2**16)))
 
 
-@examples(100)
-@hypothesis.given(st.data())
+@examples(100, st.data())
 def test_any_run_is_that_of_the_formulas(data: st.DataObject) -> None:
     case = data.draw(cases(optimizers(), RULES, list(TOLERANCE), CLAMPS))
     count = len(case.specs)
@@ -286,8 +286,7 @@ def check_step(run: Run, before: list[float], nonfinite_before: int) -> None:
 
 
 @pytest.mark.filterwarnings("ignore::RuntimeWarning")
-@examples(50)
-@hypothesis.given(stories(RULES, CLAMPS))
+@examples(50, stories(RULES, CLAMPS))
 def test_what_is_no_step_changes_nothing_and_rates_stay_in_bounds(story: tuple[Case, list[Event]]) -> None:
     case, events = story
     run, straight = Run(case), Run(case)
@@ -311,8 +310,7 @@ def test_what_is_no_step_changes_nothing_and_rates_stay_in_bounds(story: tuple[C
 
 
 @pytest.mark.filterwarnings("ignore::RuntimeWarning")
-@examples(30)
-@hypothesis.given(stories(["additive"], [(None, None)]))
+@examples(30, stories(["additive"], [(None, None)]))
 def test_without_hypergrad_lr_any_run_is_that_of_the_optimizer_alone(story: tuple[Case, list[Event]]) -> None:
     case, events = story
     case.arguments["hypergrad_lr"] = 0.0
@@ -349,8 +347,7 @@ def exactly(a: Tensor, b: Tensor) -> float:
     return float(sum((Fraction(x) * Fraction(y) for x, y in pairs), Fraction(0)))
 
 
-@examples(75)
-@hypothesis.given(st.data())
+@examples(75, st.data())
 def test_sums_are_exact_to_the_digits_of_the_products(data: st.DataObject) -> None:
     shape = data.draw(st.sampled_from(SHAPES))
     g, d = (data.draw(extremes(shape)).flatten() for _ in range(2))
