@@ -12,7 +12,7 @@ from lightning_hd.hypergradient.probe import Range, Slot
 from lightning_hd.processes import as_real, exact_dtype, local
 
 _CACHED, _LAUNCHED = 2**18, 2**24
-"""The numbers of coordinates in a bucket. On a CPU it should stay in the cache, elsewhere launches should be few."""
+"""The largest number of coordinates in a bucket. On a CPU they should stay in the cache, elsewhere launches be few."""
 
 _CONSTANTS = 16
 """How many constants stay on the device. A step needs a few, which seldom change."""
@@ -99,13 +99,19 @@ def gather(pieces: Sequence[Tensor]) -> Tensor:
     return pieces[0] if len(pieces) == 1 else torch.cat(list(pieces))
 
 
-def pack(slots: Sequence[Slot], key: Callable[[Slot], Hashable]) -> list[Bucket]:
-    """Pack slots, in the order of their groups, into buckets for one key, device and number of replicas each."""
+def pack(slots: Sequence[Slot], key: Callable[[Slot], Hashable], cached: int = _CACHED) -> list[Bucket]:
+    """Pack slots, in the order of their groups, into buckets for one key, device and number of replicas each.
+
+    Args:
+        slots: The slots.
+        key: What the parameters of a bucket have in common.
+        cached: The largest number of coordinates in a bucket on a CPU.
+    """
     buckets: list[Bucket] = []
     filling: dict[Hashable, Bucket] = {}
     for place, slot in enumerate(slots):
         device = local(slot.p).device
-        limit = _CACHED if device.type == "cpu" else _LAUNCHED
+        limit = cached if device.type == "cpu" else _LAUNCHED
         kind = (key(slot), device, slot.replicas)
         for start, stop in slot.runs:
             while start < stop:

@@ -31,6 +31,10 @@ from lightning_hd.rules import Observation
 
 _GRADIENT = "gradient"
 
+_CACHED = 2**17
+"""The largest number of coordinates in a bucket on a CPU. Directions take some ten vectors of that size. At 2^18, their
+memory comes anew from the system in every operation, and a step takes three times as long."""
+
 
 class _Sums(NamedTuple):
     """The numbers of one scope: two flags, and three sums over the coordinates."""
@@ -155,7 +159,7 @@ class LastStep(View):
             if id(p) in known:
                 twins[id(p)] = first.setdefault((alike[i], self._steps_of(self._last[i], p)), p)
         self.slots = look(seen, self._budget, self._ranks, {})
-        self._buckets = pack(self.slots, lambda slot: (alike[slot.group], twins.get(id(slot.p))))
+        self._buckets = pack(self.slots, lambda slot: (alike[slot.group], twins.get(id(slot.p))), _CACHED)
         with_gradient = {scopes[i] for i, _, _ in seen}
         with_direction = {scopes[i] for i, _, p in seen if id(p) in known}
         self._flags = [(scope in with_gradient, scope in with_direction) for scope in range(max(scopes) + 1)]
