@@ -189,11 +189,11 @@ class Rates:
 
     def _minimized(self, loss: float | None, index: int) -> float | None:
         """The loss with its sign flipped if the groups of a scope maximize it; unknown if only some of them do."""
-        groups = self.optimizer.param_groups
-        signs = {bool(groups[i].get("maximize", False)) for i in self.members(index)}
-        if loss is None or len(signs) > 1:
+        if loss is None:
             return None
-        return -loss if True in signs else loss
+        groups = self.optimizer.param_groups
+        signs = {-1.0 if groups[i].get("maximize", False) else 1.0 for i in self.members(index)}
+        return loss * signs.pop() if len(signs) == 1 else None
 
     def _bounded(self, step: Step, index: int, lr: float) -> float:
         """``α_t`` of a rule with a long horizon, bounded where former moves would ask for a rate that is too high.

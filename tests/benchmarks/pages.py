@@ -12,6 +12,7 @@ import csv
 import itertools
 import re
 import sys
+from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import astuple, dataclass, fields
 from pathlib import Path
@@ -28,6 +29,8 @@ PAGES = (ROOT / "README.md", ROOT / "docs" / "benchmarks.md")
 
 TUNED = "auto+cooldown"
 """The method that stands for the callback in a Trainer."""
+
+MEASURES: dict[Measure, str] = {"train_loss": "training", "val_loss": "validation"}
 
 KINDS = {
     "images: Fashion-MNIST, MLP and CNN, noisy and changed labels": (
@@ -62,15 +65,14 @@ class Figure:
 def figures(results: Results) -> list[Figure]:
     """The figures of all methods, for training and validation."""
     settings = sorted({(run.task, run.optimizer, run.method) for run in results})
+    counts = Counter((run.task, run.optimizer, run.method, run.rate) for run in results)
+    losses = {measure: Losses(results, measure) for measure in MEASURES}
     found = []
-    measures: tuple[Measure, ...] = ("train_loss", "val_loss")
-    for (task, optimizer, method), measure in itertools.product(settings, measures):
-        rate, loss = Losses(results, measure).best(task, optimizer, method)
-        seeds = sum(
-            (run.task, run.optimizer, run.method, run.rate) == (task, optimizer, method, rate) for run in results
-        )
+    for setting, measure in itertools.product(settings, MEASURES):
+        rate, loss = losses[measure].best(*setting)
+        run = (*setting, rate)
         if loss == loss:  # tasks without validation data have none
-            found.append(Figure(task, optimizer, method, measure, rate, float(f"{loss:.5g}"), seeds))
+            found.append(Figure(*setting, measure, rate, float(f"{loss:.5g}"), counts[run]))
     return found
 
 
@@ -146,8 +148,8 @@ def variants(ratios: Ratios) -> list[list[str]]:
     rows = [["what is known", "loss", "over the best constant rate", "over the best warm-up and cosine"]]
     names = {TUNED: "loss and length, as in a Trainer", "auto": "the loss alone", "auto+cosine": "a cosine schedule"}
     for method, name in names.items():
-        for measure, word in (("train_loss", "training"), ("val_loss", "validation")):
-            means = [ratios.mean(ratios.lasting, other, measure, method) for other in ("constant", "cosine")]  # type: ignore[arg-type]
+        for measure, word in MEASURES.items():
+            means = [ratios.mean(ratios.lasting, other, measure, method) for other in ("constant", "cosine")]
             rows.append([name, word, *means])
     return rows
 
