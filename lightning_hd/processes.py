@@ -52,6 +52,41 @@ def is_flat_shard(p: Tensor) -> bool:
     return getattr(p, "_fsdp_flattened", False) and not isinstance(p, DTensor)
 
 
+class Sum:
+    """Numbers that are on their way to the host, which need not wait for them.
+
+    Args:
+        tensor: The numbers, on the device.
+        work: The collective that is still to end; ``None``: there is none.
+    """
+
+    def __init__(self, tensor: Tensor, work: "dist.Work | None" = None) -> None:
+        self._tensor = tensor
+        self._work = work
+        self._copied: torch.cuda.Event | None = None
+        self._numbers: list[float] | None = None
+        if tensor.is_cuda:
+            if work is not None:
+                work.wait()  # the stream waits, the host does not
+            self._tensor = torch.empty_like(tensor, device="cpu", pin_memory=True)
+            self._tensor.copy_(tensor, non_blocking=True)
+            self._copied = torch.cuda.Event()  # type: ignore[no-untyped-call]  # torch's
+            self._copied.record()
+
+    def read(self) -> list[float]:
+        """The numbers. It waits until they are there."""
+        if self._numbers is None:
+            if self._copied is not None:
+                self._copied.synchronize()
+            elif self._work is not None:
+                self._work.wait()
+            self._numbers = self._tensor.tolist()
+        return self._numbers
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "Sum":
+        return Sum(torch.tensor(self.read(), dtype=self._tensor.dtype))
+
+
 class Ranks:
     """The processes that train together: those of a process group, or this one alone.
 
@@ -122,6 +157,10 @@ class Ranks:
         if self.count > 1:
             dist.all_reduce(tensor, group=self._group)
         return tensor
+
+    def begin_sum(self, tensor: Tensor) -> Sum:
+        """Begin to sum a tensor over all ranks, in place. The sums are equal on all of them bit for bit."""
+        return Sum(tensor, dist.all_reduce(tensor, group=self._group, async_op=True) if self.count > 1 else None)
 
     def gather(self, value: Any) -> list[Any]:
         """The picklable ``value`` of each rank."""

@@ -146,6 +146,7 @@ class AutoRule:
         self.forgets = False
         self.ceiling = np.inf
         self._block: list[tuple[float, float, float]] = []  # losses, logarithms of rates, slopes
+        self._block_steps = 0
         self._best: tuple[float, float, float] | None = None
         self._trial: tuple[float, float, float] | None = None  # mean and error of the block, log α before
         self._demand = 2.0
@@ -153,10 +154,12 @@ class AutoRule:
         self._memories: list[float] = []
         self._squared_norms: list[float] = []
         self._turns: list[float] = []
+        self._turn_parts: list[float] = []
+        self._turn_steps = 0
         self.turn = 0.0  # their mean
         self._greedy: list[tuple[float, float]] = []  # cosines, and their parts
         self._cosines: list[float] = []
-        self._bent: list[float] = []
+        self._bent: list[float] = []  # times the stride
         self._parts: list[float] = []
         self._logs: list[float] = []
         self._variance = (np.log(2.5) / 3) ** 2
@@ -166,24 +169,28 @@ class AutoRule:
         self._fast_to = np.inf
         self._remembered: list[tuple[float, float]] = []  # log α of each move in E, and how much is left of it
 
-    def part_kept(self, lr: float, t: int) -> float:
-        """How much of E is left where the next move comes in, which is made at ``lr``."""
-        part = 0.0 if self.forgets else 1 - 1 / max(450.0, t / 2)
+    def part_kept(self, lr: float, t: int, stride: int = 1) -> float:
+        """How much of E is left where the next moves come in, which are made at ``lr``."""
+        part = 0.0 if self.forgets else (1 - 1 / max(450.0, t / 2)) ** stride
         self.forgets = False
         if self._remembered:
             logs, weights = np.array(self._remembered).T
             part *= np.exp(-max(abs(np.log(lr) - np.dot(logs, weights) / np.sum(weights)) - 0.5, 0.0))
-        self._remembered = [(log, part * weight) for log, weight in self._remembered] + [(float(np.log(lr)), 1.0)]
+        self._remembered = [
+            *((log, part * weight) for log, weight in self._remembered),
+            (float(np.log(lr)), float(stride)),
+        ]
         return float(part)
 
-    def held_back(self, lr: float, t: int, loss: float, slope: float) -> float:
+    def held_back(self, lr: float, t: int, loss: float, slope: float, stride: int = 1) -> float:
         """The rate of step t, once its loss is known: half of what it was in the best tenth, where the loss rises."""
-        self.ceiling *= 1 + 1 / t
+        self.ceiling *= (1 + 1 / t) ** stride
         self._block.append((loss, float(np.log(lr)), slope))
-        if len(self._block) >= max(10.0, t / 10):
+        self._block_steps += stride
+        if len(self._block) >= 10 and self._block_steps >= t / 10:
             losses, logs, slopes = np.array(self._block).T
             mean, error = float(np.mean(losses)), float(np.var(losses, ddof=1) / len(losses))
-            self._block, best = [], self._best
+            self._block, self._block_steps, best = [], 0, self._best
             rise = 0.0 if best is None else mean - best[0]
             risen = best is not None and rise > self._demand * np.sqrt(error + best[1])
             if best is None or risen or rise < 0:
@@ -217,35 +224,38 @@ class AutoRule:
         variance = max(np.dot(weights, cosines**2) - mean**2, (2.0**-23 * mean) ** 2)
         return float(mean / np.sqrt(variance * np.sum(weights**2))) if variance else 0.0
 
-    def _product(self, shown: Shown, t: int) -> float:
+    def _product(self, shown: Shown, t: int, stride: int) -> float:
         """Minus the derivative, past the noise and round the bend."""
         self._turns.append(shown.turn)
+        self._turn_steps += stride
+        self._turn_parts.append(stride / min(self._turn_steps, 20))
         if shown.move_norm:
             cosine = -shown.slope / (shown.g_norm * shown.move_norm)
-            self._greedy.append((cosine, 1 / min(len(self._greedy) + 1, max(10.0, t / 50))))
-        turn = self.turn = np.dot(newest_weights([1 / min(n + 1, 20) for n in range(len(self._turns))]), self._turns)
+            self._greedy.append((cosine, 1 / min(len(self._greedy) + 1, max(10.0, t / 50 / stride))))
+        turn = self.turn = np.dot(newest_weights(self._turn_parts), self._turns)
         late = shown.product if shown.late is None else shown.late
         product = late + np.clip((-turn - 0.1) / 0.5, 0, 1) * (shown.product - late)
         return float(max(product, 0.0) if turn > 0.8 or self.sigmas() > 2 else product)
 
-    def next_lr(self, lr: float, t: int, shown: Shown) -> float:
-        """The rate of step t, before what is left of a brake."""
+    def next_lr(self, lr: float, t: int, shown: Shown, stride: int = 1) -> float:
+        """The rate of step t, before what is left of a brake. The last look was ``stride`` steps before."""
         self.slope = 0.0
         g_norm, d_norm = shown.g_norm, shown.d_norm
         if g_norm and not d_norm:
             return float(lr * np.exp(0.5 * (g_norm >= 10 * 2.0**-23 * self._largest)))
         if g_norm == 0:
             return lr
-        self._memories.append(1 - 1 / max(10.0, t / 50))
+        self._memories.append((1 - 1 / max(10.0, t / 50)) ** stride)
         self._squared_norms.append(g_norm**2)
         usual_norm = np.sqrt(faded_mean(self._squared_norms, self._memories))
-        self._cosines.append(self._product(shown, t) / (usual_norm * d_norm))
+        self._cosines.append(self._product(shown, t, stride) / (usual_norm * d_norm))
         before = self._cosines[-2] if len(self._cosines) > 1 else 0.0
-        self._bent.append(self._cosines[-1] + 0.3 * min(1.0, 100 / t) * abs((self._cosines[-1] + before) / 2))
-        self._parts.append(1 - 1 / 60)
+        bent = self._cosines[-1] + 0.3 * min(1.0, 100 / t) * abs((self._cosines[-1] + before) / 2)
+        self._bent.append(stride * bent)
+        self._parts.append((1 - 1 / 60) ** stride)
         left = np.append(np.cumprod(self._parts[:0:-1])[::-1], 1.0)  # of each square
         squares = float(np.dot(np.square(self._bent), left))
-        change = min(1.0, 900 / t) * self._bent[-1] / np.sqrt(squares) if squares else 0.0
+        change = min(1.0, 900 / t) * bent / np.sqrt(squares) if squares else 0.0
         log_norm, excess, resolved = float(np.log(g_norm)), 0.0, 10 * 2.0**-23 * self._largest
         if len(self._logs) >= 2:
             rise = log_norm - faded_mean(self._logs, [0.9] * len(self._logs))
@@ -275,7 +285,26 @@ class AutoRule:
                 change = max(change, 0.1 * min(1.0, (self.sigmas() - 2) / 8))
             self.ceiling = max(self.ceiling, 2 * lr)
         self.slope = float(g_norm / usual_norm / np.sqrt(squares)) if squares else 0.0
-        return float(lr * np.exp(np.clip(change, -cap, cap)))
+        return float(lr * np.exp(stride * np.clip(change, -cap, cap)))
+
+
+class Looked(NamedTuple):
+    """What a look has shown: norms of ``g``, ``E`` and the moves since, products of ``g`` with them, the mean loss."""
+
+    g_norm: float
+    sum_norm: float
+    move_norm: float
+    sum: float
+    late: float
+    slope: float
+    turn: float
+    loss: float | None
+    stride: int
+
+
+def apart_after(calm: int) -> int:
+    """How many steps looks are apart, after so many without an event: the odd number up to their 140th part."""
+    return max(n for n in (1, 3, 5, 7) if n == 1 or n <= calm / 140)
 
 
 def train_auto(
@@ -300,31 +329,52 @@ def train_auto(
     data = batches()
     lr, rule = first_lr or 0.0, AutoRule(method.startswith("adam"))
     moves = [np.zeros_like(p) for p in parameters]  # E
-    late, move, last = moves, moves, moves  # Ē, the last move, and the last gradient
+    late, since, last = moves, moves, moves  # Ē, the moves since the last look, and the gradient of that
     lrs: list[float] = []
+    calm = rested = 0  # steps since the last event, and since the last look
+    losses: list[float] = []  # since the last look
+    waiting: Looked | None = None  # a look that is read in the next step
     for t in range(1, steps + 1):
         loss, g = network_loss(parameters, *data[(t - 1) % len(data)])
         g = [(leaps or {}).get(t, 1.0) * x for x in g]
         length = cooldown * steps
         fall = 1 - np.sqrt(1 - min(1.0, (steps - t + 1) / length)) if cooldown else 1.0
         window = max(1.0, min(0.05 * min(length, steps - t + 1), t / 5))
-        late = [old + (new - old) / window for old, new in zip(late, moves, strict=True)]
-        if t > 1:
-            cosine, slope = dot(g, last) / (norm(g) * norm(last)), dot(g, move)
-            shown = Shown(-dot(g, moves), norm(g), norm(moves), -dot(g, late), cosine, slope, norm(move))
-            next_lr = rule.next_lr(lr, t, shown)
+        losses += [report(t, float(loss))] if report else []
+        calm, rested = calm + 1, rested + 1
+        apart = apart_after(calm - 1)
+        seen, waiting, events = waiting, None, len(rule.braked) + len(rule.retreats)
+        stride = rested if rested >= apart else 0
+        if stride and t > 1:
+            norms = norm(g), norm(moves), norm(since)
+            products = dot(g, moves), dot(g, late), dot(g, since), dot(g, last) / (norm(g) * norm(last))
+            waiting = Looked(*norms, *products, float(np.mean(losses)) if losses else None, stride)
+            if apart == 1:
+                seen, waiting = waiting, None
+        if seen is not None:
+            weight = 1 - (1 - 1 / window) ** seen.stride
+            past = seen.late + weight * (seen.sum - seen.late)
+            shown = Shown(-seen.sum, seen.g_norm, seen.sum_norm, -past, seen.turn, seen.slope, seen.move_norm)
+            next_lr = rule.next_lr(lr, t, shown, seen.stride)
             lr = next_lr if fall == 1 else min(lr, next_lr)
-            lr = rule.held_back(lr, t, report(t, float(loss)), slope) if report else lr
+            lr = lr if seen.loss is None else rule.held_back(lr, t, seen.loss, seen.slope, seen.stride)
         d = direction.send(g)
         d = [x + weight_decay * p for x, p in zip(d, parameters, strict=True)]
         if t == 1 and first_lr is None:
             lr = rule.first = 1e-4 * np.sqrt(dot(parameters, parameters)) / np.sqrt(dot(d, d))
-        part = rule.part_kept(lr * fall, t)
+        if stride:
+            weight = 1 - (1 - 1 / window) ** stride
+            late = [old + weight * (new - old) for old, new in zip(late, moves, strict=True)]
+            part = rule.part_kept(lr * fall, t, stride)
+            moves, since, last = [part * e for e in moves], [np.zeros_like(p) for p in parameters], g
+            rested, losses = 0, []
         used = lr * np.exp(-rule.brake) * fall
-        move, last = [-used * x for x in d], g
-        moves = [part * e + x for e, x in zip(moves, move, strict=True)]
+        move = [-used * x for x in d]
+        moves, since = ([e + x for e, x in zip(sums, move, strict=True)] for sums in (moves, since))
         parameters = [p + x for p, x in zip(parameters, move, strict=True)]
         lrs.append(float(used))
+        if len(rule.braked) + len(rule.retreats) > events:
+            calm = 0
     return lrs, parameters, rule
 
 

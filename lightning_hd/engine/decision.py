@@ -23,6 +23,9 @@ class Step:
     """One call of ``optimizer.step``, from when the gradients are ready until the parameters have moved."""
 
     number: int  # counted from 1
+    looked: bool  # whether the view looks at this step
+    informed: bool  # whether anything new is known, of this step or of a former one
+    stride: int  # for how many steps the last look stands
     sights: Sequence[Sight]  # of each scope
     loss: float | None  # averaged over the processes, where it is known
     cooldown: float  # the length of the cooldown that is still to come
@@ -31,8 +34,9 @@ class Step:
     nonlinear: bool  # whether the optimizer's step is found not to be linear in its rate
     held: list[float]  # what param_groups[i]["lr"] held before
     seen: Sequence[Observation | None] = ()  # what each scope learns from
-    rules: list[dict[str, Any]] = field(default_factory=list)  # the states of the rules before
+    rules: Sequence[dict[str, Any]] = ()  # the states of the rules before, where they may change
     finite: bool = True  # otherwise a scope stays at its rates
+    event: bool = False  # whether each step is to be looked at again
     decisions: list[Decision] = field(default_factory=list)  # of each scope
     retained: list[Retained | None] = field(default_factory=list)  # for each scope, of rules with a long horizon
     picked: set[int] = field(default_factory=set)  # scopes whose first rate is picked in this step

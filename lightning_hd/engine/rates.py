@@ -162,7 +162,6 @@ class Rates:
         finite = seen is None or all(map(math.isfinite, seen))
         stopped = step.stopped and scope.tuned
         lr, cause = scope.lr, "the loss has risen"
-        step.rules.append(rule.state_dict())
         if seen is not None and finite and not stopped:
             lr = number(rule.update(lr, seen, context), rule, "update")
             if rule.backoffs > backoffs:
@@ -177,6 +176,7 @@ class Rates:
             used = (lr if stopped else number(rule.used(lr, context), rule, "used")) * step.factor
             if abs(used) <= LARGEST:
                 if rule.backoffs > backoffs:
+                    step.event = True
                     backed_off = f"the rate backs off from {scope.used:.3g} to {used:.3g}"
                     self._notices.log(f"step {step.number}: {cause}; {backed_off}")
                 return Decision(lr, used, seen)
@@ -185,7 +185,7 @@ class Rates:
         return Decision(scope.lr, scope.used, seen)
 
     def _context(self, step: Step, scope: Scope) -> Context:
-        return Context(step.number - scope.since, step.cooldown, self._rounding, step.nonlinear)
+        return Context(step.number - scope.since, step.cooldown, self._rounding, step.nonlinear, step.stride)
 
     def _minimized(self, loss: float | None, index: int) -> float | None:
         """The loss with its sign flipped if the groups of a scope maximize it; unknown if only some of them do."""
@@ -229,7 +229,7 @@ class Rates:
 
     def stay(self, step: Step, index: int, what: str) -> None:
         """Note that a number is not finite, so that a scope stays at its rate."""
-        step.finite = False
+        step.finite, step.event = False, True
         used = self.scopes[index].used
         self._notices.warn(
             "not finite",
@@ -255,7 +255,8 @@ class Rates:
         for group, lr in zip(self.groups, step.lrs, strict=True):
             group.lr = lr
         for i, (scope, decision) in enumerate(zip(self.scopes, step.decisions, strict=True)):
-            scope.lr, scope.used, scope.last = decision.lr, decision.used, decision.seen
+            scope.lr, scope.used = decision.lr, decision.used
+            scope.last = decision.seen if step.informed else scope.last
             members = self.members(i)
             follows = step.sights[i].has_gradient and any(step.weights[j] for j in members)
             scope.tuned |= follows and (i in step.picked or not waits(scope))

@@ -8,7 +8,7 @@ from typing import Any
 from lightning_hd.checks import check_count, check_fields, check_flag, save_fields
 from lightning_hd.engine.rates import Rates, Trajectory
 from lightning_hd.engine.scopes import Group, Scope
-from lightning_hd.engine.step import Tuning, check_loss
+from lightning_hd.engine.step import Tuning
 from lightning_hd.optimizers import as_held, get_lrs, set_lr
 from lightning_hd.rules import Rule, rule_name
 
@@ -24,7 +24,7 @@ def save(tuning: Tuning) -> dict[str, Any]:
         "nonlinear": tuning.linearity.failed,
         "rates": _save_rates(tuning.rates),
         "view": tuning.view.state_dict(),
-        "losses": list(map(float, tuning.losses.reported)),
+        "looks": tuning.looks.state_dict(),
     }
 
 
@@ -47,17 +47,18 @@ def load(tuning: Tuning, state_dict: dict[str, Any], loaded: bool) -> None:
     _check_kind(state_dict, now)
     scheduled = tuning.rates.under_schedule
     try:
-        losses = [check_loss(loss) for loss in state_dict["losses"]]
         step_count, nonfinite = (check_count(name, state_dict[name]) for name in ("step_count", "nonfinite_steps"))
         nonlinear = check_flag("nonlinear", state_dict["nonlinear"])
+        tuning.looks.load_state_dict(state_dict["looks"])
         tuning.view.load_state_dict(state_dict["view"])
         stays = [loaded or was_written for was_written in written]
         _load_rates(tuning.rates, state_dict["rates"], stays)  # the last that can fail; it changes all or nothing
     except (KeyError, IndexError, TypeError, ValueError, AttributeError) as error:
+        tuning.looks.load_state_dict(now["looks"])
         tuning.view.load_state_dict(now["view"])
         raise ValueError(f"the saved state is damaged, or of other parameter groups: {error!r}") from error
     tuning.lost_schedule = scheduled and not tuning.rates.under_schedule
-    tuning.losses.reported, tuning.linearity.failed = losses, nonlinear
+    tuning.linearity.failed = nonlinear
     tuning.step_count, tuning.nonfinite_steps = step_count, nonfinite
 
 

@@ -1,50 +1,26 @@
-"""One step of a tuned optimizer, from top to bottom: gather, sum, reduce, decide, set, remember."""
+"""One step of a tuned optimizer, from top to bottom: sync, look, decide, set, remember."""
 
-import math
-from dataclasses import dataclass, field
+from contextlib import suppress
+from dataclasses import dataclass
 from time import perf_counter
 from typing import Any
 
 import torch
-from torch import Tensor
 from torch.optim import Optimizer
 
 from lightning_hd.engine.cooldown import Cooldown
 from lightning_hd.engine.decision import Step
 from lightning_hd.engine.first_rate import FirstRates
 from lightning_hd.engine.linearity import Linearity
+from lightning_hd.engine.looks import Look, Looks, check_loss
 from lightning_hd.engine.precheck import Precheck
 from lightning_hd.engine.rates import Rates, waits
 from lightning_hd.engine.scopes import Scope
 from lightning_hd.engine.writes import Writes
-from lightning_hd.hypergradient import Sight, View
-from lightning_hd.optimizers import check_gradients, give_back, put_back, set_lr
+from lightning_hd.hypergradient import UNSEEN, Sight, View
+from lightning_hd.optimizers import give_back, parameters_of, put_back, set_lr
 from lightning_hd.processes import Notices, Ranks
 from lightning_hd.rules import Observation, Rule
-
-
-@dataclass(eq=False)
-class Losses:
-    """The losses that have become known since the last step. No tensor is read on the host before it is used."""
-
-    reported: list[Tensor | float] = field(default_factory=list)  # several are averaged
-    returned: list[Tensor | float] = field(default_factory=list)  # by the last closure; it counts if none is reported
-
-    def take(self, like: Tensor) -> Tensor:
-        """Return the sum and the number of the losses, of shape (2,), in a tensor like another one; and forget them."""
-        losses = self.reported or self.returned
-        self.reported, self.returned = [], []
-        found = [loss.to(like) if isinstance(loss, Tensor) else like.new_full((), loss) for loss in losses]
-        return torch.stack([sum(found, start=like.new_zeros(())), like.new_full((), len(found))])
-
-
-def check_loss(value: Any) -> Tensor | float:
-    """A loss as a number or a copy, because the loss may be written to. Raise ``TypeError`` if it is none."""
-    if isinstance(value, Tensor) and value.numel() == 1 and not value.is_complex() and not value.is_meta:
-        return value.detach().clone().reshape(())
-    if isinstance(value, (bool, str, Tensor)) or not hasattr(value, "__float__"):
-        raise TypeError(f"loss must be a real number or a tensor of one, got {value!r}")
-    return float(value)
 
 
 @dataclass(eq=False)
@@ -70,7 +46,6 @@ class Tuning:
     notices: Notices
     cooldown: Cooldown
     stop_after: int | None
-    losses: Losses = field(default_factory=Losses)
     seconds: float = 0.0  # the time that tuning has taken
     paused: bool = False
     step_count: int = 0
@@ -83,6 +58,7 @@ class Tuning:
     _passed: tuple[list[float], list[float]] | None = None  # rates during and before a step that is not tuned
 
     def __post_init__(self) -> None:
+        self.looks = Looks(self.optimizer, self.rates, self.view, self.ranks)
         self.linearity = Linearity(self.optimizer, self.ranks, self.notices, self.rule.long_horizon)
         self._precheck = Precheck(self.optimizer, self.ranks)
         self._first_rates = FirstRates(self.optimizer, self.rates, self.ranks, self.rule.long_horizon)
@@ -129,10 +105,8 @@ class Tuning:
 
     def hear(self, returned: Any) -> None:
         """Take in what a closure has returned, if it is a loss. ``prepare`` comes next."""
-        try:
-            self.losses.returned = [check_loss(returned)]
-        except TypeError:
-            self.losses.returned = []
+        with suppress(TypeError):
+            self.looks.losses.returned.append(check_loss(returned))
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]
     @torch.no_grad()
@@ -188,24 +162,28 @@ class Tuning:
 
     def _tune(self) -> bool:
         """Set the rates; ``False`` if no rank has a gradient, or a GradScaler makes the optimizer skip the step."""
-        gradients = [p.grad for group in self.optimizer.param_groups for p in group["params"]]
-        if not gradients or (all(g is None for g in gradients) and self.ranks.count == 1):
+        has_gradient = any(p.grad is not None for p in parameters_of(self.optimizer))
+        if not has_gradient and (self.ranks.count == 1 or not any(True for _ in parameters_of(self.optimizer))):
             return False
         self._sync()
-        sights, loss = self._look()
-        if not any(sight.has_gradient for sight in sights):
+        look = self.looks.look()
+        if look.seen is not None and not any(sight.has_gradient for sight in look.seen.sights):
             return False
-        for i, sight in enumerate(sights):
+        step = self._new_step(look)
+        for i, sight in enumerate(step.sights):
             if sight.joined:
                 self._restart(i)
         if self.linearity.due and self.step_count >= self.linearity.due[0]:
             self.linearity.test(self.step_count, [group.lr for group in self.rates.groups])
-        step = self._step = self._new_step(sights, loss)
-        step.seen = [self._take_in(scope, sight) for scope, sight in zip(self.rates.scopes, sights, strict=True)]
+        self._step = step
+        step.seen = [self._take_in(scope, sight) for scope, sight in zip(self.rates.scopes, step.sights, strict=True)]
+        if step.looked or step.informed:
+            step.rules = [scope.rule.state_dict() for scope in self.rates.scopes]
         self.rates.decide(step)
         if not self.rule.long_horizon or any(map(waits, self.rates.scopes)):
             self._first_rates.prepare(step)
-        self.rates.retain(step)
+        if step.looked:
+            self.rates.retain(step)
         self.rates.apply(step)
         self.view.prepare(step.lrs, step.weights)
         return True
@@ -215,7 +193,10 @@ class Tuning:
         before = [group.lr for group in self.rates.groups]
         self.rates.sync()
         held = self.rates.held[: len(before)]
+        if len(before) < len(self.rates.held):
+            self.looks.wake()
         if self.step_count and not self.rates.under_schedule and held != before:
+            self.looks.report()
             self._writes.see(self.step_count, before, held)
         if self.lost_schedule and self.rates.under_schedule:
             self.notices.warn(
@@ -225,38 +206,19 @@ class Tuning:
             )
         self.lost_schedule = False
 
-    def _look(self) -> tuple[list[Sight], float | None]:
-        """What the step shows of each scope, and the loss, by one collective and one host read.
-
-        Nothing is shown if the step is skipped.
-        """
-        try:
-            sums = self.view.observe([group.scope for group in self.rates.groups])
-        except RuntimeError:
-            check_gradients(self.optimizer)
-            raise
-        # A fused optimizer under a GradScaler unscales inside its step, and skips the step if it finds an inf. The
-        # scaler reports it by this attribute, which exists during the step only.
-        found_inf = getattr(self.optimizer, "found_inf", None)
-        skips = sums.new_zeros(1) if found_inf is None else found_inf.to(sums).view(1)
-        everything = self.ranks.sum(torch.cat([sums.flatten(), skips, self.losses.take(sums)])).tolist()
-        *numbers, skipped, loss, known = everything
-        if skipped:
-            return [], None
-        table = [numbers[i : i + sums.shape[1]] for i in range(0, len(numbers), sums.shape[1])]
-        return self.view.sights(table), loss / known if known and math.isfinite(loss) else None
-
     def _restart(self, index: int) -> None:
         """Let a scope pick its first rate again, because many parameters are new."""
         scope = self.rates.scopes[index]
         if scope.tuned and scope.rule.picks_start:
             self.rates.restart(index, self.step_count)
             self.view.forget(index)
+            self.looks.wake()
             self.notices.log(
                 f"step {self.step_count + 1}: new parameters have gradients, so the learning rate starts anew"
             )
 
-    def _new_step(self, sights: list[Sight], loss: float | None) -> Step:
+    def _new_step(self, look: Look) -> Step:
+        sights, loss = look.seen or ([UNSEEN] * len(self.rates.scopes), None)
         number, left, factor = self.step_count + 1, 0.0, 1.0
         if self.cooldown.total is not None and not self.rates.under_schedule:  # a schedule falls by itself
             left, factor = self.cooldown.left(number), self.cooldown.factor(number)
@@ -268,6 +230,9 @@ class Tuning:
                 )
         return Step(
             number=number,
+            looked=look.taken,
+            informed=look.seen is not None,
+            stride=look.stride,
             sights=sights,
             loss=loss,
             cooldown=left,
@@ -305,12 +270,18 @@ class Tuning:
                     p.copy_(before)
                 self.abandon()
                 raise
-        self.view.remember(step.retained)
+        if step.looked:
+            self.view.remember(step.retained)
+        else:
+            self.view.pass_over()
         if step.trial:
             self._first_rates.put_right(step)
         self.rates.remember(step)
         if self.rates.under_schedule:
             give_back(self.optimizer, step.lrs, step.held)
         self.nonfinite_steps += not step.finite
-        self.loss = step.loss
+        self.loss = step.loss if step.informed else self.loss
+        self.looks.finish()
+        if step.event:
+            self.looks.wake()
         self.step_count += 1

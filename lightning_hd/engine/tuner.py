@@ -8,10 +8,11 @@ from torch.optim import Optimizer
 
 from lightning_hd.engine.arguments import check_arguments, check_flat_shards, make_cooldown
 from lightning_hd.engine.hooks import StepHooks
+from lightning_hd.engine.looks import check_loss
 from lightning_hd.engine.rates import Rates
 from lightning_hd.engine.state import load, save
 from lightning_hd.engine.stats import Stats
-from lightning_hd.engine.step import Tuning, check_loss
+from lightning_hd.engine.step import Tuning
 from lightning_hd.engine.suggestion import suggestions
 from lightning_hd.hypergradient import PROBE, Displacement, LastStep, View, copies_of, drop_copies, keep_copies
 from lightning_hd.optimizers import check_optimizer, get_lr, group_names, parameters_of, unwrap
@@ -256,7 +257,7 @@ class HypergradientLR:
         """
         known = check_loss(loss)
         if self._hooks is not None and not self._tuning.paused:
-            self._tuning.losses.reported.append(known)
+            self._tuning.looks.losses.reported.append(known)
 
     def detach(self, *, keep_state: bool = False) -> None:
         """Remove every hook and buffer from the optimizer.

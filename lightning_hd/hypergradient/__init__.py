@@ -6,10 +6,11 @@ from lightning_hd.hypergradient.directions import Measured, direction_of
 from lightning_hd.hypergradient.displacement import Displacement
 from lightning_hd.hypergradient.last_step import LastStep
 from lightning_hd.hypergradient.probe import PROBE
-from lightning_hd.hypergradient.view import Retained, Sight, View
+from lightning_hd.hypergradient.view import UNSEEN, Retained, Sight, View
 
 __all__ = [
     "PROBE",
+    "UNSEEN",
     "Copies",
     "Displacement",
     "LastStep",

@@ -66,6 +66,8 @@ class Displacement(View):
         notices: Where warnings go.
     """
 
+    width = len(_Sums._fields)
+
     def __init__(self, optimizer: Optimizer, budget: int | None, ranks: Ranks, notices: Notices) -> None:
         super().__init__(optimizer, budget, ranks, notices)
         self._sharded = any(isinstance(p, DTensor) for p in parameters_of(optimizer))
@@ -81,6 +83,8 @@ class Displacement(View):
         self._missing: frozenset[int] = frozenset()  # the places of parameters without a gradient
         self._present: set[Key] | None = None  # parameters that have a gradient now
         self._updated: set[Key] = set()  # parameters that had a gradient in a remembered step
+        self._asleep: list[Tensor] = []  # parameters that need no gradient
+        self._unused: list[Tensor] = []  # parameters that need one and never had it
         self._joined: set[int] = set()  # scopes that many parameters have joined in this step
         self._apart: set[int] = set()  # groups whose last move did not follow their scope's rate
         self._coming: set[int] = set()  # groups whose next move will not follow it
@@ -104,6 +108,8 @@ class Displacement(View):
             self._missing = missing
             self._present = {slot.key for place, slot in enumerate(self.slots) if place not in missing}
             self._joined = self._joining(scopes)
+            lacking = {self.slots[place].key for place in missing} - self._updated
+            self._unused = [slot.p for slot in self.slots if slot.key in lacking]
         with_gradient = {scopes[group] for group, _ in self._present}
         known = {scopes[group] for group, _ in self._present & self._updated}
         flags = [(i in with_gradient, i in known, i in self._joined) for i in range(max(scopes) + 1)]
@@ -204,8 +210,12 @@ class Displacement(View):
         """Note groups that do not follow their scopes' rates. The moves that they make now do not count."""
         self._coming = {group for group, weight in enumerate(weights) if not weight}
 
+    def pass_over(self) -> None:
+        """Note the groups whose moves do not count, after a step that was not looked at."""
+        self._apart, self._coming = self._apart | self._coming, set()
+
     def remember(self, retained: Sequence[Retained | None]) -> None:
-        """Add the last move to the memory after a step. If numbers were not finite, the memory stays as it is."""
+        """Add the last moves to the memory after a step. If numbers were not finite, the memory stays as it is."""
         for i, (bucket, point) in enumerate(zip(self._buckets, self._points, strict=True)):
             part, memory = retained[bucket.key], self._memory[i]
             if part is None:
@@ -232,6 +242,18 @@ class Displacement(View):
         """Drop what was prepared for a step that was not taken."""
         self._points, self._coming = [], set()
 
+    def drop_gradients(self) -> None:
+        """Set the last gradients to zero."""
+        for memory in self._memory:
+            if memory is not None:
+                memory.rows[2].zero_()
+                memory.g_squared = torch.zeros_like(memory.g_squared)
+
+    def wakes(self) -> bool:
+        """Whether a parameter needs a gradient now, or has its first one. Processes may differ in that."""
+        alone = self._ranks.count == 1
+        return any(p.requires_grad for p in self._asleep) or (alone and any(p.grad is not None for p in self._unused))
+
     # ------------------------------------------------------------------ which parameters there are
 
     def _lay_out(self, scopes: Sequence[int]) -> None:
@@ -246,6 +268,7 @@ class Displacement(View):
             return
         before = self._loaded or by_parameter(self.slots, self._buckets, self._memory)
         self._parameters, self._places, self._sizes, self._present = parameters, places, sizes, None
+        self._asleep = [p for group in groups for p in group["params"] if not p.requires_grad]
         self._device = device_of(self._optimizer)
         found = [(i, j, p) for i, group in enumerate(groups) for j, p in enumerate(group["params"]) if p.requires_grad]
         self.slots = look(found, self._budget, self._ranks, flat_offsets(parameters, self._ranks))

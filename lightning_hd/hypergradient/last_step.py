@@ -69,6 +69,8 @@ class LastStep(View):
         copies: The tensors of the parameters' size that are kept.
     """
 
+    width = len(_Sums._fields)
+
     def __init__(
         self, optimizer: Optimizer, budget: int | None, ranks: Ranks, notices: Notices, copies: Copies
     ) -> None:

@@ -23,6 +23,10 @@ class Sight(NamedTuple):
     vanished: bool = False  # whether the last step should have moved parameters, but left no trace
 
 
+UNSEEN = Sight(has_gradient=True, known=False, observation=Observation(0.0, 0.0, 0.0))
+"""What is seen where nothing is looked at: gradients are taken for granted."""
+
+
 class Retained(NamedTuple):
     """What is left of former moves when a step is remembered: ``φ_t``, and ``w_t`` (see ``Rule.smoothing``)."""
 
@@ -39,6 +43,9 @@ class View(ABC):
         ranks: The processes that train together.
         notices: Where warnings go.
     """
+
+    width: int
+    """How many numbers ``observe`` returns for each scope."""
 
     def __init__(self, optimizer: Optimizer, budget: int | None, ranks: Ranks, notices: Notices) -> None:
         self._optimizer = optimizer
@@ -79,15 +86,25 @@ class View(ABC):
 
     @abstractmethod
     def remember(self, retained: Sequence[Retained | None]) -> None:
-        """Remember a step that was taken.
+        """Remember a step that was looked at and taken.
 
         Args:
             retained: For each scope, what is left of former moves; ``None``: what it saw was not finite.
         """
 
+    def pass_over(self) -> None:  # noqa: B027
+        """A step was taken that was not looked at."""
+
     @abstractmethod
     def abandon(self) -> None:
         """Drop what was prepared for a step that was not taken."""
+
+    def wakes(self) -> bool:
+        """Whether parameters have come to life that the last look did not see."""
+        return False
+
+    def drop_gradients(self) -> None:  # noqa: B027
+        """Drop the gradients of the last step that is remembered. They were not finite, or there were none."""
 
     def forget(self, scope: int) -> None:  # noqa: B027
         """Forget the moves of a scope, whose rate starts anew in the next step."""

@@ -60,6 +60,10 @@ _NONLINEAR_CAP = 0.02
 _RESOLVED = 10.0
 """Below this many times the rounding of the largest gradient, a gradient is only rounding."""
 
+_CALM, _SPARSEST = 140, 7
+"""After each so many steps without an event, looks are one step further apart, up to the largest distance. A memory of
+450 steps still holds 64 looks then."""
+
 _LARGEST_LOG = 700.0
 """About the largest number whose exponential is a float."""
 
@@ -179,7 +183,8 @@ class Auto(Rule):
 
     def smoothing(self, context: Context) -> float:
         """``1 / W_t``: a twentieth of the cooldown that is still to come, and at most a fifth of the steps taken."""
-        return 1 / max(1.0, min(_SMOOTHED * context.cooldown, _RECENT * context.step))
+        window = max(1.0, min(_SMOOTHED * context.cooldown, _RECENT * context.step))
+        return 1 - (1 - 1 / window) ** context.stride
 
     def discount(self, lr: float, context: Context) -> float:
         """``φ_t``, the part of ``E`` that is left when the next move is added, which is made at ``γ_t``."""
@@ -190,13 +195,17 @@ class Auto(Rule):
         if lr > 0 and own.lr > 0:
             own.gap += math.log(lr / own.lr)
         own.lr = lr if lr > 0 else own.lr  # at a rate of 0 nothing moves
-        kept = 1 - 1 / max(_HORIZON, _GROWTH * context.step)
+        kept = (1 - 1 / max(_HORIZON, _GROWTH * context.step)) ** context.stride
         kept *= math.exp(-max(abs(own.gap) - _REACH, 0.0))
         if context.nonlinear:
             kept = 1.0
-        before, own.moves = kept * own.moves, kept * own.moves + 1
+        before, own.moves = kept * own.moves, kept * own.moves + context.stride
         own.gap *= before / own.moves
         return kept
+
+    def stride(self, calm: int) -> int:
+        """1, 3, 5 or 7. An odd number of steps apart, gradients that turn round in each step still do."""
+        return min(max(1, calm // _CALM - (calm // _CALM + 1) % 2), _SPARSEST)
 
     def update(self, lr: float, seen: Observation, context: Context) -> float:
         """``α_t`` from ``α_{t-1}`` and what the step shows. A zero gradient changes nothing."""
@@ -225,14 +234,14 @@ class Auto(Rule):
             self._guard.lift(math.log(lr))
         if context.nonlinear:
             cap = min(cap, _NONLINEAR_CAP)
-        return lr * math.exp(min(max(change, -cap), cap))
+        return lr * math.exp(context.stride * min(max(change, -cap), cap))
 
     def watch(self, lr: float, loss: float, context: Context) -> float:
         """``α_t``, lowered if the loss has risen; raised if that has not helped."""
         if lr <= 0:
             return lr
         before = math.log(lr)
-        after = self._guard.limit(before, loss, self._slope, context.step)
+        after = self._guard.limit(before, loss, self._slope, context)
         self._own.fresh |= self._guard.cut
         self.backoffs += self._guard.cut and self._guard.tries
         return lr if after == before else math.exp(min(after, _LARGEST_LOG))
@@ -243,25 +252,25 @@ class Auto(Rule):
 
     def _change(self, seen: Observation, context: Context) -> float:
         """The change of ``log α`` that the gradient asks for, before it is clipped."""
-        own, step = self._own, context.step
-        memory = 1 - 1 / max(_NORMS, _NORMS_GROWTH * step)
+        own, step, stride = self._own, context.step, context.stride
+        memory = (1 - 1 / max(_NORMS, _NORMS_GROWTH * step)) ** stride
         own.norm = math.hypot(math.sqrt(memory) * own.norm, math.sqrt(1 - memory) * seen.grad_norm)
         own.norm_weight = memory * own.norm_weight + 1 - memory
         cosine = -self._derivative(seen, context) / (own.norm * seen.direction_norm) * math.sqrt(own.norm_weight)
         bent = cosine + _OPTIMISM * min(1.0, _EARLY / step) * abs(cosine + own.cosine) / 2
         own.cosine = cosine
-        own.squares *= 1 - 1 / _SQUARES
-        own.squares += bent**2
+        own.squares *= (1 - 1 / _SQUARES) ** stride
+        own.squares += (stride * bent) ** 2
         pace = _HORIZON / max(_HORIZON, _GROWTH * step)
         return pace * bent / math.sqrt(own.squares) if own.squares else 0.0
 
     def _derivative(self, seen: Observation, context: Context) -> float:
         """``h_t``: past the noise, round the bend, and bounded by the greedy derivative."""
         own = self._own
-        own.turns = min(own.turns + 1, _TURNS)
-        own.turn += (seen.turn - own.turn) / own.turns
+        own.turns = min(own.turns + context.stride, _TURNS)
+        own.turn += (seen.turn - own.turn) * context.stride / own.turns
         if seen.move_norm:
-            self._greedy.see(-seen.slope / (seen.grad_norm * seen.move_norm), context.step)
+            self._greedy.see(-seen.slope / (seen.grad_norm * seen.move_norm), context)
         late = seen.late + self.smoothing(context) * (seen.hypergradient - seen.late)
         part = min(max((-own.turn - _TURNING) / (_TURNED - _TURNING), 0.0), 1.0)
         derivative = late + part * (seen.hypergradient - late)

@@ -50,12 +50,14 @@ class Context(NamedTuple):
         rounding: The relative rounding of gradients, in float32 or in float64.
         nonlinear: Whether the optimizer's step is found not to be linear in its rate. A change of the rate then also
             changes what former steps have done.
+        stride: For how many steps the observation stands: the number of steps since the one before.
     """
 
     step: int
     cooldown: float = 0.0
     rounding: float = 2.0**-23
     nonlinear: bool = False
+    stride: int = 1
 
 
 class Rule(ABC):
@@ -106,6 +108,15 @@ class Rule(ABC):
         """
         return lr
 
+    def stride(self, calm: int) -> int:
+        """How many steps the next look may be after the last one: 1, to look at each step, or more.
+
+        Args:
+            calm: How many steps there were since the last event: the first step, a back-off, a number that is not
+                finite, a written rate, or a change of the groups.
+        """
+        return 1
+
     def used(self, lr: float, context: Context) -> float:
         """``γ_t``, the rate of step ``t``, if that is not ``α_t`` itself."""
         return lr
@@ -115,7 +126,7 @@ class Rule(ABC):
 
         Args:
             lr: ``α_t`` times the factor of the cooldown at the end.
-            context: What is known of the run. It is called once for each step.
+            context: What is known of the run. It is called once for each step that is looked at.
         """
         raise NotImplementedError(f"{type(self).__name__} has a long horizon, so it must implement discount()")
 

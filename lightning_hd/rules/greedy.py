@@ -4,9 +4,10 @@ import math
 from dataclasses import dataclass
 
 from lightning_hd.checks import not_negative
+from lightning_hd.rules.base import Context
 
 _SHORTEST, _PART = 10, 0.02
-"""The length of the memory: in steps at first, then as a part of the steps taken."""
+"""The length of the memory: in looks at first, then as a part of the steps taken."""
 
 _FEWEST = 4
 """The number of cosines below which their scatter is unknown."""
@@ -26,10 +27,10 @@ class Greedy:
     squares: float = not_negative()  # the mean of the squared cosines
     weight: float = not_negative()  # the sum of the squared weights of the cosines in the mean
 
-    def see(self, cosine: float, step: int) -> None:
-        """Add the cosine of a step."""
+    def see(self, cosine: float, context: Context) -> None:
+        """Add the cosine of a step that was looked at."""
         self.count += 1
-        part = 1 / min(self.count, max(_SHORTEST, _PART * step))
+        part = 1 / min(self.count, max(_SHORTEST, _PART * context.step / context.stride))
         self.mean += part * (cosine - self.mean)
         self.squares += part * (cosine**2 - self.squares)
         self.weight = (1 - part) ** 2 * self.weight + part**2

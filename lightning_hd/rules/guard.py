@@ -4,9 +4,13 @@ import math
 from dataclasses import dataclass
 
 from lightning_hd.checks import not_negative
+from lightning_hd.rules.base import Context
 
 _SHORTEST, _PART = 10, 0.1
 """The length of a block: in steps at first, then as a part of the steps taken. So blocks, and false alarms, are few."""
+
+_FEWEST = 10
+"""A block has so many numbers at least, so that its standard error is known."""
 
 _SIGMAS = 2.0
 """The loss has risen if the mean of a block exceeds the lowest one by so many standard errors."""
@@ -29,7 +33,8 @@ class LossGuard:
     and twice the evidence is asked from then on. Source: this project.
     """
 
-    count: int = 0  # how many losses are in the block
+    count: int = 0  # how many losses are in the block, or means of some
+    steps: int = 0  # for how many steps they stand
     mean: float = 0.0
     deviations: float = not_negative()  # sum of their squared deviations from the mean
     logs: float = 0.0  # sum of the logarithms of the rates
@@ -47,27 +52,29 @@ class LossGuard:
     ceiling: float = math.inf  # the upper limit of log α since the last cut
     cut: bool = False  # whether this step has cut the rate, or has undone a cut
 
-    def limit(self, log_lr: float, loss: float, slope: float, step: int) -> float:
+    def limit(self, log_lr: float, loss: float, slope: float, context: Context) -> float:
         """``log α_t``, which is lower or higher than it was if a block is complete.
 
         Args:
             log_lr: The logarithm of the rate of the step.
             loss: The loss, at the parameters before the step.
             slope: ``g_t · (θ_t - θ_{t-1})``, by how much the last move would change the loss per unit of its length.
-            step: The number of the step, counted from 1.
+            context: What is known of the run.
         """
         self.cut = False
-        self.ceiling += math.log1p(1 / step)
+        self.ceiling += context.stride * math.log1p(1 / context.step)
         self.count += 1
+        self.steps += context.stride
         off = loss - self.mean
         self.mean += off / self.count
         self.deviations += off * (loss - self.mean)
         self.logs += log_lr
         self.slopes += slope
         self.squares += slope**2
-        if self.count >= max(_SHORTEST, _PART * step):
+        if self.count >= _FEWEST and self.steps >= max(_SHORTEST, _PART * context.step):
             log_lr = self._judge(log_lr)
-            self.count, self.mean, self.deviations, self.logs, self.slopes, self.squares = 0, 0.0, 0.0, 0.0, 0.0, 0.0
+            self.count = self.steps = 0
+            self.mean = self.deviations = self.logs = self.slopes = self.squares = 0.0
         return min(log_lr, self.ceiling)
 
     def lift(self, log_lr: float) -> None:

@@ -1,0 +1,190 @@
+"""Looks: in which steps the model is looked at, and when the numbers that it shows are read on the host."""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+
+from lightning_hd.checks import check_fields, not_zero, save_fields
+from lightning_hd.engine.rates import Rates, waits
+from lightning_hd.hypergradient import Sight, View
+from lightning_hd.optimizers import check_gradients
+from lightning_hd.processes import Ranks, Sum
+
+_OTHERS = 4
+"""The numbers that are summed beside those of the view: skips, events, the losses, and how many they are."""
+
+
+@dataclass(eq=False)
+class Losses:
+    """The losses that have become known since the last look. No tensor is read on the host before it is used."""
+
+    reported: list[Tensor | float] = field(default_factory=list)  # several are averaged
+    returned: list[Tensor | float] = field(default_factory=list)  # by closures; they count if none is reported
+
+    def take(self, like: Tensor) -> Tensor:
+        """Return the sum and the number of the losses, of shape (2,), in a tensor like another one; and forget them."""
+        losses = self.reported or self.returned
+        self.reported, self.returned = [], []
+        found = [loss.to(like) if isinstance(loss, Tensor) else like.new_full((), loss) for loss in losses]
+        return torch.stack([sum(found, start=like.new_zeros(())), like.new_full((), len(found))])
+
+
+def check_loss(value: Any) -> Tensor | float:
+    """A loss as a number or a copy, because the loss may be written to. Raise ``TypeError`` if it is none."""
+    if isinstance(value, Tensor) and value.numel() == 1 and not value.is_complex() and not value.is_meta:
+        return value.detach().clone().reshape(())
+    if isinstance(value, (bool, str, Tensor)) or not hasattr(value, "__float__"):
+        raise TypeError(f"loss must be a real number or a tensor of one, got {value!r}")
+    return float(value)
+
+
+class Seen(NamedTuple):
+    """What the rules learn from in a step."""
+
+    sights: Sequence[Sight]  # of each scope; none: a GradScaler has made the optimizer skip the step
+    loss: float | None  # the mean of those since the look before, over the processes as well; None: it is not known
+
+
+class Look(NamedTuple):
+    """Whether a step is looked at, and what is new in it."""
+
+    taken: bool
+    seen: Seen | None  # by this look, or by one that is read late; None: nothing new
+    stride: int  # for how many steps the last look stands
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How looks go on after a step."""
+
+    calm: int = 0  # the number of steps since the last event
+    rested: int = 0  # the number of steps since the last look
+    stride: int = not_zero(1)  # for how many steps the last look stands
+    pending: Sum | None = None  # its numbers, if they are still to be read
+
+
+@dataclass(eq=False)
+class Looks:
+    """Decides whether a step is looked at, and when its numbers are read.
+
+    As long as the rule wants to look at each step, the numbers of a step are read in it. That waits for the device.
+    Later, looks are further apart. Then their numbers are read in the next step, when they have long been there. After
+    an event, such as a back-off or a change of the groups, each step is looked at again.
+
+    All processes look at the same steps. So an event on one of them counts once all know of it.
+
+    Args:
+        optimizer: The optimizer.
+        rates: The rates of its groups and scopes.
+        view: The view of the model that the rule needs.
+        ranks: The processes that train together.
+    """
+
+    optimizer: Optimizer
+    rates: Rates
+    view: View
+    ranks: Ranks
+    losses: Losses = field(default_factory=Losses)
+    plan: Plan = Plan()
+    _next: Plan = Plan()  # after the present step
+    _event: bool = False  # whether there was an event on this process only
+
+    def look(self) -> Look:
+        """Look at this step, read what was seen before, or do neither."""
+        if self.view.wakes():
+            self.wake()
+        seen = None if self.plan.pending is None else self._read_late(self.plan.pending)
+        calm, rested = self.plan.calm, self.plan.rested + 1
+        wanted = self._wanted(calm)
+        if rested < wanted:
+            self._next = Plan(calm + 1, rested, self.plan.stride)
+            return Look(False, seen, self.plan.stride)
+        begun = self._begin()
+        if wanted == 1:
+            seen = self._read(begun)
+        self._next = Plan(calm + 1, 0, rested, None if wanted == 1 else begun)
+        return Look(True, seen, rested)
+
+    def _wanted(self, calm: int) -> int:
+        """How far apart looks may be: as far as the rules of all scopes allow."""
+        scopes = self.rates.scopes
+        return 1 if any(map(waits, scopes)) else min(scope.rule.stride(calm) for scope in scopes)
+
+    def wake(self) -> None:
+        """There was an event on all processes: look at each step again."""
+        self.plan, self._next = replace(self.plan, calm=0), replace(self._next, calm=0)
+
+    def report(self) -> None:
+        """There was an event on this process, and perhaps on others."""
+        if self.ranks.count == 1:
+            self.wake()
+        self._event = self.ranks.count > 1
+
+    def finish(self) -> None:
+        """The step was taken."""
+        self.plan = self._next
+
+    def _begin(self) -> Sum:
+        """Begin to sum what the step shows over the processes, by one collective."""
+        try:
+            sums = self.view.observe([group.scope for group in self.rates.groups])
+        except RuntimeError:
+            check_gradients(self.optimizer)
+            raise
+        # A fused optimizer under a GradScaler unscales inside its step, and skips the step if it finds an inf. The
+        # scaler reports it by this attribute, which exists during the step only.
+        found_inf = getattr(self.optimizer, "found_inf", None)
+        skips = sums.new_zeros(1) if found_inf is None else found_inf.to(sums).view(1)
+        event, self._event = sums.new_full((1,), float(self._event)), False
+        return self.ranks.begin_sum(torch.cat([sums.flatten(), skips, event, self.losses.take(sums)]))
+
+    def _read(self, pending: Sum) -> Seen:
+        """What a look has shown."""
+        *numbers, skipped, event, loss, known = pending.read()
+        if event:
+            self.wake()
+        width = self.view.width
+        table = [] if skipped else [numbers[i : i + width] for i in range(0, len(numbers), width)]
+        return Seen(self.view.sights(table), loss / known if known and math.isfinite(loss) else None)
+
+    def _read_late(self, pending: Sum) -> Seen | None:
+        """What the look of a former step has shown; ``None``: nothing to learn from."""
+        seen = self._read(pending)
+        if len(seen.sights) not in (0, len(self.rates.scopes)):  # groups were added
+            return None
+        if not all(math.isfinite(number) for sight in seen.sights for number in sight.observation):
+            self.view.drop_gradients()
+        if not any(sight.has_gradient for sight in seen.sights):  # it was skipped, or there was none
+            self.view.drop_gradients()
+            return None
+        return seen
+
+    # ------------------------------------------------------------------ what is saved
+
+    def state_dict(self) -> dict[str, Any]:
+        """How looks go on, and the numbers that are still to be read."""
+        pending = self.plan.pending
+        return {
+            **save_fields(self.plan, without=("pending",)),
+            "pending": [] if pending is None else list(pending.read()),
+            "losses": list(map(float, self.losses.reported)),
+        }
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Load what ``state_dict`` returned. If that fails, everything stays as it was.
+
+        Raises:
+            KeyError, TypeError, ValueError: The state is damaged.
+        """
+        losses = [check_loss(loss) for loss in state_dict["losses"]]
+        numbers = [float(number) for number in state_dict["pending"]]
+        if numbers and len(numbers) != len(self.rates.scopes) * self.view.width + _OTHERS:
+            raise ValueError(f"pending must not be {len(numbers)} numbers")
+        pending = Sum(torch.tensor(numbers, dtype=torch.float64)) if numbers else None
+        self.plan = check_fields(Plan, state_dict, pending=pending)
+        self.losses.reported = losses
