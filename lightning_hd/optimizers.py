@@ -63,6 +63,12 @@ def coupled_decay(optimizer: Optimizer, group: dict[str, Any]) -> float:
     return weight_decay if weight_decay and is_coupled(optimizer, group) else 0.0
 
 
+def changes_gradients(optimizer: Optimizer, group: dict[str, Any]) -> bool:
+    """Whether ``to_objective`` changes the gradients of a group."""
+    scales = getattr(optimizer, "grad_scale", None) is not None
+    return scales or group.get("maximize", False) or coupled_decay(optimizer, group) != 0
+
+
 def to_objective(
     optimizer: Optimizer, group: dict[str, Any], gradients: list[Tensor], parameters: list[Tensor]
 ) -> None:

@@ -302,9 +302,9 @@ class Looked(NamedTuple):
     stride: int
 
 
-def apart_after(calm: int) -> int:
-    """How many steps looks are apart, after so many without an event: the odd number up to their 140th part."""
-    return max(n for n in (1, 3, 5, 7) if n == 1 or n <= calm / 140)
+def apart_at(t: int, brake: float) -> int:
+    """How many steps looks are apart: the odd number up to the 140th part of the steps, unless a brake is felt."""
+    return max(n for n in (1, 3, 5, 7) if n == 1 or (n <= t / 140 and brake <= 0.25))
 
 
 def train_auto(
@@ -331,7 +331,7 @@ def train_auto(
     moves = [np.zeros_like(p) for p in parameters]  # E
     late, since, last = moves, moves, moves  # Ē, the moves since the last look, and the gradient of that
     lrs: list[float] = []
-    calm = rested = 0  # steps since the last event, and since the last look
+    rested = 0  # steps since the last look
     losses: list[float] = []  # since the last look
     waiting: Looked | None = None  # a look that is read in the next step
     for t in range(1, steps + 1):
@@ -341,9 +341,9 @@ def train_auto(
         fall = 1 - np.sqrt(1 - min(1.0, (steps - t + 1) / length)) if cooldown else 1.0
         window = max(1.0, min(0.05 * min(length, steps - t + 1), t / 5))
         losses += [report(t, float(loss))] if report else []
-        calm, rested = calm + 1, rested + 1
-        apart = apart_after(calm - 1)
-        seen, waiting, events = waiting, None, len(rule.braked) + len(rule.retreats)
+        rested += 1
+        apart = apart_at(t, rule.brake)
+        seen, waiting = waiting, None
         stride = rested if rested >= apart else 0
         if stride and t > 1:
             norms = norm(g), norm(moves), norm(since)
@@ -373,8 +373,6 @@ def train_auto(
         moves, since = ([e + x for e, x in zip(sums, move, strict=True)] for sums in (moves, since))
         parameters = [p + x for p, x in zip(parameters, move, strict=True)]
         lrs.append(float(used))
-        if len(rule.braked) + len(rule.retreats) > events:
-            calm = 0
     return lrs, parameters, rule
 
 

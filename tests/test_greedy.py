@@ -10,7 +10,7 @@ from lightning_hd.rules.greedy import Greedy
 def test_the_error_of_independent_cosines_is_that_of_a_mean() -> None:
     greedy, cosines = Greedy(), np.random.default_rng(0).normal(0.2, 0.1, 10)
     for step, cosine in enumerate(cosines, start=2):
-        greedy.see(float(cosine), step)
+        greedy.see(float(cosine), Context(step))
     assert greedy.mean == pytest.approx(np.mean(cosines), rel=1e-12)
     assert greedy.sigmas == pytest.approx(np.mean(cosines) / (np.std(cosines) / np.sqrt(10)), rel=1e-9)
 
@@ -18,7 +18,7 @@ def test_the_error_of_independent_cosines_is_that_of_a_mean() -> None:
 def test_noise_around_0_seldom_seems_positive() -> None:
     greedy, high = Greedy(), 0
     for step, cosine in enumerate(np.random.default_rng(0).normal(0, 0.1, 5000), start=2):
-        greedy.see(float(cosine), step)
+        greedy.see(float(cosine), Context(step))
         high += greedy.sigmas > 2
     assert high < 0.05 * 5000
 
@@ -27,14 +27,14 @@ def test_noise_around_0_seldom_seems_positive() -> None:
 def test_a_few_cosines_say_nothing(cosines: list[float]) -> None:
     greedy = Greedy()
     for step, cosine in enumerate(cosines, start=2):
-        greedy.see(cosine, step)
+        greedy.see(cosine, Context(step))
     assert greedy.sigmas == 0
 
 
 def test_cosines_that_are_all_the_same_are_sure() -> None:
     greedy = Greedy()
     for step in range(2, 12):
-        greedy.see(0.5, step)
+        greedy.see(0.5, Context(step))
     assert greedy.sigmas > 100
 
 

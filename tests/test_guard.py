@@ -11,7 +11,7 @@ from sklearn.datasets import load_digits
 from torch import Tensor, nn
 from torch.optim import SGD, Adam
 
-from lightning_hd import HypergradientLR
+from lightning_hd import Context, HypergradientLR
 from lightning_hd.rules.guard import LossGuard
 
 
@@ -19,7 +19,7 @@ def watch(
     guard: LossGuard, losses: list[float], slope: float = 0.0, start: int = 1, log_lr: float = 0.0
 ) -> list[float]:
     """The logarithms of the rates that the guard makes of a constant one."""
-    return [guard.limit(log_lr, loss, slope, step) for step, loss in enumerate(losses, start=start)]
+    return [guard.limit(log_lr, loss, slope, Context(step)) for step, loss in enumerate(losses, start=start)]
 
 
 def noisy(mean: float, count: int, seed: int = 0) -> list[float]:

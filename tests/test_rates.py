@@ -640,7 +640,7 @@ def test_a_group_at_a_clamp_resumes_exactly() -> None:
     assert steps_of(parameters, optimizer, hd, 20) == steps_of(*again, 20)
 
 
-@pytest.mark.parametrize("broken", ["losses", "view", "rates", "step_count"])
+@pytest.mark.parametrize("broken", ["looks", "view", "rates", "step_count"])
 def test_a_state_that_cannot_be_loaded_changes_nothing(broken: str) -> None:
     parameters, optimizer, hd = two_groups()
     steps_of(parameters, optimizer, hd, 20)
@@ -660,14 +660,14 @@ def test_a_reported_loss_is_the_one_of_then_and_only_counts_while_tuning() -> No
     buffer = torch.zeros(())
     for loss in (1.0, 2.0, 6.0):
         hd.observe(buffer.fill_(loss))
-    assert hd.state_dict()["losses"] == [1.0, 2.0, 6.0]
+    assert hd.state_dict()["looks"]["reported"] == [1.0, 2.0, 6.0]
     steps_of(parameters, optimizer, hd, 1)
     hd.paused = True
     hd.observe(1.0)
     hd.paused = False
-    assert hd.state_dict()["losses"] == []
+    assert hd.state_dict()["looks"]["reported"] == []
     with pytest.raises(TypeError, match="loss must be a real number"):
         hd.observe(torch.zeros((), device="meta"))
     hd.detach()
     hd.observe(1.0)
-    assert hd.state_dict()["losses"] == []
+    assert hd.state_dict()["looks"]["reported"] == []

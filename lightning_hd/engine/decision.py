@@ -36,7 +36,6 @@ class Step:
     seen: Sequence[Observation | None] = ()  # what each scope learns from
     rules: Sequence[dict[str, Any]] = ()  # the states of the rules before, where they may change
     finite: bool = True  # otherwise a scope stays at its rates
-    event: bool = False  # whether each step is to be looked at again
     decisions: list[Decision] = field(default_factory=list)  # of each scope
     retained: list[Retained | None] = field(default_factory=list)  # for each scope, of rules with a long horizon
     picked: set[int] = field(default_factory=set)  # scopes whose first rate is picked in this step

@@ -94,13 +94,13 @@ class Looks:
     _next: Plan = Plan()  # after the present step
     _event: bool = False  # whether there was an event on this process only
 
-    def look(self) -> Look:
-        """Look at this step, read what was seen before, or do neither."""
+    def look(self, step: int) -> Look:
+        """Look at the step of this number, read what was seen before, or do neither."""
         if self.view.wakes():
             self.wake()
         seen = None if self.plan.pending is None else self._read_late(self.plan.pending)
         calm, rested = self.plan.calm, self.plan.rested + 1
-        wanted = self._wanted(calm)
+        wanted = self._wanted(step, calm)
         if rested < wanted:
             self._next = Plan(calm + 1, rested, self.plan.stride)
             return Look(False, seen, self.plan.stride)
@@ -110,10 +110,10 @@ class Looks:
         self._next = Plan(calm + 1, 0, rested, None if wanted == 1 else begun)
         return Look(True, seen, rested)
 
-    def _wanted(self, calm: int) -> int:
+    def _wanted(self, step: int, calm: int) -> int:
         """How far apart looks may be: as far as the rules of all scopes allow."""
         scopes = self.rates.scopes
-        return 1 if any(map(waits, scopes)) else min(scope.rule.stride(calm) for scope in scopes)
+        return 1 if any(map(waits, scopes)) else min(s.rule.stride(step - s.since, calm) for s in scopes)
 
     def wake(self) -> None:
         """There was an event on all processes: look at each step again."""
@@ -172,7 +172,7 @@ class Looks:
         return {
             **save_fields(self.plan, without=("pending",)),
             "pending": [] if pending is None else list(pending.read()),
-            "losses": list(map(float, self.losses.reported)),
+            **{name: list(map(float, losses)) for name, losses in vars(self.losses).items()},
         }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -181,10 +181,10 @@ class Looks:
         Raises:
             KeyError, TypeError, ValueError: The state is damaged.
         """
-        losses = [check_loss(loss) for loss in state_dict["losses"]]
+        losses = Losses(*([check_loss(loss) for loss in state_dict[name]] for name in ("reported", "returned")))
         numbers = [float(number) for number in state_dict["pending"]]
         if numbers and len(numbers) != len(self.rates.scopes) * self.view.width + _OTHERS:
             raise ValueError(f"pending must not be {len(numbers)} numbers")
         pending = Sum(torch.tensor(numbers, dtype=torch.float64)) if numbers else None
         self.plan = check_fields(Plan, state_dict, pending=pending)
-        self.losses.reported = losses
+        self.losses = losses

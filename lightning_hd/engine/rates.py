@@ -176,7 +176,6 @@ class Rates:
             used = (lr if stopped else number(rule.used(lr, context), rule, "used")) * step.factor
             if abs(used) <= LARGEST:
                 if rule.backoffs > backoffs:
-                    step.event = True
                     backed_off = f"the rate backs off from {scope.used:.3g} to {used:.3g}"
                     self._notices.log(f"step {step.number}: {cause}; {backed_off}")
                 return Decision(lr, used, seen)
@@ -229,7 +228,7 @@ class Rates:
 
     def stay(self, step: Step, index: int, what: str) -> None:
         """Note that a number is not finite, so that a scope stays at its rate."""
-        step.finite, step.event = False, True
+        step.finite = False
         used = self.scopes[index].used
         self._notices.warn(
             "not finite",

@@ -166,7 +166,7 @@ class Tuning:
         if not has_gradient and (self.ranks.count == 1 or not any(True for _ in parameters_of(self.optimizer))):
             return False
         self._sync()
-        look = self.looks.look()
+        look = self.looks.look(self.step_count + 1)
         if look.seen is not None and not any(sight.has_gradient for sight in look.seen.sights):
             return False
         step = self._new_step(look)
@@ -282,6 +282,6 @@ class Tuning:
         self.nonfinite_steps += not step.finite
         self.loss = step.loss if step.informed else self.loss
         self.looks.finish()
-        if step.event:
+        if not step.finite:
             self.looks.wake()
         self.step_count += 1

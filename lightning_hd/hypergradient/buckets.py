@@ -130,20 +130,20 @@ def pack(slots: Sequence[Slot], key: Callable[[Slot], Hashable], cached: int = _
     return buckets
 
 
-def products(g: Tensor, d: Tensor | None, weights: Tensor | None = None) -> Tensor:
+def products(g: Tensor, d: Tensor | None, weights: Tensor | None = None, wide: bool = True) -> Tensor:
     """``g·d``, ``‖g‖²`` and ``‖d‖²``, as one tensor of shape (3,) in float64 (float32 on devices without it).
-
-    Numbers are multiplied in this dtype, too, so no square is lost to underflow or overflow in a narrower one.
 
     Args:
         g: The gradient, of shape (n,).
         d: The direction, of shape (n,); ``None``: zero.
         weights: The weight of each number, of shape (n,); ``None``: all weights are 1.
+        wide: Whether numbers are multiplied in float64, too, so that no square is lost to underflow or overflow.
     """
-    g = g.to(exact_dtype(g.device))
+    exact = exact_dtype(g.device)
+    g = g.to(exact) if wide else g
     d = torch.zeros_like(g) if d is None else d.to(g.dtype)
-    weighted = (g, d) if weights is None else (g * weights, d * weights)
-    return torch.stack([torch.dot(weighted[0], d), torch.dot(weighted[0], g), torch.dot(weighted[1], d)])
+    weighted = (g, d) if weights is None else (g * weights.to(g.dtype), d * weights.to(g.dtype))
+    return torch.stack([torch.dot(weighted[0], d), torch.dot(weighted[0], g), torch.dot(weighted[1], d)]).to(exact)
 
 
 def squared_norm(tensor: Tensor) -> Tensor:

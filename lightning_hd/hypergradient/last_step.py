@@ -25,7 +25,7 @@ from lightning_hd.hypergradient.directions import (
 )
 from lightning_hd.hypergradient.probe import look
 from lightning_hd.hypergradient.view import Retained, Sight, View
-from lightning_hd.optimizers import coupled_decay, device_of, to_objective
+from lightning_hd.optimizers import changes_gradients, coupled_decay, device_of, to_objective
 from lightning_hd.processes import Notices, Ranks, gradient_of, local, widen
 from lightning_hd.rules import Observation
 
@@ -34,6 +34,10 @@ _GRADIENT = "gradient"
 _CACHED = 2**17
 """The largest number of coordinates in a bucket on a CPU. Directions take some ten vectors of that size. At 2^18, their
 memory comes anew from the system in every operation, and a step takes three times as long."""
+
+_SMALL, _LARGE = 1e-16, 1e24
+"""As long as the squared norms of the last step lie in between, squares in float32 are safe: in one step, a norm would
+have to grow or shrink by a million times."""
 
 
 class _Sums(NamedTuple):
@@ -83,6 +87,7 @@ class LastStep(View):
         self._layout: Any = None  # what the buckets are made for
         self._buckets: list[Bucket] = []
         self._flags: list[tuple[bool, bool]] = []  # of each scope: whether there is a gradient, and a known direction
+        self._wide = True  # whether numbers are multiplied in float64
         self._measured: set[int] = set()  # scopes whose last step was measured, and moved them
 
     # ------------------------------------------------------------------ before a step
@@ -106,7 +111,7 @@ class LastStep(View):
             d = None
             if twin is not None and last.direction is not None:
                 d = last.direction.read(get, self._steps_of(last, twin))
-            rows.append(products(self._gradient(bucket, get), d, bucket.weights))
+            rows.append(products(self._gradient(bucket, get), d, bucket.weights, self._wide))
             share = 1 / bucket.replicas
             factors.append((scopes[group], -last.weight * share, share, last.weight**2 * share))
         return self._sums.by_scope(rows, factors, self._flags, device_of(self._optimizer), _WIDTH)
@@ -130,7 +135,10 @@ class LastStep(View):
         """``g_t`` of a bucket."""
         group, _ = bucket.key
         param_group = self._optimizer.param_groups[group]
-        g = get(_GRADIENT).to(bucket.dtype, copy=True)
+        g = get(_GRADIENT)
+        if not changes_gradients(self._optimizer, param_group):
+            return g
+        g = g.to(bucket.dtype if self._wide else g.dtype, copy=True)
         decays = coupled_decay(self._optimizer, param_group) != 0
         to_objective(self._optimizer, param_group, [g], [get(PARAMETER)] if decays else [])
         return g
@@ -142,6 +150,8 @@ class LastStep(View):
             observation = Observation(row.derivative, math.sqrt(row.g_squared), math.sqrt(row.d_squared))
             vanished = scope in self._measured and row.d_squared == 0 < row.g_squared
             found.append(Sight(row.has_gradient > 0, row.known > 0, observation, vanished=vanished))
+        squares = [x for row in map(_Sums._make, sums) for x in (row.g_squared, *[row.d_squared] * (row.known > 0))]
+        self._wide = not all(_SMALL < square < _LARGE for square in squares)
         return found
 
     def _lay_out(self, scopes: Sequence[int]) -> None:

@@ -60,9 +60,12 @@ _NONLINEAR_CAP = 0.02
 _RESOLVED = 10.0
 """Below this many times the rounding of the largest gradient, a gradient is only rounding."""
 
-_CALM, _SPARSEST = 140, 7
-"""After each so many steps without an event, looks are one step further apart, up to the largest distance. A memory of
-450 steps still holds 64 looks then."""
+_APART, _SPARSEST = 140, 7
+"""After each so many steps, looks are one step further apart, up to the largest distance. A memory of 450 steps still
+holds 64 looks then."""
+
+_WATCHED, _SERIES = 0.25, 20
+"""Each step is looked at while more than this is left of a brake, and in so many steps after other events."""
 
 _LARGEST_LOG = 700.0
 """About the largest number whose exponential is a float."""
@@ -203,9 +206,11 @@ class Auto(Rule):
         own.gap *= before / own.moves
         return kept
 
-    def stride(self, calm: int) -> int:
+    def stride(self, step: int, calm: int) -> int:
         """1, 3, 5 or 7. An odd number of steps apart, gradients that turn round in each step still do."""
-        return min(max(1, calm // _CALM - (calm // _CALM + 1) % 2), _SPARSEST)
+        if self._brake.left > _WATCHED or calm < _SERIES:
+            return 1
+        return max(1, min((step // _APART - 1) // 2 * 2 + 1, _SPARSEST))
 
     def update(self, lr: float, seen: Observation, context: Context) -> float:
         """``α_t`` from ``α_{t-1}`` and what the step shows. A zero gradient changes nothing."""

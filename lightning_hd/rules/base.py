@@ -108,12 +108,12 @@ class Rule(ABC):
         """
         return lr
 
-    def stride(self, calm: int) -> int:
+    def stride(self, step: int, calm: int) -> int:
         """How many steps the next look may be after the last one: 1, to look at each step, or more.
 
         Args:
-            calm: How many steps there were since the last event: the first step, a back-off, a number that is not
-                finite, a written rate, or a change of the groups.
+            step: ``t``, the number of the step, counted from 1.
+            calm: How many steps there were since a number was not finite, a rate was written, or groups changed.
         """
         return 1
 

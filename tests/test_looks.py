@@ -1,0 +1,208 @@
+"""Looks: which steps are looked at, when their numbers are read, and what makes each step be looked at again."""
+
+import copy
+from collections.abc import Callable, Iterator
+from unittest import mock
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.optim import Adam, Optimizer
+
+from lightning_hd import HypergradientLR
+from lightning_hd.hypergradient import Displacement
+from tests.benchmarks.cost import counted
+from tests.distributed.processes import run
+
+APART = 7 * 140
+"""After so many steps without an event, looks are seven steps apart."""
+
+
+class Loop:
+    """A regression of two layers with noise, whose rate is tuned."""
+
+    def __init__(self, seed: int = 0, freeze: bool = False, optimizer: Callable[..., Optimizer] = Adam) -> None:
+        torch.manual_seed(seed)
+        self.network = nn.Sequential(nn.Linear(5, 16), nn.Tanh(), nn.Linear(16, 1)).double()
+        self.network[0].requires_grad_(not freeze)
+        self.optimizer = optimizer(self.network.parameters(), lr=1e-3)
+        self.hd = HypergradientLR(self.optimizer, max_lr=1e-2)  # so that it does not back off
+        self.step_count = 0
+
+    def step(self, scale: float = 1.0) -> list[float]:
+        generator = torch.Generator().manual_seed(self.step_count)
+        x = torch.randn(32, 5, generator=generator, dtype=torch.float64)
+        self.optimizer.zero_grad()
+        loss = (self.network(x) - x[:, :1].sin()).square().mean()
+        (scale * loss).backward()
+        self.hd.observe(loss)
+        self.optimizer.step()
+        self.step_count += 1
+        return self.hd.lrs
+
+    def steps(self, count: int) -> list[list[float]]:
+        return [self.step() for _ in range(count)]
+
+
+@pytest.fixture(scope="module")
+def calm() -> Loop:
+    """A run whose looks are seven steps apart. It must not be changed."""
+    loop = Loop()
+    loop.steps(APART + 20)
+    return loop
+
+
+@pytest.fixture
+def looked() -> Iterator[list[int]]:
+    """For each look, the number of the call of ``observe``."""
+    found: list[int] = []
+    observe = Displacement.observe
+
+    def counting(self: Displacement, scopes: list[int]) -> Tensor:
+        found.append(1)
+        return observe(self, scopes)
+
+    with mock.patch.object(Displacement, "observe", counting):
+        yield found
+
+
+def looks(loop: Loop, looked: list[int], count: int) -> list[int]:
+    """Which of the next steps are looked at."""
+    places = []
+    for i in range(count):
+        before = len(looked)
+        loop.step()
+        places += [i] * (len(looked) - before)
+    return places
+
+
+def test_looks_are_further_apart_the_longer_nothing_has_happened(looked: list[int]) -> None:
+    loop = Loop()
+    places = looks(loop, looked, 1500)
+    assert loop.hd.stats.backoffs == (0,), "the test needs a run without events"
+    distances = [b - a for a, b in zip(places, places[1:], strict=False)]
+    assert distances == sorted(distances)
+    assert set(distances) == {1, 3, 5, 7}
+    assert distances.index(3) == 420, "each step is looked at before"
+
+
+def test_between_looks_nothing_is_computed_or_read(calm: Loop) -> None:
+    loop = copy.deepcopy(calm)
+    plain = [p.detach().clone().requires_grad_() for p in loop.network.parameters()]
+    for p, q in zip(plain, loop.network.parameters(), strict=True):
+        p.grad = q.grad
+    alone = Adam(plain)
+    alone.step()
+    operations, reads = zip(*(counted(loop.optimizer.step) for _ in range(14)), strict=True)
+    own = [n - counted(alone.step)[0] for n in operations]
+    assert sorted(own)[:12] == [0] * 12, "only the optimizer works in six of seven steps"
+    assert max(own) <= 30
+    assert sorted(reads) == [0] * 12 + [1] * 2
+    assert all(own[i - 1] for i, n in enumerate(reads) if n and i), "the numbers are read in the step after the look"
+
+
+@pytest.mark.parametrize("event", ["write", "group", "backoff", "not finite"])
+def test_after_an_event_each_step_is_looked_at(calm: Loop, looked: list[int], event: str) -> None:
+    loop = copy.deepcopy(calm)
+    if event == "write":
+        loop.optimizer.param_groups[0]["lr"] = 5e-3
+    if event == "group":
+        loop.optimizer.add_param_group({"params": nn.Parameter(torch.ones(3, dtype=torch.float64))})
+    if event in ("backoff", "not finite"):
+        for _ in range(8):  # the look must not miss it
+            p = next(loop.network.parameters())
+            before = copy.deepcopy((loop.network.state_dict(), loop.optimizer.state_dict()["state"]))
+            loop.step(1e4 if event == "backoff" else float("nan"))
+            with torch.no_grad():  # as if only the gradient had been off
+                loop.network.load_state_dict(before[0])
+            loop.optimizer.load_state_dict({**loop.optimizer.state_dict(), "state": before[1]})
+            assert p.isfinite().all()
+    first, *others = looks(loop, looked, 30)
+    assert first <= 1
+    assert others == list(range(first + 1, 30))
+    assert all(p.isfinite().all() for p in loop.network.parameters())
+
+
+@pytest.mark.parametrize("way", ["frozen", "without a gradient"])
+def test_parameters_that_come_to_life_are_not_moved_at_the_old_rate(way: str) -> None:
+    loop = Loop(freeze=way == "frozen")
+    body = loop.network[0]
+    if way != "frozen":
+        handles = [p.register_post_accumulate_grad_hook(lambda p: setattr(p, "grad", None)) for p in body.parameters()]
+    loop.steps(APART + 20)
+    before, (rate,) = body.weight.detach().clone(), loop.hd.lrs
+    if way == "frozen":
+        body.requires_grad_(True)
+    else:
+        for handle in handles:
+            handle.remove()
+    (first,) = loop.step()
+    assert first < rate / 3, "the rate starts anew in this very step"
+    assert (body.weight - before).abs().max() < rate / 3
+
+
+@pytest.mark.parametrize("phase", range(7))
+def test_a_run_resumes_exactly_between_looks(calm: Loop, phase: int) -> None:
+    loop = copy.deepcopy(calm)
+    loop.steps(phase)
+    saved = copy.deepcopy((loop.network.state_dict(), loop.optimizer.state_dict(), loop.hd.state_dict()))
+    again = Loop(seed=1)
+    again.network.load_state_dict(saved[0])
+    again.optimizer.load_state_dict(saved[1])
+    again.hd.load_state_dict(saved[2])
+    again.step_count = loop.step_count
+    assert loop.steps(30) == again.steps(30)
+
+
+def test_a_step_that_fails_leaves_no_trace_between_looks(calm: Loop) -> None:
+    whole, broken = copy.deepcopy(calm), copy.deepcopy(calm)
+    expected, found = whole.steps(20), []
+    for _ in range(20):
+        with mock.patch.object(Adam, "_init_group", side_effect=OSError), pytest.raises(OSError):  # noqa: PT011
+            broken.step()
+        broken.hd._tuning.looks.losses.reported.pop()  # the step that comes reports it again
+        found.append(broken.step())
+    assert found == expected
+
+
+@pytest.mark.parametrize("pending", [[0.0], ["x"] * 15, None])
+def test_a_damaged_state_is_refused(calm: Loop, pending: object) -> None:
+    state = calm.hd.state_dict()
+    state["looks"] = {**state["looks"], "pending": pending}
+    with pytest.raises(ValueError, match="damaged"):
+        copy.deepcopy(calm).hd.load_state_dict(state)
+
+
+# ---------------------------------------------------------------------- several processes
+
+
+def train_together(rank_writes: bool) -> tuple[list[list[float]], int]:
+    """The rates of all steps, and how many looks there were in the last 100 steps."""
+    from torch import distributed as dist
+
+    loop, made = Loop(), []
+    observe = Displacement.observe
+
+    def counting(self: Displacement, scopes: list[int]) -> Tensor:
+        made.append(loop.step_count)
+        return observe(self, scopes)
+
+    with mock.patch.object(Displacement, "observe", counting):
+        lrs = loop.steps(APART + 20)
+        if rank_writes and dist.get_rank() == 0:
+            loop.optimizer.param_groups[0]["lr"] = 5e-3
+        lrs += loop.steps(100)
+    return lrs, sum(step >= APART + 20 for step in made)
+
+
+def test_processes_look_at_the_same_steps_and_agree(calm: Loop) -> None:
+    alone = Loop()
+    expected = alone.steps(APART + 120)
+    for lrs, count in run(train_together, 2, False):
+        torch.testing.assert_close(lrs, expected, rtol=1e-9, atol=0.0)
+        assert count in (14, 15)
+
+
+def test_an_event_on_one_process_wakes_all() -> None:
+    (_, first), (_, second) = run(train_together, 2, True)
+    assert first == second > 90
