@@ -169,6 +169,11 @@ class AutoRule:
         self._fast_to = np.inf
         self._remembered: list[tuple[float, float]] = []  # log α of each move in E, and how much is left of it
 
+    @property
+    def quiet(self) -> int:
+        """The number of looks since the last leap of the gradient."""
+        return len(self._logs) - int(max(self._last_leap, -20.0))
+
     def part_kept(self, lr: float, t: int, stride: int = 1) -> float:
         """How much of E is left where the next moves come in, which are made at ``lr``."""
         part = 0.0 if self.forgets else (1 - 1 / max(450.0, t / 2)) ** stride
@@ -302,9 +307,9 @@ class Looked(NamedTuple):
     stride: int
 
 
-def apart_at(t: int, brake: float) -> int:
-    """How many steps looks are apart: the odd number up to the 140th part of the steps, unless a brake is felt."""
-    return max(n for n in (1, 3, 5, 7) if n == 1 or (n <= t / 140 and brake <= 0.25))
+def apart_at(t: int, quiet: int) -> int:
+    """How many steps looks are apart: an odd number, by the steps of the run and the looks since the last leap."""
+    return max(n for n in (1, 3, 5, 7) if n == 1 or n <= min(t / 140, quiet / 20))
 
 
 def train_auto(
@@ -342,7 +347,7 @@ def train_auto(
         window = max(1.0, min(0.05 * min(length, steps - t + 1), t / 5))
         losses += [report(t, float(loss))] if report else []
         rested += 1
-        apart = apart_at(t, rule.brake)
+        apart = apart_at(t, rule.quiet)
         seen, waiting = waiting, None
         stride = rested if rested >= apart else 0
         if stride and t > 1:

@@ -60,12 +60,10 @@ _NONLINEAR_CAP = 0.02
 _RESOLVED = 10.0
 """Below this many times the rounding of the largest gradient, a gradient is only rounding."""
 
-_APART, _SPARSEST = 140, 7
-"""After each so many steps, looks are one step further apart, up to the largest distance. A memory of 450 steps still
-holds 64 looks then."""
+_APART, _CALM, _SPARSEST = 140, 20, 7
+"""After each so many steps of the run, and after each so many looks since the last leap of the gradient or other event,
+looks are one step further apart, up to the largest distance. A memory of 450 steps still holds 64 looks then."""
 
-_WATCHED, _SERIES = 0.25, 20
-"""Each step is looked at while more than this is left of a brake, and in so many steps after other events."""
 
 _LARGEST_LOG = 700.0
 """About the largest number whose exponential is a float."""
@@ -208,9 +206,8 @@ class Auto(Rule):
 
     def stride(self, step: int, calm: int) -> int:
         """1, 3, 5 or 7. An odd number of steps apart, gradients that turn round in each step still do."""
-        if self._brake.left > _WATCHED or calm < _SERIES:
-            return 1
-        return max(1, min((step // _APART - 1) // 2 * 2 + 1, _SPARSEST))
+        wanted = min(step // _APART, min(calm, self._brake.quiet) // _CALM, _SPARSEST)
+        return max(1, wanted - (wanted + 1) % 2)
 
     def update(self, lr: float, seen: Observation, context: Context) -> float:
         """``α_t`` from ``α_{t-1}`` and what the step shows. A zero gradient changes nothing."""

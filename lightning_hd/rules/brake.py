@@ -44,7 +44,7 @@ class Brake:
     variance: float = not_negative((_SPIKE / _SIGMAS) ** 2)
     left: float = not_negative()  # what is left of the last excesses
     leap: float = not_negative()  # the last excess, 1 at most, halved for each step since
-    quiet: int = _SERIES  # the number of steps since the last leap
+    quiet: int = _SERIES  # the number of looks since the last leap
     limit: float = math.inf  # log α up to which the rate may rise fast
 
     def see(self, grad_norm: float, log_lr: float, *, normalized: bool) -> float | None:
