@@ -294,7 +294,7 @@ class AutoRule:
 
 
 class Looked(NamedTuple):
-    """What a look has shown: norms of ``g``, ``E`` and the moves since, products of ``g`` with them, the mean loss."""
+    """What a look has shown: norms of ``g``, ``E`` and the last move, products of ``g`` with them, the mean loss."""
 
     g_norm: float
     sum_norm: float
@@ -308,8 +308,8 @@ class Looked(NamedTuple):
 
 
 def apart_at(t: int, quiet: int) -> int:
-    """How many steps looks are apart: an odd number, by the steps of the run and the looks since the last leap."""
-    return max(n for n in (1, 3, 5, 7) if n == 1 or n <= min(t / 140, quiet / 20))
+    """How many steps looks are apart: a power of two, by the steps of the run and the looks since the last leap."""
+    return max(n for n in (1, 2, 4, 8) if n == 1 or n <= min(t / 125, quiet / 10))
 
 
 def train_auto(
@@ -334,7 +334,7 @@ def train_auto(
     data = batches()
     lr, rule = first_lr or 0.0, AutoRule(method.startswith("adam"))
     moves = [np.zeros_like(p) for p in parameters]  # E
-    late, since, last = moves, moves, moves  # Ē, the moves since the last look, and the gradient of that
+    late, move, last = moves, moves, moves  # Ē, the last move, and the last gradient
     lrs: list[float] = []
     rested = 0  # steps since the last look
     losses: list[float] = []  # since the last look
@@ -351,8 +351,8 @@ def train_auto(
         seen, waiting = waiting, None
         stride = rested if rested >= apart else 0
         if stride and t > 1:
-            norms = norm(g), norm(moves), norm(since)
-            products = dot(g, moves), dot(g, late), dot(g, since), dot(g, last) / (norm(g) * norm(last))
+            norms = norm(g), norm(moves), norm(move)
+            products = dot(g, moves), dot(g, late), dot(g, move), dot(g, last) / (norm(g) * norm(last))
             waiting = Looked(*norms, *products, float(np.mean(losses)) if losses else None, stride)
             if apart == 1:
                 seen, waiting = waiting, None
@@ -371,11 +371,11 @@ def train_auto(
             weight = 1 - (1 - 1 / window) ** stride
             late = [old + weight * (new - old) for old, new in zip(late, moves, strict=True)]
             part = rule.part_kept(lr * fall, t, stride)
-            moves, since, last = [part * e for e in moves], [np.zeros_like(p) for p in parameters], g
+            moves = [part * e for e in moves]
             rested, losses = 0, []
         used = lr * np.exp(-rule.brake) * fall
-        move = [-used * x for x in d]
-        moves, since = ([e + x for e, x in zip(sums, move, strict=True)] for sums in (moves, since))
+        move, last = [-used * x for x in d], g
+        moves = [e + x for e, x in zip(moves, move, strict=True)]
         parameters = [p + x for p, x in zip(parameters, move, strict=True)]
         lrs.append(float(used))
     return lrs, parameters, rule

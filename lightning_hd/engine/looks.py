@@ -103,6 +103,8 @@ class Looks:
         wanted = self._wanted(step, calm)
         if rested < wanted:
             self._next = Plan(calm + 1, rested, self.plan.stride)
+            if rested + 1 == wanted:
+                self.view.note(self._scopes())
             return Look(False, seen, self.plan.stride)
         begun = self._begin()
         if wanted == 1:
@@ -114,6 +116,9 @@ class Looks:
         """How far apart looks may be: as far as the rules of all scopes allow."""
         scopes = self.rates.scopes
         return 1 if any(map(waits, scopes)) else min(s.rule.stride(step - s.since, calm) for s in scopes)
+
+    def _scopes(self) -> list[int]:
+        return [group.scope for group in self.rates.groups]
 
     def wake(self) -> None:
         """There was an event on all processes: look at each step again."""
@@ -132,7 +137,7 @@ class Looks:
     def _begin(self) -> Sum:
         """Begin to sum what the step shows over the processes, by one collective."""
         try:
-            sums = self.view.observe([group.scope for group in self.rates.groups])
+            sums = self.view.observe(self._scopes())
         except RuntimeError:
             check_gradients(self.optimizer)
             raise

@@ -97,11 +97,7 @@ class Displacement(View):
     def observe(self, scopes: Sequence[int]) -> Tensor:
         """The numbers of ``_Sums`` for each scope; see ``View.observe``."""
         self._lay_out(scopes)
-        missing = frozenset(place for place, p in enumerate(self._parameters) if p.grad is None)
-        tensors = [p.detach() if p.grad is None else p.grad for p in self._parameters]
-        if self._sharded:
-            tensors = [p.detach() if p.grad is None else gradient_of(p) for p in self._parameters]
-        flats = flatten(self.slots, tensors)
+        flats, missing = self._gradients()
         self._points = []
         rows = [self._look(i, flats, missing) for i in range(len(self._buckets))]
         if self._present is None or missing != self._missing:
@@ -116,10 +112,27 @@ class Displacement(View):
         factors = [(bucket.key, *[1 / bucket.replicas] * _WIDTH) for bucket in self._buckets]
         return self._sums.by_scope(rows, factors, flags, self._device, _WIDTH)
 
-    def _look(self, i: int, flats: Sequence[Tensor], missing: frozenset[int]) -> Tensor:
-        """The eight sums of a bucket. ``flats`` are the gradients, or anything where they are missing."""
-        bucket, memory = self._buckets[i], self._memory[i]
-        theta = self._theta(i)
+    def note(self, scopes: Sequence[int]) -> None:
+        """Take the gradients and parameters of this step for the last ones; see ``View.note``."""
+        self._lay_out(scopes)
+        flats, missing = self._gradients()
+        for i, memory in enumerate(self._memory):
+            if memory is not None:
+                theta, g, _ = self._gather(i, flats, missing)
+                memory.rows[2:] = torch.stack([g, theta])
+                memory.g_squared = torch.dot(g, g)
+
+    def _gradients(self) -> tuple[list[Tensor], frozenset[int]]:
+        """The gradients of all parameters, or anything where they are missing; and the places of these."""
+        missing = frozenset(place for place, p in enumerate(self._parameters) if p.grad is None)
+        tensors = [p.detach() if p.grad is None else p.grad for p in self._parameters]
+        if self._sharded:
+            tensors = [p.detach() if p.grad is None else gradient_of(p) for p in self._parameters]
+        return flatten(self.slots, tensors), missing
+
+    def _gather(self, i: int, flats: Sequence[Tensor], missing: frozenset[int]) -> tuple[Tensor, Tensor, Tensor | None]:
+        """The parameters and the gradient of a bucket, and which of its coordinates have one; ``None``: all."""
+        bucket, theta = self._buckets[i], self._theta(i)
         g = bucket.gather(bucket.views(flats))
         for group, (start, stop) in bucket.spans.items():
             param_group = self._optimizer.param_groups[group]
@@ -127,7 +140,12 @@ class Displacement(View):
         if bucket.roots is not None:  # so that dot products are estimates of those over all coordinates
             g, theta = g.mul_(bucket.roots), theta.mul_(bucket.roots)
         mask = self._mask(bucket, missing) if missing & bucket.parts.keys() else None
-        g = g if mask is None else g.mul_(mask)
+        return theta, g if mask is None else g.mul_(mask), mask
+
+    def _look(self, i: int, flats: Sequence[Tensor], missing: frozenset[int]) -> Tensor:
+        """The eight sums of a bucket."""
+        bucket, memory = self._buckets[i], self._memory[i]
+        theta, g, mask = self._gather(i, flats, missing)
         g_squared = torch.dot(g, g)
         if memory is not None:
             (mean, late, last, before), last_squared = memory.rows, memory.g_squared

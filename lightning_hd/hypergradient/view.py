@@ -71,6 +71,13 @@ class View(ABC):
             Numbers of each scope, of shape (scopes, n). Their sums over all processes are for ``sights``.
         """
 
+    def note(self, scopes: Sequence[int]) -> None:  # noqa: B027
+        """Note where gradients and parameters are, in a step that is not looked at, because the next one is.
+
+        Args:
+            scopes: The scope of each parameter group.
+        """
+
     @abstractmethod
     def sights(self, sums: Sequence[Sequence[float]]) -> list[Sight]:
         """What the step shows of each scope, from the sums over all processes."""

@@ -60,9 +60,9 @@ _NONLINEAR_CAP = 0.02
 _RESOLVED = 10.0
 """Below this many times the rounding of the largest gradient, a gradient is only rounding."""
 
-_APART, _CALM, _SPARSEST = 140, 20, 7
+_APART, _CALM, _SPARSEST = 125, 10, 8
 """After each so many steps of the run, and after each so many looks since the last leap of the gradient or other event,
-looks are one step further apart, up to the largest distance. A memory of 450 steps still holds 64 looks then."""
+looks are one step further apart, up to the largest distance. A memory of 450 steps still holds 56 looks then."""
 
 
 _LARGEST_LOG = 700.0
@@ -205,9 +205,9 @@ class Auto(Rule):
         return kept
 
     def stride(self, step: int, calm: int) -> int:
-        """1, 3, 5 or 7. An odd number of steps apart, gradients that turn round in each step still do."""
+        """1, 2, 4 or 8: the longer the memories, and the longer since the last leap of the gradient."""
         wanted = min(step // _APART, min(calm, self._brake.quiet) // _CALM, _SPARSEST)
-        return max(1, wanted - (wanted + 1) % 2)
+        return 1 << max(wanted.bit_length() - 1, 0)
 
     def update(self, lr: float, seen: Observation, context: Context) -> float:
         """``α_t`` from ``α_{t-1}`` and what the step shows. A zero gradient changes nothing."""
