@@ -336,7 +336,7 @@ def train_auto(
     moves = [np.zeros_like(p) for p in parameters]  # E
     late, move, last = moves, moves, moves  # Ē, the last move, and the last gradient
     lrs: list[float] = []
-    rested = 0  # steps since the last look
+    rested, noted = 0, True  # steps since the last look, and whether the last step was noted for the next one
     losses: list[float] = []  # since the last look
     waiting: Looked | None = None  # a look that is read in the next step
     for t in range(1, steps + 1):
@@ -349,7 +349,8 @@ def train_auto(
         rested += 1
         apart = apart_at(t, rule.quiet)
         seen, waiting = waiting, None
-        stride = rested if rested >= apart else 0
+        stride = rested if rested >= apart and noted else 0
+        noted = stride > 0 or rested + 1 >= apart
         if stride and t > 1:
             norms = norm(g), norm(moves), norm(move)
             products = dot(g, moves), dot(g, late), dot(g, move), dot(g, last) / (norm(g) * norm(last))

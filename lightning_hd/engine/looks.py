@@ -65,6 +65,7 @@ class Plan:
     calm: int = 0  # the number of steps since the last event
     rested: int = 0  # the number of steps since the last look
     stride: int = not_zero(1)  # for how many steps the last look stands
+    noted: bool = True  # whether the last step was noted, or looked at
     pending: Sum | None = None  # its numbers, if they are still to be read
 
 
@@ -96,20 +97,22 @@ class Looks:
 
     def look(self, step: int) -> Look:
         """Look at the step of this number, read what was seen before, or do neither."""
-        if self.view.wakes():
+        joined = self.view.wakes()  # parameters, which must not move at a rate that was found without them
+        if joined:
             self.wake()
         seen = None if self.plan.pending is None else self._read_late(self.plan.pending)
         calm, rested = self.plan.calm, self.plan.rested + 1
         wanted = self._wanted(step, calm)
-        if rested < wanted:
-            self._next = Plan(calm + 1, rested, self.plan.stride)
-            if rested + 1 == wanted:
+        if rested < wanted or not (self.plan.noted or joined):
+            notes = rested + 1 >= wanted
+            if notes:
                 self.view.note(self._scopes())
+            self._next = Plan(calm + 1, rested, self.plan.stride, notes)
             return Look(False, seen, self.plan.stride)
         begun = self._begin()
         if wanted == 1:
             seen = self._read(begun)
-        self._next = Plan(calm + 1, 0, rested, None if wanted == 1 else begun)
+        self._next = Plan(calm + 1, 0, rested, True, None if wanted == 1 else begun)
         return Look(True, seen, rested)
 
     def _wanted(self, step: int, calm: int) -> int:

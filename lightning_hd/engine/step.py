@@ -193,8 +193,6 @@ class Tuning:
         before = [group.lr for group in self.rates.groups]
         self.rates.sync()
         held = self.rates.held[: len(before)]
-        if len(before) < len(self.rates.held):
-            self.looks.wake()
         if self.step_count and not self.rates.under_schedule and held != before:
             self.looks.report()
             self._writes.see(self.step_count, before, held)

@@ -83,6 +83,7 @@ class Displacement(View):
         self._missing: frozenset[int] = frozenset()  # the places of parameters without a gradient
         self._present: set[Key] | None = None  # parameters that have a gradient now
         self._updated: set[Key] = set()  # parameters that had a gradient in a remembered step
+        self._groups = 0  # how many there were
         self._asleep: list[Tensor] = []  # parameters that need no gradient
         self._unused: list[Tensor] = []  # parameters that need one and never had it
         self._joined: set[int] = set()  # scopes that many parameters have joined in this step
@@ -268,9 +269,10 @@ class Displacement(View):
                 memory.g_squared = torch.zeros_like(memory.g_squared)
 
     def wakes(self) -> bool:
-        """Whether a parameter needs a gradient now, or has its first one. Processes may differ in that."""
-        alone = self._ranks.count == 1
-        return any(p.requires_grad for p in self._asleep) or (alone and any(p.grad is not None for p in self._unused))
+        """Whether a parameter is new, or needs a gradient now, or has its first one. Processes may differ in that."""
+        if len(self._optimizer.param_groups) != self._groups or any(p.requires_grad for p in self._asleep):
+            return True
+        return self._ranks.count == 1 and any(p.grad is not None for p in self._unused)
 
     # ------------------------------------------------------------------ which parameters there are
 
@@ -286,6 +288,7 @@ class Displacement(View):
             return
         before = self._loaded or by_parameter(self.slots, self._buckets, self._memory)
         self._parameters, self._places, self._sizes, self._present = parameters, places, sizes, None
+        self._groups = len(groups)
         self._asleep = [p for group in groups for p in group["params"] if not p.requires_grad]
         self._device = device_of(self._optimizer)
         found = [(i, j, p) for i, group in enumerate(groups) for j, p in enumerate(group["params"]) if p.requires_grad]
