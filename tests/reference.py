@@ -164,15 +164,10 @@ class AutoRule:
         self._logs: list[float] = []
         self._variance = (np.log(2.5) / 3) ** 2
         self._largest = 0.0
-        self._last_leap = -np.inf
+        self.quiet = 20  # the number of steps since the last leap
         self._seen_lrs: list[float] = []
         self._fast_to = np.inf
         self._remembered: list[tuple[float, float]] = []  # log α of each move in E, and how much is left of it
-
-    @property
-    def quiet(self) -> int:
-        """The number of looks since the last leap of the gradient."""
-        return len(self._logs) - int(max(self._last_leap, -20.0))
 
     def part_kept(self, lr: float, t: int, stride: int = 1) -> float:
         """How much of E is left where the next moves come in, which are made at ``lr``."""
@@ -272,11 +267,12 @@ class AutoRule:
         self.brake = max(0.95 * self.brake, min(excess, self.longest_brake))
         self.leap = max(0.5 * self.leap, min(excess, 1.0))
         if excess:
-            if len(self._logs) - self._last_leap > 20:
+            if self.quiet >= 20:
                 self._fast_to = lr / 2
-            self._last_leap = len(self._logs)
+            self.quiet = 0
             self.braked.append(t)
             return float(max(lr * np.exp(-fell), min(lr, self.first)))
+        self.quiet += stride
         self._largest = max(self._largest, g_norm)
         self._seen_lrs.append(lr)
         if usual_norm < resolved:
@@ -308,8 +304,8 @@ class Looked(NamedTuple):
 
 
 def apart_at(t: int, quiet: int) -> int:
-    """How many steps looks are apart: a power of two, by the steps of the run and the looks since the last leap."""
-    return max(n for n in (1, 2, 4, 8) if n == 1 or n <= min(t / 125, quiet / 10))
+    """How many steps looks are apart: a power of two, by the steps of the run and since the last leap."""
+    return max(n for n in (1, 2, 4, 8) if n == 1 or n <= min(t / 125, quiet / 60))
 
 
 def train_auto(

@@ -60,9 +60,10 @@ _NONLINEAR_CAP = 0.02
 _RESOLVED = 10.0
 """Below this many times the rounding of the largest gradient, a gradient is only rounding."""
 
-_APART, _CALM, _SPARSEST = 125, 10, 8
-"""After each so many steps of the run, and after each so many looks since the last leap of the gradient or other event,
-looks are one step further apart, up to the largest distance. A memory of 450 steps still holds 56 looks then."""
+_APART, _CALM, _SPARSEST = 125, 60, 8
+"""After each so many steps of the run, and after each so many since the last leap of the gradient or other event, looks
+are one step further apart, up to the largest distance. A memory of 450 steps still holds 56 looks then. With a third of
+``_CALM``, leaps that come again were seen too late: the loss of a GAN and of an equation ended far higher."""
 
 
 _LARGEST_LOG = 700.0
@@ -218,7 +219,7 @@ class Auto(Rule):
         if seen.direction_norm == 0:
             return lr * math.exp(_CAP) if seen.grad_norm >= resolved else lr
         change = self._change(seen, context)
-        fall = self._brake.see(seen.grad_norm, math.log(lr), normalized=self._normalized)
+        fall = self._brake.see(seen.grad_norm, math.log(lr), normalized=self._normalized, stride=context.stride)
         if fall is not None:
             self.backoffs += 1
             return max(lr * math.exp(-fall), min(lr, own.first_lr))

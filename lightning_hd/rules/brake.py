@@ -44,17 +44,17 @@ class Brake:
     variance: float = not_negative((_SPIKE / _SIGMAS) ** 2)
     left: float = not_negative()  # what is left of the last excesses
     leap: float = not_negative()  # the last excess, 1 at most, halved for each step since
-    quiet: int = _SERIES  # the number of looks since the last leap
+    quiet: int = _SERIES  # the number of steps since the last leap
     limit: float = math.inf  # log α up to which the rate may rise fast
 
-    def see(self, grad_norm: float, log_lr: float, *, normalized: bool) -> float | None:
+    def see(self, grad_norm: float, log_lr: float, *, normalized: bool, stride: int) -> float | None:
         """By how much ``log α`` must fall if the norm has leapt; ``None`` if it has not."""
         log = math.log(grad_norm)
         grows, before = log > self.last, self.leap
         excess = self._excess(log)
         self.last, self.leap, self.left = log, self.leap / 2, self.left * _RELEASE
         if excess <= 0:
-            self.quiet += 1
+            self.quiet += stride
             return None
         self.left = max(self.left, min(excess, _LARGEST) if normalized else excess)
         self.leap = max(self.leap, min(excess, 1.0))
