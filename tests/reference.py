@@ -169,6 +169,13 @@ class AutoRule:
         self._fast_to = np.inf
         self._remembered: list[tuple[float, float]] = []  # log α of each move in E, and how much is left of it
 
+    def gap(self) -> float:
+        """``log γ - L`` for the last rate."""
+        if not self._remembered:
+            return 0.0
+        logs, weights = np.array(self._remembered).T
+        return float(logs[-1] - np.dot(logs, weights) / np.sum(weights))
+
     def part_kept(self, lr: float, t: int, stride: int = 1) -> float:
         """How much of E is left where the next moves come in, which are made at ``lr``."""
         part = 0.0 if self.forgets else (1 - 1 / max(450.0, t / 2)) ** stride
@@ -303,8 +310,10 @@ class Looked(NamedTuple):
     stride: int
 
 
-def apart_at(t: int, quiet: int) -> int:
+def apart_at(t: int, quiet: int, gap: float) -> int:
     """How many steps looks are apart: a power of two, by the steps of the run and since the last leap."""
+    if t < 500 or abs(gap) > 0.5:
+        return 1
     return max(n for n in (1, 2, 4, 8) if n == 1 or n <= min(t / 125, quiet / 60))
 
 
@@ -343,7 +352,7 @@ def train_auto(
         window = max(1.0, min(0.05 * min(length, steps - t + 1), t / 5))
         losses += [report(t, float(loss))] if report else []
         rested += 1
-        apart = apart_at(t, rule.quiet)
+        apart = apart_at(t, rule.quiet, rule.gap())
         seen, waiting = waiting, None
         stride = rested if rested >= apart and noted else 0
         noted = stride > 0 or rested + 1 >= apart

@@ -60,8 +60,8 @@ _NONLINEAR_CAP = 0.02
 _RESOLVED = 10.0
 """Below this many times the rounding of the largest gradient, a gradient is only rounding."""
 
-_APART, _CALM, _SPARSEST = 125, 60, 8
-"""After each so many steps of the run, and after each so many since the last leap of the gradient or other event, looks
+_SETTLED, _APART, _CALM, _SPARSEST = 500, 125, 60, 8
+"""The first steps are all looked at. After each so many steps of the run, and after each so many since the last leap of the gradient or other event, looks
 are one step further apart, up to the largest distance. A memory of 450 steps still holds 56 looks then. With a third of
 ``_CALM``, leaps that come again were seen too late: the loss of a GAN and of an equation ended far higher."""
 
@@ -207,6 +207,8 @@ class Auto(Rule):
 
     def stride(self, step: int, calm: int) -> int:
         """1, 2, 4 or 8: the longer the memories, and the longer since the last leap of the gradient."""
+        if step < _SETTLED or abs(self._own.gap) > _REACH:  # while the rate moves fast
+            return 1
         wanted = min(step // _APART, min(calm, self._brake.quiet) // _CALM, _SPARSEST)
         return 1 << max(wanted.bit_length() - 1, 0)
 
