@@ -2,10 +2,12 @@
 
 import copy
 from collections.abc import Callable, Iterator
+from itertools import pairwise
 from unittest import mock
 
 import pytest
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch.optim import Adam, Optimizer
 
@@ -14,28 +16,27 @@ from lightning_hd.hypergradient import Displacement
 from tests.benchmarks.cost import counted
 from tests.distributed.processes import run
 
-APART = 7 * 140
-"""After so many steps without an event, looks are seven steps apart."""
+APART = 1000
+"""After so many steps without an event, looks are eight steps apart."""
 
 
 class Loop:
-    """A regression of two layers with noise, whose rate is tuned."""
+    """A regression with noise, whose rate is tuned. In full batches, so no gradient leaps."""
 
     def __init__(self, seed: int = 0, freeze: bool = False, optimizer: Callable[..., Optimizer] = Adam) -> None:
         torch.manual_seed(seed)
-        self.network = nn.Sequential(nn.Linear(5, 16), nn.Tanh(), nn.Linear(16, 1)).double()
-        self.network[0].requires_grad_(not freeze)
+        self.body = nn.Linear(5, 16)
+        self.network = nn.Sequential(self.body, nn.Tanh(), nn.Linear(16, 1)).double()
+        self.body.requires_grad_(not freeze)
         self.optimizer = optimizer(self.network.parameters(), lr=1e-3)
-        self.hd = HypergradientLR(self.optimizer, max_lr=1e-2)  # so that it does not back off
+        self.hd = HypergradientLR(self.optimizer, max_lr=1e-3)  # so that it does not back off
         self.step_count = 0
 
     def step(self, scale: float = 1.0) -> list[float]:
-        generator = torch.Generator().manual_seed(self.step_count)
-        x = torch.randn(32, 5, generator=generator, dtype=torch.float64)
+        x = torch.randn(32, 5, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
         self.optimizer.zero_grad()
-        loss = (self.network(x) - x[:, :1].sin()).square().mean()
+        loss = (self.network(x) - x[:, :1].sin()).square().mean() + self.network(x).square().mean()
         (scale * loss).backward()
-        self.hd.observe(loss)
         self.optimizer.step()
         self.step_count += 1
         return self.hd.lrs
@@ -78,27 +79,31 @@ def looks(loop: Loop, looked: list[int], count: int) -> list[int]:
 
 def test_looks_are_further_apart_the_longer_nothing_has_happened(looked: list[int]) -> None:
     loop = Loop()
-    places = looks(loop, looked, 1500)
+    places = looks(loop, looked, APART + 50)
     assert loop.hd.stats.backoffs == (0,), "the test needs a run without events"
-    distances = [b - a for a, b in zip(places, places[1:], strict=False)]
+    distances = [b - a for a, b in pairwise(places)]
     assert distances == sorted(distances)
-    assert set(distances) == {1, 3, 5, 7}
-    assert distances.index(3) == 420, "each step is looked at before"
+    assert set(distances) == {1, 4, 8}
+    assert 498 <= distances.index(4) <= 502, "each step is looked at before"
 
 
 def test_between_looks_nothing_is_computed_or_read(calm: Loop) -> None:
     loop = copy.deepcopy(calm)
+    loop.step()
     plain = [p.detach().clone().requires_grad_() for p in loop.network.parameters()]
     for p, q in zip(plain, loop.network.parameters(), strict=True):
         p.grad = q.grad
     alone = Adam(plain)
     alone.step()
-    operations, reads = zip(*(counted(loop.optimizer.step) for _ in range(14)), strict=True)
-    own = [n - counted(alone.step)[0] for n in operations]
-    assert sorted(own)[:12] == [0] * 12, "only the optimizer works in six of seven steps"
+    alone_operations, alone_reads = counted(alone.step)
+    steps = [counted(loop.optimizer.step) for _ in range(33)]
+    own, reads = [n - alone_operations for n, _ in steps], [n - alone_reads for _, n in steps]
+    look = own.index(max(own))
     assert max(own) <= 30
-    assert sorted(reads) == [0] * 12 + [1] * 2
-    assert all(own[i - 1] for i, n in enumerate(reads) if n and i), "the numbers are read in the step after the look"
+    assert 0 < own[look + 7] <= 12, "gradients and parameters are noted in the step before the next look"
+    assert own[look + 1 : look + 7] == [0] * 6, "else, only the optimizer works"
+    assert sum(reads) == 4
+    assert reads[look : look + 2] == [0, 1], "the numbers are read in the step after the look"
 
 
 @pytest.mark.parametrize("event", ["write", "group", "backoff", "not finite"])
@@ -109,7 +114,7 @@ def test_after_an_event_each_step_is_looked_at(calm: Loop, looked: list[int], ev
     if event == "group":
         loop.optimizer.add_param_group({"params": nn.Parameter(torch.ones(3, dtype=torch.float64))})
     if event in ("backoff", "not finite"):
-        for _ in range(8):  # the look must not miss it
+        for _ in range(9):  # the look must not miss it
             p = next(loop.network.parameters())
             before = copy.deepcopy((loop.network.state_dict(), loop.optimizer.state_dict()["state"]))
             loop.step(1e4 if event == "backoff" else float("nan"))
@@ -118,7 +123,7 @@ def test_after_an_event_each_step_is_looked_at(calm: Loop, looked: list[int], ev
             loop.optimizer.load_state_dict({**loop.optimizer.state_dict(), "state": before[1]})
             assert p.isfinite().all()
     first, *others = looks(loop, looked, 30)
-    assert first <= 1
+    assert first <= (0 if event == "group" else 1), "new parameters are looked at in their first step"
     assert others == list(range(first + 1, 30))
     assert all(p.isfinite().all() for p in loop.network.parameters())
 
@@ -126,7 +131,7 @@ def test_after_an_event_each_step_is_looked_at(calm: Loop, looked: list[int], ev
 @pytest.mark.parametrize("way", ["frozen", "without a gradient"])
 def test_parameters_that_come_to_life_are_not_moved_at_the_old_rate(way: str) -> None:
     loop = Loop(freeze=way == "frozen")
-    body = loop.network[0]
+    body = loop.body
     if way != "frozen":
         handles = [p.register_post_accumulate_grad_hook(lambda p: setattr(p, "grad", None)) for p in body.parameters()]
     loop.steps(APART + 20)
@@ -141,7 +146,7 @@ def test_parameters_that_come_to_life_are_not_moved_at_the_old_rate(way: str) ->
     assert (body.weight - before).abs().max() < rate / 3
 
 
-@pytest.mark.parametrize("phase", range(7))
+@pytest.mark.parametrize("phase", range(8))
 def test_a_run_resumes_exactly_between_looks(calm: Loop, phase: int) -> None:
     loop = copy.deepcopy(calm)
     loop.steps(phase)
@@ -160,12 +165,11 @@ def test_a_step_that_fails_leaves_no_trace_between_looks(calm: Loop) -> None:
     for _ in range(20):
         with mock.patch.object(Adam, "_init_group", side_effect=OSError), pytest.raises(OSError):  # noqa: PT011
             broken.step()
-        broken.hd._tuning.looks.losses.reported.pop()  # the step that comes reports it again
         found.append(broken.step())
     assert found == expected
 
 
-@pytest.mark.parametrize("pending", [[0.0], ["x"] * 15, None])
+@pytest.mark.parametrize("pending", [[0.0], ["x"] * 15, 1])
 def test_a_damaged_state_is_refused(calm: Loop, pending: object) -> None:
     state = calm.hd.state_dict()
     state["looks"] = {**state["looks"], "pending": pending}
@@ -178,8 +182,6 @@ def test_a_damaged_state_is_refused(calm: Loop, pending: object) -> None:
 
 def train_together(rank_writes: bool) -> tuple[list[list[float]], int]:
     """The rates of all steps, and how many looks there were in the last 100 steps."""
-    from torch import distributed as dist
-
     loop, made = Loop(), []
     observe = Displacement.observe
 
@@ -200,9 +202,9 @@ def test_processes_look_at_the_same_steps_and_agree(calm: Loop) -> None:
     expected = alone.steps(APART + 120)
     for lrs, count in run(train_together, 2, False):
         torch.testing.assert_close(lrs, expected, rtol=1e-9, atol=0.0)
-        assert count in (14, 15)
+        assert count in (12, 13)
 
 
 def test_an_event_on_one_process_wakes_all() -> None:
     (_, first), (_, second) = run(train_together, 2, True)
-    assert first == second > 90
+    assert first == second > 60

@@ -207,5 +207,5 @@ def test_a_rule_has_not_backed_off_at_first_and_what_is_not_observed_is_0() -> N
 def test_cosines_that_are_all_the_same_are_as_sure_as_their_rounding() -> None:
     greedy = Greedy()
     for step in range(2, 7):
-        greedy.see(0.25, step)
+        greedy.see(0.25, Context(step))
     assert greedy.sigmas == pytest.approx(2**23 * math.sqrt(5), rel=1e-12)

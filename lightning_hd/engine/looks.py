@@ -163,14 +163,8 @@ class Looks:
     def _read_late(self, pending: Sum) -> Seen | None:
         """What the look of a former step has shown; ``None``: nothing to learn from."""
         seen = self._read(pending)
-        if len(seen.sights) not in (0, len(self.rates.scopes)):  # groups were added
-            return None
-        if not all(math.isfinite(number) for sight in seen.sights for number in sight.observation):
-            self.view.drop_gradients()
-        if not any(sight.has_gradient for sight in seen.sights):  # it was skipped, or there was none
-            self.view.drop_gradients()
-            return None
-        return seen
+        known = len(seen.sights) == len(self.rates.scopes) and any(sight.has_gradient for sight in seen.sights)
+        return seen if known else None
 
     # ------------------------------------------------------------------ what is saved
 

@@ -35,12 +35,12 @@ class _Sums(NamedTuple):
     known: float
     joined: float
     derivative: float  # g·E
-    g_squared: float
-    sum_squared: float  # ‖E‖²
     late: float  # g·Ē
     turn: float  # g_t·g_{t-1}
-    last_squared: float  # ‖g_{t-1}‖²
     slope: float  # g·Δ
+    g_squared: float
+    last_squared: float  # ‖g_{t-1}‖²
+    sum_squared: float  # ‖E‖²
     move_squared: float  # ‖Δ‖²
 
 
@@ -120,7 +120,8 @@ class Displacement(View):
         for i, memory in enumerate(self._memory):
             if memory is not None:
                 theta, g, _ = self._gather(i, flats, missing)
-                memory.rows[2:] = torch.stack([g, theta])
+                memory.rows[2].copy_(g)
+                memory.rows[3].copy_(theta)
                 memory.g_squared = torch.dot(g, g)
 
     def _gradients(self) -> tuple[list[Tensor], frozenset[int]]:
@@ -162,18 +163,8 @@ class Displacement(View):
                 moved[start:stop], move[start:stop], late[start:stop] = 0, 0, 0
         if mask is not None:
             moved, move = moved * mask, move * mask
-        return torch.stack(
-            [
-                torch.dot(g, moved),
-                g_squared,
-                torch.dot(moved, moved),
-                torch.dot(g, late),
-                torch.dot(g, last),
-                last_squared,
-                torch.dot(g, move),
-                torch.dot(move, move),
-            ]
-        )
+        along = [torch.dot(g, vector) for vector in (moved, late, last, move)]
+        return torch.stack([*along, g_squared, last_squared, torch.dot(moved, moved), torch.dot(move, move)])
 
     def _theta(self, i: int) -> Tensor:
         """The parameters in a bucket, for the caller to write to."""
@@ -260,13 +251,6 @@ class Displacement(View):
     def abandon(self) -> None:
         """Drop what was prepared for a step that was not taken."""
         self._points, self._coming = [], set()
-
-    def drop_gradients(self) -> None:
-        """Set the last gradients to zero."""
-        for memory in self._memory:
-            if memory is not None:
-                memory.rows[2].zero_()
-                memory.g_squared = torch.zeros_like(memory.g_squared)
 
     def wakes(self) -> bool:
         """Whether a parameter is new, or needs a gradient now, or has its first one. Processes may differ in that."""

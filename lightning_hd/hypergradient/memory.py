@@ -107,6 +107,7 @@ def whole(
     flags = parts[0].new_tensor([slot.key in updated for slot in slots])
     everything = torch.cat([torch.cat(parts, 1).flatten(), flags])
     everything = (ranks.sum(everything) if split else everything).cpu()
-    rows, flags = everything[: -len(slots)], everything[-len(slots) :]
+    rows, flags = everything[: -len(slots)].view(ROWS, -1), everything[-len(slots) :]
+    rows = torch.where(rows.isfinite(), rows, 0.0)  # a last gradient that is not finite is not looked at again
     saved = [Saved(*slot.key, slot.size, slot.count, bool(flag)) for slot, flag in zip(slots, flags, strict=True)]
-    return saved, rows.view(ROWS, -1).clone()
+    return saved, rows

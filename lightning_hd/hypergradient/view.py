@@ -110,9 +110,6 @@ class View(ABC):
         """Whether parameters have come to life that the last look did not see."""
         return False
 
-    def drop_gradients(self) -> None:  # noqa: B027
-        """Drop the gradients of the last step that is remembered. They were not finite, or there were none."""
-
     def forget(self, scope: int) -> None:  # noqa: B027
         """Forget the moves of a scope, whose rate starts anew in the next step."""
 

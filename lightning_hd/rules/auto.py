@@ -61,9 +61,9 @@ _RESOLVED = 10.0
 """Below this many times the rounding of the largest gradient, a gradient is only rounding."""
 
 _SETTLED, _APART, _CALM, _SPARSEST = 500, 125, 60, 8
-"""The first steps are all looked at. After each so many steps of the run, and after each so many since the last leap of the gradient or other event, looks
-are one step further apart, up to the largest distance. A memory of 450 steps still holds 56 looks then. With a third of
-``_CALM``, leaps that come again were seen too late: the loss of a GAN and of an equation ended far higher."""
+"""The first steps are all looked at. After each so many steps of the run, and after each so many since the last leap of
+the gradient or other event, looks are one step further apart, up to the largest distance. A memory of 450 steps still
+holds 56 looks. Further apart in the first steps or soon after a leap, a GAN and an equation diverged."""
 
 
 _LARGEST_LOG = 700.0
