@@ -77,9 +77,9 @@ class HypergradientLR:
             ``"default"``: a fifth with the default rule, none with the paper's. There is none under a scheduler.
         stop_after: The number of steps after which tuning stops. The learned scale then stays as it is, and schedules
             and the cooldown go on. ``None``: never.
-        scheduled: Whether ``param_groups[i]["lr"]`` belongs to a schedule between steps; ``None``: it is detected from
-            the groups' ``initial_lr``. All schedulers of ``torch.optim.lr_scheduler`` set that but
-            ``ReduceLROnPlateau``. Pass ``True`` for that one, and where your own code writes a schedule.
+        scheduled: Whether ``param_groups[i]["lr"]`` belongs to a schedule between steps; ``None``: it is detected. All
+            schedulers of ``torch.optim.lr_scheduler`` are, but ``ReduceLROnPlateau``. Pass ``True`` for that one, for a
+            scheduler that is not torch's, and where your own code writes a schedule.
 
     Raises:
         TypeError: ``optimizer`` is not an optimizer or has no rate to tune (LBFGS, Rprop, SparseAdam), or another
@@ -133,9 +133,8 @@ class HypergradientLR:
         self._optimizer = unwrap(optimizer)
         check_flat_shards(self._optimizer, checked)
         self._name = type(self._optimizer).__name__
-        notices = Notices(f"{self._owner}({self._name})", ranks)
-        rates = Rates(self._optimizer, checked, scope, (low, high), notices)
-        rates.scheduled = scheduled
+        notices = Notices(self._owner, self._name, ranks)
+        rates = Rates(optimizer, checked, scope, (low, high), scheduled, notices)
         self._copies = copies_of(self._optimizer)
         self._loads = 0  # how often the optimizer had loaded a state when this loaded its own
         view: View
@@ -178,7 +177,7 @@ class HypergradientLR:
 
     @property
     def stats(self) -> Stats:
-        """Figures of the steps so far: back-offs, steps that were not finite, time, coordinates, clamps, loss."""
+        """Figures of the steps so far: back-offs, time, clamps, loss and others."""
         tuning = self._tuning
         return Stats(
             backoffs=tuple(scope.rule.backoffs for scope in tuning.rates.scopes),
@@ -187,6 +186,7 @@ class HypergradientLR:
             coordinates=tuning.view.share,
             limits=tuning.rates.limits,
             loss=tuning.loss,
+            writes=tuning.writes.count,
         )
 
     @overload
