@@ -130,9 +130,9 @@ class Rates(Scopes):
         return {**vars(self), "_scheduled": self.is_scheduled() or self._scheduled, "_wrapped": (self.optimizer,)}
 
     def hand_over(self) -> None:
-        """Let SWALR, which was built since the last step, go on from the last rates. The scales stay at 1."""
+        """Let SWALR, which was built since the last step, go on from the learned rates. The scales stay at 1."""
         self.sync()
-        self._hand_over()
+        self._hand_over([lr for lr, _ in self.effective([scope.used for scope in self.scopes])])
         self.held = self.read()
         self._anchor(range(len(self.scopes)))
 

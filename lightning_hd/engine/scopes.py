@@ -2,7 +2,7 @@
 
 import dataclasses
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from torch import Tensor
@@ -201,11 +201,11 @@ class Scopes:
             f"ones. If there is a schedule, pass {self._notices.owner}(scheduled=True)",
         )
 
-    def _hand_over(self) -> None:
-        """Write the rates of the last step where SWALR has yet to anneal them. From here on its rates are the rates."""
+    def _hand_over(self, lrs: Sequence[float]) -> None:
+        """Write effective rates where SWALR has yet to anneal them. From here on its rates are the rates."""
         self.handed_over = True
-        for settings, group in zip(self.optimizer.param_groups, self.groups, strict=True):
+        for settings, lr in zip(self.optimizer.param_groups, lrs, strict=True):
             if settings["lr"] != settings["swa_lr"]:
-                set_lr(settings, group.lr)
+                set_lr(settings, lr)
         for scope in self.scopes:
             scope.tuned = True
