@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import pytest
+from lightning.fabric import Fabric
 from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import Tensor, nn
@@ -245,6 +246,69 @@ def test_schedulers_compose_in_a_plain_loop(
     alone = train(None)
     for rule in RULES:
         train(rule).check(alone)
+
+
+@pytest.mark.parametrize("rule", RULES)
+def test_a_scale_that_no_longer_learns_stays_where_a_schedule_rises(rule: Any) -> None:
+    network = reference.torch_network()
+    optimizer = two_groups(network)
+    scheduler = lr_scheduler.LambdaLR(optimizer, lambda t: 1 + t)
+    hd, scales = HypergradientLR(optimizer, rule, stop_after=5), []
+    for batch in reference.torch_batches()[:20]:
+        optimizer.zero_grad()
+        reference.torch_loss(network, *batch).backward()
+        optimizer.step()
+        scheduler.step()
+        scales += hd.scales
+    assert scales[4:] == pytest.approx([scales[4]] * 16)
+    assert scales[4] != 1
+
+
+@pytest.mark.parametrize("before", [False, True])
+@pytest.mark.parametrize("rule", RULES)
+def test_a_loop_is_told_how_to_reach_the_rate_of_averaging(rule: Any, before: bool) -> None:
+    network = reference.torch_network()
+    optimizer = SGD(network.parameters(), lr=0.01)
+    if before:
+        lr_scheduler.ConstantLR(optimizer, 0.5)
+    hd = HypergradientLR(optimizer, rule)
+
+    def train(*steps: int) -> None:
+        for i in steps:
+            optimizer.zero_grad()
+            reference.torch_loss(network, *reference.torch_batches()[i]).backward()
+            optimizer.step()
+
+    train(*range(10))
+    learned = hd.lrs
+    if before:
+        SWALR(optimizer, swa_lr=0.05)
+        with pytest.warns(RuntimeWarning, match=r"multiplies the rates of SWALR.*call detach\(\)"):
+            train(10)
+        learned = hd.lrs
+    hd.detach()
+    for group, lr in zip(optimizer.param_groups, learned, strict=True):
+        group["lr"] = lr
+    swa = SWALR(optimizer, swa_lr=0.05, anneal_epochs=5, anneal_strategy="linear")
+    lrs = []
+    for i in range(11, 18):
+        lrs.append(optimizer.param_groups[0]["lr"])
+        train(i)
+        swa.step()
+    assert lrs == pytest.approx([learned[0] + (0.05 - learned[0]) * min(1.0, n / 5) for n in range(7)])
+
+
+@pytest.mark.parametrize("late", [False, True])
+@pytest.mark.parametrize("wrapped", [False, True])
+def test_a_scheduler_of_an_optimizer_that_fabric_wraps(wrapped: bool, late: bool) -> None:
+    inner = SGD(reference.torch_network().parameters(), lr=0.01)
+    optimizer = Fabric(accelerator="cpu", devices=1).setup_optimizers(inner)
+    steps = [
+        lambda: lr_scheduler.ExponentialLR(optimizer if wrapped else inner, 0.9),  # type: ignore[arg-type]
+        lambda: HypergradientLR(optimizer),  # type: ignore[arg-type]
+    ]
+    made = [step() for step in steps[:: -1 if late else 1]]
+    assert made[not late].scheduled  # type: ignore[attr-defined]
 
 
 # ---------------------------------------------------------------------- schedulers that come and go on resuming
