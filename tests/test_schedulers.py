@@ -371,6 +371,8 @@ def falls(lrs: list[float]) -> bool:
 @pytest.mark.parametrize("before", [False, True])
 @pytest.mark.parametrize("rule", ["auto", "additive"])
 def test_a_loop_is_scheduled_where_a_scheduler_was_built(rule: Any, before: bool, now: bool, order: str) -> None:
+    if now and not before and order == "engine":
+        pytest.skip("the state took away the only mark before the engine was built")
     first = Resumable(before, rule)
     lrs = first.train()
     resumed = Resumable(now, rule, order, first.states())
@@ -448,7 +450,9 @@ PLACES = ["returned", "kept", "on_fit_start", "on_train_start", "training_step"]
 
 
 @pytest.mark.parametrize("manual", [False, True])
-@pytest.mark.parametrize(("before", "now"), [("returned", place) for place in ["none", *PLACES]] + [("none", "kept")])
+@pytest.mark.parametrize(
+    ("before", "now"), [("returned", place) for place in ["none", *PLACES]] + [("none", "returned")]
+)
 def test_a_trainer_is_scheduled_where_a_scheduler_was_built(
     tmp_path: Path, before: str, now: str, manual: bool
 ) -> None:

@@ -13,8 +13,8 @@ from torch.optim import Optimizer
 from lightning_hd.checks import not_zero
 from lightning_hd.engine.decision import Decision, Step
 from lightning_hd.engine.scopes import Scope, Scopes, check_groups, grow, restarted, write
-from lightning_hd.hypergradient import Retained
-from lightning_hd.optimizers import LARGEST, apply_lr, read_lrs, rounding_of, unwrap
+from lightning_hd.hypergradient import Retained, copies_of
+from lightning_hd.optimizers import LARGEST, apply_lr, has_scheduler, is_marked, read_lrs, rounding_of, unwrap
 from lightning_hd.processes import Notices
 from lightning_hd.rules import Context, Observation, Rule
 
@@ -78,10 +78,13 @@ class Rates(Scopes):
         super().__init__(unwrap(optimizer), rule, kind, notices)
         self.limits = limits
         self.trajectories: list[Trajectory] = []  # of each scope: α_t times the scheduled part of the peak
-        self._scheduled = scheduled  # set by the user, or once a scheduler is seen
+        self._scheduled = scheduled  # set by the user; None: it is detected
+        self._copies = copies_of(self.optimizer)  # they know of the states that it has loaded
         self._wrapped = (self.optimizer, optimizer)
         self._rounding = min(_ROUNDING, rounding_of(self.optimizer) or _ROUNDING)
         self.under_schedule = self.is_scheduled()
+        if self.under_schedule and has_scheduler(*self._wrapped):
+            self._scheduled = True  # even if a state without its mark is loaded
         self.sync()
 
     # ------------------------------------------------------------------ what others have changed
@@ -118,12 +121,11 @@ class Rates(Scopes):
     def is_scheduled(self) -> bool:
         """Whether the rates in the groups belong to a schedule: set by the user, or detected.
 
-        A scheduler wraps the step of its optimizer, and torch has no public name for that. The ``initial_lr`` that it
-        leaves in the groups shows nothing, because it comes back with a state, without the scheduler.
+        The mark of a scheduler in the groups shows nothing if it came with a state, unless one was built here.
         """
-        if self._scheduled is None and any(hasattr(o.step, "_wrapped_by_lr_sched") for o in self._wrapped):
-            self._scheduled = True
-        return bool(self._scheduled)
+        if self._scheduled is not None:
+            return self._scheduled
+        return is_marked(self.optimizer.param_groups) and (not self._copies.stale or has_scheduler(*self._wrapped))
 
     def __getstate__(self) -> dict[str, Any]:
         """A copy knows of a scheduler, whose mark torch does not copy. It does not keep a wrapper."""

@@ -14,7 +14,7 @@ from lightning_hd.engine.stats import Stats
 from lightning_hd.engine.step import Tuning, check_loss
 from lightning_hd.engine.suggestion import suggestions
 from lightning_hd.hypergradient import PROBE, Displacement, LastStep, View, copies_of, drop_copies, keep_copies
-from lightning_hd.optimizers import check_optimizer, get_lr, group_names, parameters_of, unwrap
+from lightning_hd.optimizers import check_optimizer, get_lr, group_names, is_marked, parameters_of, unwrap
 from lightning_hd.processes import Notices, Ranks
 from lightning_hd.rules import Observation, Rule, RuleName
 
@@ -78,8 +78,8 @@ class HypergradientLR:
         stop_after: The number of steps after which tuning stops. The learned scale then stays as it is, and schedules
             and the cooldown go on. ``None``: never.
         scheduled: Whether ``param_groups[i]["lr"]`` belongs to a schedule between steps; ``None``: it is detected. All
-            schedulers of ``torch.optim.lr_scheduler`` are, but ``ReduceLROnPlateau``. Pass ``True`` for that one, for a
-            scheduler that is not torch's, and where your own code writes a schedule.
+            schedulers of ``torch.optim.lr_scheduler`` are noticed but ``ReduceLROnPlateau``. Pass ``True`` for that
+            one, and where your own code writes a schedule.
 
     Raises:
         TypeError: ``optimizer`` is not an optimizer or has no rate to tune (LBFGS, Rprop, SparseAdam), or another
@@ -292,6 +292,7 @@ class HypergradientLR:
                 version, or damaged.
         """
         loaded, self._loads = self._copies.loads > self._loads, self._copies.loads
+        self._copies.stale |= not self._loads and is_marked(self._optimizer.param_groups)  # it may have come before
         load(self._tuning, state_dict, loaded)
         if self._hooks is not None and self.step_count:
             self._hooks.proven = True
