@@ -197,6 +197,16 @@ def _check_kind(name: str, lr: Any) -> None:
         raise TypeError(f"{name} must be a number or a tensor of one, got {lr!r}")
 
 
+def is_marked(groups: Sequence[dict[str, Any]]) -> bool:
+    """Whether a scheduler has left its mark in some groups. The mark is saved and loaded with them."""
+    return any("initial_lr" in group for group in groups)
+
+
+def has_scheduler(*optimizers: Optimizer) -> bool:
+    """Whether a scheduler of torch was built on one of these. It wraps the step; torch has no public name for that."""
+    return any(hasattr(optimizer.step, "_wrapped_by_lr_sched") for optimizer in optimizers)
+
+
 def set_lr(group: dict[str, Any], lr: float) -> float:
     """Write a rate into a group, in place if that holds a tensor. Return what the group holds then."""
     held = group["lr"]

@@ -185,12 +185,14 @@ class Notices:
     """Warnings, one of each kind, and log messages about one optimizer, from the first process.
 
     Args:
-        name: The name that messages begin with.
+        owner: The class that users have written.
+        name: The name of the optimizer. Messages begin with both.
         ranks: The processes.
     """
 
-    def __init__(self, name: str, ranks: Ranks) -> None:
-        self._name = name
+    def __init__(self, owner: str, name: str, ranks: Ranks) -> None:
+        self.owner = owner
+        self._name = f"{owner}({name})"
         self._ranks = ranks
         self._given: set[str] = set()
 

@@ -1,6 +1,5 @@
 """The callback beside Lightning's other callbacks, in real Trainers and, where it may matter, in both orders."""
 
-import itertools
 import math
 from datetime import timedelta
 from pathlib import Path
@@ -16,6 +15,7 @@ from torch.optim import SGD, Optimizer, lr_scheduler
 from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_hd import HypergradientDescent
+from lightning_hd.reporting.summary import remarks
 from tests import reference
 from tests.test_callback import Reference, make_trainer, same, scalars
 from tests.test_checkpoints import differences
@@ -233,34 +233,79 @@ def test_batch_sizes_are_tried_as_ever(tmp_path: Path, by: str, reverse: bool) -
 # ---------------------------------------------------------------------- averages
 
 
+def annealed(begin: float, swa_lr: float, epochs: int, annealing: int) -> list[float]:
+    """The rate of each epoch of averaging, by the cosine that SWALR documents."""
+    parts = [min(1.0, epoch / annealing) if annealing else 1.0 for epoch in range(epochs)]
+    return [swa_lr + (begin - swa_lr) * (1 + math.cos(math.pi * part)) / 2 for part in parts]
+
+
 @in_both_orders
+@pytest.mark.parametrize(("exponential", "annealing"), [(False, 2), (True, 2), (True, 0)])
 @pytest.mark.parametrize("swa_lr", [0.0005, 0.5])
 @with_every_rule
-def test_the_rate_does_not_jump_where_averaging_begins(tmp_path: Path, rule: Any, swa_lr: float, reverse: bool) -> None:
-    hd, module = HypergradientDescent(rule), Example()
-    swa = callbacks.StochasticWeightAveraging(swa_lr, swa_epoch_start=3, annealing_epochs=2)
+def test_averaging_goes_from_the_learned_rate_to_its_own(
+    tmp_path: Path, rule: Any, swa_lr: float, exponential: bool, annealing: int, reverse: bool
+) -> None:
+    hd, module = HypergradientDescent(rule), Example(exponential)
+    swa = callbacks.StochasticWeightAveraging(swa_lr, swa_epoch_start=3, annealing_epochs=annealing)
     fit(tmp_path, module, hd, swa, reverse=reverse, max_epochs=6)
     lrs, begin = hd.lrs["lr-SGD"], 2 * EPOCH
-    assert lrs[begin] / lrs[begin - 1] == pytest.approx(1, abs=0.11)
-    assert module.held_lrs[begin] == [lrs[begin - 1]]
-    assert module.held_lrs[-1] == [pytest.approx(swa_lr)]
-    assert lrs[-1] == pytest.approx(module.held_lrs[-1][0] * hd.engines[0].scales[0], rel=1e-12)
-    assert len(set(lrs[begin:])) == 4 * EPOCH
-    if rule == "auto":  # a schedule does not take it to new heights; it climbs by exp(0.07), a brake wears off by 0.05
-        assert all(after / before < math.exp(0.12) for before, after in itertools.pairwise(lrs[begin:]))
+    learned = lrs[begin - 1] * (0.9 if exponential else 1.0)
+    expected = annealed(learned, swa_lr, 4, annealing)
+    assert lrs[begin:] == pytest.approx([lr for lr in expected for _ in range(EPOCH)], rel=1e-9)
+    assert lrs[-1] == module.optimizers().param_groups[0]["swa_lr"] == swa_lr  # type: ignore[union-attr]
+    assert module.real_lrs[begin:] == pytest.approx(lrs[begin:], rel=1e-3)
+    assert hd.engines[0].scales == [1.0]
+    assert not [remark for remark in remarks(hd._recorders) if "undid" in remark]
 
 
-@in_both_orders
+@pytest.mark.parametrize("exponential", [False, True])
 @with_every_rule
-def test_stochastic_weight_averaging_swaps_the_scheduler_as_ever(tmp_path: Path, rule: Any, reverse: bool) -> None:
-    hd, runs = HypergradientDescent(rule), []
-    for own in ([], [hd]):
-        module, swa = Example(True), callbacks.StochasticWeightAveraging(0.005, swa_epoch_start=3, annealing_epochs=2)
-        fit(tmp_path, module, *own, swa, reverse=reverse, max_epochs=6)
-        runs.append(module.held_lrs)
-    assert runs[0] == runs[1]
-    assert len({lr for (lr,) in runs[0]}) == 5
-    assert hd.lrs["lr-SGD"][-1] == pytest.approx(runs[0][-1][0] * hd.engines[0].scales[0], rel=1e-12)
+def test_averaging_from_the_first_step_on_has_its_own_rates(tmp_path: Path, rule: Any, exponential: bool) -> None:
+    runs = []
+    for own in ([], [HypergradientDescent(rule)]):
+        module, swa = Example(exponential), callbacks.StochasticWeightAveraging(0.5, 1, annealing_epochs=2)
+        fit(tmp_path, module, *own, swa, max_epochs=4)
+        runs.append(module)
+    assert runs[0].held_lrs == runs[1].held_lrs
+    assert same(*runs)
+
+
+def test_a_clamp_holds_the_rates_of_averaging(tmp_path: Path) -> None:
+    hd, swa = HypergradientDescent(max_lr=0.1), callbacks.StochasticWeightAveraging(0.5, 2, annealing_epochs=1)
+    fit(tmp_path, Example(), hd, swa, max_epochs=4)
+    assert hd.lrs["lr-SGD"][-1] == 0.1
+
+
+@pytest.mark.parametrize("exponential", [False, True])
+@with_every_rule
+def test_averaging_is_resumed_exactly(tmp_path: Path, rule: Any, exponential: bool) -> None:
+    def average() -> Callback:
+        return callbacks.StochasticWeightAveraging(0.5, swa_epoch_start=2, annealing_epochs=4)
+
+    whole, rest = HypergradientDescent(rule), HypergradientDescent(rule)
+    every = callbacks.ModelCheckpoint(tmp_path, "{epoch}", save_top_k=-1)
+    modules = [Example(exponential), Example(exponential)]
+    fit(tmp_path, modules[0], whole, average(), every, max_epochs=6)
+    trainer = make_trainer(tmp_path, rest, average(), limit_train_batches=EPOCH, limit_val_batches=0, max_epochs=6)
+    trainer.fit(modules[1], ckpt_path=tmp_path / "epoch=2.ckpt")
+    assert rest.lrs["lr-SGD"] == whole.lrs["lr-SGD"][3 * EPOCH :]
+    assert len({*rest.lrs["lr-SGD"]}) == 3
+
+
+@with_every_rule
+def test_a_run_without_averaging_goes_on_from_its_rate_and_tunes(tmp_path: Path, rule: Any) -> None:
+    before, after = HypergradientDescent(rule), HypergradientDescent(rule)
+    every = callbacks.ModelCheckpoint(tmp_path, "{epoch}", save_top_k=-1)
+    swa = callbacks.StochasticWeightAveraging(0.05, swa_epoch_start=2, annealing_epochs=1)
+    fit(tmp_path, Example(), before, swa, every, max_epochs=3)
+    trainer = make_trainer(tmp_path, after, limit_train_batches=EPOCH, limit_val_batches=0, max_epochs=6)
+    with pytest.warns(RuntimeWarning, match="the saved state is of a training with a scheduler, and there is none now"):
+        trainer.fit(Example(), ckpt_path=tmp_path / "epoch=2.ckpt")
+    lrs = after.lrs["lr-SGD"]
+    assert lrs[0] == pytest.approx(before.lrs["lr-SGD"][-1], rel=0.12)
+    assert len({*lrs}) == 3 * EPOCH
+    assert not after.engines[0].scheduled
 
 
 @in_both_orders

@@ -68,7 +68,7 @@ class Engine:
         self.step_count, self.tunes, self.paused, self.scheduled = 0, True, False, False
         self.lrs, self.scales = [0.1] * groups, [1.0] * groups
         self.last = [Observation(0.0, 1.0, 1.0)] * groups
-        self.stats = replace(Stats((0,) * groups, 0, 1.0, (1, 1), (0.0, math.inf), None), **stats)
+        self.stats = replace(Stats((0,) * groups, 0, 1.0, (1, 1), (0.0, math.inf), None, 0), **stats)
 
     def _count(self, *_: Any) -> None:
         self.step_count += self.tunes

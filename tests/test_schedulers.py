@@ -1,13 +1,17 @@
 """Every scheduler of torch beside the callback: its values stay its own, and times the scale they are the rates."""
 
+import copy
 import inspect
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
 import pytest
+from lightning.fabric import Fabric
 from lightning.pytorch import Callback, Trainer
+from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import Tensor, nn
 from torch.optim import SGD, Optimizer, lr_scheduler
 from torch.optim.swa_utils import SWALR
@@ -242,3 +246,230 @@ def test_schedulers_compose_in_a_plain_loop(
     alone = train(None)
     for rule in RULES:
         train(rule).check(alone)
+
+
+@pytest.mark.parametrize("rule", RULES)
+def test_a_scale_that_no_longer_learns_stays_where_a_schedule_rises(rule: Any) -> None:
+    network = reference.torch_network()
+    optimizer = two_groups(network)
+    scheduler = lr_scheduler.LambdaLR(optimizer, lambda t: 1 + t)
+    hd, scales = HypergradientLR(optimizer, rule, stop_after=5), []
+    for batch in reference.torch_batches()[:20]:
+        optimizer.zero_grad()
+        reference.torch_loss(network, *batch).backward()
+        optimizer.step()
+        scheduler.step()
+        scales += hd.scales
+    assert scales[4:] == pytest.approx([scales[4]] * 16)
+    assert scales[4] != 1
+
+
+@pytest.mark.parametrize("before", [False, True])
+@pytest.mark.parametrize("rule", RULES)
+def test_a_loop_is_told_how_to_reach_the_rate_of_averaging(rule: Any, before: bool) -> None:
+    network = reference.torch_network()
+    optimizer = SGD(network.parameters(), lr=0.01)
+    if before:
+        lr_scheduler.ConstantLR(optimizer, 0.5)
+    hd = HypergradientLR(optimizer, rule)
+
+    def train(*steps: int) -> None:
+        for i in steps:
+            optimizer.zero_grad()
+            reference.torch_loss(network, *reference.torch_batches()[i]).backward()
+            optimizer.step()
+
+    train(*range(10))
+    learned = hd.lrs
+    if before:
+        SWALR(optimizer, swa_lr=0.05)
+        with pytest.warns(RuntimeWarning, match=r"multiplies the rates of SWALR.*call detach\(\)"):
+            train(10)
+        learned = hd.lrs
+    hd.detach()
+    for group, lr in zip(optimizer.param_groups, learned, strict=True):
+        group["lr"] = lr
+    swa = SWALR(optimizer, swa_lr=0.05, anneal_epochs=5, anneal_strategy="linear")
+    lrs = []
+    for i in range(11, 18):
+        lrs.append(optimizer.param_groups[0]["lr"])
+        train(i)
+        swa.step()
+    assert lrs == pytest.approx([learned[0] + (0.05 - learned[0]) * min(1.0, n / 5) for n in range(7)])
+
+
+@pytest.mark.parametrize("late", [False, True])
+@pytest.mark.parametrize("wrapped", [False, True])
+def test_a_scheduler_of_an_optimizer_that_fabric_wraps(wrapped: bool, late: bool) -> None:
+    inner = SGD(reference.torch_network().parameters(), lr=0.01)
+    optimizer = Fabric(accelerator="cpu", devices=1).setup_optimizers(inner)
+    steps = [
+        lambda: lr_scheduler.ExponentialLR(optimizer if wrapped else inner, 0.9),  # type: ignore[arg-type]
+        lambda: HypergradientLR(optimizer),  # type: ignore[arg-type]
+    ]
+    made = [step() for step in steps[:: -1 if late else 1]]
+    assert made[not late].scheduled  # type: ignore[attr-defined]
+
+
+# ---------------------------------------------------------------------- schedulers that come and go on resuming
+
+
+STEPS = 20
+
+
+class Resumable:
+    """A plain loop whose checkpoint holds the states of the model, the optimizer and the engine."""
+
+    def __init__(self, scheduled: bool, rule: Any, order: str = "engine", state: dict[str, Any] | None = None) -> None:
+        self.network = reference.torch_network()
+        self.scheduler: lr_scheduler.LRScheduler | None = None
+        self.optimizer = SGD(self.network.parameters(), lr=0.01, momentum=0.9)
+        steps = {"scheduler": self.add_scheduler, "optimizer": self.load_optimizer, "engine": self.add_engine}
+        orders = {"engine": "scheduler optimizer engine", "optimizer": "scheduler engine optimizer"}
+        orders["scheduler"] = "optimizer engine scheduler"
+        self.scheduled, self.rule, self.state = scheduled, rule, state
+        for step in orders[order].split():
+            steps[step]()
+        if state is not None:
+            self.network.load_state_dict(state["network"])
+            self.hd.load_state_dict(state["hd"])
+
+    def add_scheduler(self) -> None:
+        if self.scheduled:
+            self.scheduler = lr_scheduler.LinearLR(self.optimizer, 1.0, 0.5, total_iters=100)
+
+    def load_optimizer(self) -> None:
+        if self.state is not None:
+            self.optimizer.load_state_dict(self.state["optimizer"])
+
+    def add_engine(self) -> None:
+        self.hd = HypergradientLR(self.optimizer, self.rule, total_steps=2 * STEPS, cooldown=0.25)
+
+    def train(self) -> list[float]:
+        lrs = []
+        for batch in reference.torch_batches()[:STEPS]:
+            self.optimizer.zero_grad()
+            reference.torch_loss(self.network, *batch).backward()
+            self.optimizer.step()
+            if self.scheduler is not None:
+                self.scheduler.step()
+            lrs += self.hd.lrs
+        return lrs
+
+    def states(self) -> dict[str, Any]:
+        parts = {"network": self.network, "optimizer": self.optimizer, "hd": self.hd}
+        return {name: copy.deepcopy(part.state_dict()) for name, part in parts.items()}  # type: ignore[attr-defined]
+
+
+def falls(lrs: list[float]) -> bool:
+    """Whether the rates of the last steps are those of a cooldown to 0."""
+    return lrs[-1] < 0.2 * lrs[-STEPS // 2]
+
+
+@pytest.mark.parametrize("order", ["engine", "optimizer", "scheduler"])
+@pytest.mark.parametrize("now", [False, True])
+@pytest.mark.parametrize("before", [False, True])
+@pytest.mark.parametrize("rule", ["auto", "additive"])
+def test_a_loop_is_scheduled_where_a_scheduler_was_built(rule: Any, before: bool, now: bool, order: str) -> None:
+    if now and not before and order == "engine":
+        pytest.skip("the state took away the only mark before the engine was built")
+    first = Resumable(before, rule)
+    lrs = first.train()
+    resumed = Resumable(now, rule, order, first.states())
+    assert resumed.hd.scheduled == now
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        later = resumed.train()
+    assert falls(later) != now
+    told = [str(warning.message) for warning in caught if "the saved state is of a training" in str(warning.message)]
+    assert ["with a scheduler" in message for message in told] == [before] * (before != now)
+    if not (now and not before):  # a scheduler starts from its own rate
+        assert later[0] == pytest.approx(lrs[-1], rel=0.12)
+
+
+def test_a_rate_that_is_written_in_the_place_of_a_scheduler_is_the_new_one() -> None:
+    first = Resumable(True, "multiplicative")
+    first.train()
+    resumed = Resumable(False, "multiplicative", state=first.states())
+    resumed.optimizer.param_groups[0]["lr"] = 0.003
+    with pytest.warns(RuntimeWarning, match="there is none now"):
+        assert resumed.train()[0] == pytest.approx(0.003, rel=0.12)
+
+
+def test_a_copy_knows_of_the_scheduler() -> None:
+    first = Resumable(True, "additive")
+    first.train()
+    both = copy.deepcopy((first.hd, first.scheduler))
+    assert both[0].scheduled
+    assert not copy.deepcopy(Resumable(False, "additive").hd).scheduled
+
+
+class Loops(Reference):
+    """The reference problem with a scheduler of the module, from somewhere."""
+
+    def __init__(self, place: str, manual: bool) -> None:
+        super().__init__()
+        self.place = place
+        self.scheduler: lr_scheduler.LRScheduler | None = None
+        self.automatic_optimization = not manual
+
+    def build(self, place: str, optimizer: Any) -> Any:
+        if place == self.place and self.scheduler is None:
+            self.scheduler = lr_scheduler.ExponentialLR(optimizer, 0.99)
+        return self.scheduler
+
+    def configure_optimizers(self) -> Any:
+        optimizer = SGD(self.parameters(), lr=0.01)
+        returned = self.build("returned", optimizer)
+        self.build("kept", optimizer)
+        scheduler = {"lr_scheduler": {"scheduler": returned, "interval": "step"}} if self.place == "returned" else {}
+        return {"optimizer": optimizer, **scheduler}
+
+    def on_fit_start(self) -> None:
+        self.build("on_fit_start", self.optimizers())
+
+    def on_train_start(self) -> None:
+        self.build("on_train_start", self.optimizers())
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        self.build("training_step", self.optimizers())
+        loss = super().training_step(batch, batch_idx)
+        if not self.automatic_optimization:
+            optimizer: Any = self.optimizers()
+            optimizer.zero_grad()
+            self.manual_backward(loss)
+            optimizer.step()
+        return loss
+
+    def on_train_batch_end(self, *_: Any) -> None:
+        if self.scheduler is not None and (self.place != "returned" or not self.automatic_optimization):
+            self.scheduler.step()
+
+
+PLACES = ["returned", "kept", "on_fit_start", "on_train_start", "training_step"]
+
+
+@pytest.mark.parametrize("manual", [False, True])
+@pytest.mark.parametrize(
+    ("before", "now"), [("returned", place) for place in ["none", *PLACES]] + [("none", "returned")]
+)
+def test_a_trainer_is_scheduled_where_a_scheduler_was_built(
+    tmp_path: Path, before: str, now: str, manual: bool
+) -> None:
+    def fit(place: str, scheduled: bool | None, epochs: int, **arguments: Any) -> HypergradientDescent:
+        hd, keep = HypergradientDescent(scheduled=scheduled), ModelCheckpoint(tmp_path, save_last=True)
+        trainer = make_trainer(tmp_path, hd, keep, max_epochs=epochs, limit_train_batches=STEPS)
+        trainer.fit(Loops(place, manual), **arguments)
+        assert len(hd.lrs["lr-SGD"]) == STEPS
+        return hd
+
+    fit(before, None, 1)
+    path = (tmp_path / "last.ckpt").rename(tmp_path / "first.ckpt")
+    for scheduled in (None, True, False):
+        hd = fit(now, scheduled, 2, ckpt_path=path)
+        under = now != "none" if scheduled is None else scheduled
+        assert hd.engines[0].scheduled == under
+        if not manual and scheduled is not False:
+            assert falls(hd.lrs["lr-SGD"]) != under
+        if scheduled is None:
+            assert hd.engines[0].stats.writes == 0

@@ -12,9 +12,9 @@ from torch.optim import Optimizer
 
 from lightning_hd.checks import not_zero
 from lightning_hd.engine.decision import Decision, Step
-from lightning_hd.engine.scopes import Group, Scope, anchor, check_groups, grow, join, restarted, write
-from lightning_hd.hypergradient import Retained
-from lightning_hd.optimizers import LARGEST, apply_lr, is_normalized, read_lrs, rounding_of
+from lightning_hd.engine.scopes import Scope, Scopes, check_groups, grow, restarted, write
+from lightning_hd.hypergradient import Retained, copies_of
+from lightning_hd.optimizers import LARGEST, apply_lr, has_scheduler, is_marked, read_lrs, rounding_of, unwrap
 from lightning_hd.processes import Notices
 from lightning_hd.rules import Context, Observation, Rule
 
@@ -47,7 +47,7 @@ class Trajectory:
             self.stride *= 2
 
 
-class Rates:
+class Rates(Scopes):
     """The rates of an optimizer's parameter groups.
 
     The learned rate ``α`` of a scope is the scale times a reference. The reference is the largest rate that is
@@ -55,10 +55,11 @@ class Rates:
     own first rate, it is the largest that the schedule has reached since the first step.
 
     Args:
-        optimizer: The optimizer.
+        optimizer: The optimizer, or a wrapper of it.
         rule: The rule. Each scope gets a copy.
         kind: ``"global"``: one scope; ``"group"``: one for each parameter group.
         limits: The lower and the upper clamp on the effective rates.
+        scheduled: Whether the rates in the groups belong to a schedule; ``None``: it is detected.
         notices: Where warnings and log messages go.
 
     Raises:
@@ -66,20 +67,24 @@ class Rates:
     """
 
     def __init__(
-        self, optimizer: Optimizer, rule: Rule, kind: str, limits: tuple[float, float], notices: Notices
+        self,
+        optimizer: Optimizer,
+        rule: Rule,
+        kind: str,
+        limits: tuple[float, float],
+        scheduled: bool | None,
+        notices: Notices,
     ) -> None:
-        self.optimizer = optimizer
-        self.kind = kind
+        super().__init__(unwrap(optimizer), rule, kind, notices)
         self.limits = limits
-        self.scheduled: bool | None = None  # set by the user; None: it is detected
-        self.scopes: list[Scope] = []
-        self.groups: list[Group] = []
         self.trajectories: list[Trajectory] = []  # of each scope: α_t times the scheduled part of the peak
-        self.held: list[float] = []  # what each param_groups[i]["lr"] held when a step began
-        self._rule = rule.bind(is_normalized(optimizer))  # a copy
-        self._notices = notices
-        self._rounding = min(_ROUNDING, rounding_of(optimizer) or _ROUNDING)
+        self._scheduled = scheduled  # set by the user; None: it is detected
+        self._copies = copies_of(self.optimizer)  # they know of the states that it has loaded
+        self._wrapped = (self.optimizer, optimizer)
+        self._rounding = min(_ROUNDING, rounding_of(self.optimizer) or _ROUNDING)
         self.under_schedule = self.is_scheduled()
+        if self.under_schedule and has_scheduler(*self._wrapped):
+            self._scheduled = True  # even if a state without its mark is loaded
         self.sync()
 
     # ------------------------------------------------------------------ what others have changed
@@ -93,11 +98,15 @@ class Rates:
         """Take over changes since the last step: rates written, groups added, a scheduler built or stepped."""
         if len(self.optimizer.param_groups) != len(self.groups):
             check_groups(self.optimizer, len(self.groups), apart=self.kind == "group")
-        scheduled, held = self.is_scheduled(), self.read()
+        scheduled = self.is_scheduled()
+        if self.under_schedule and not scheduled:
+            self._go_on()
+        held = self.read()
         fresh = set(range(len(self.scopes))) if scheduled != self.under_schedule else set()
         self.held, self.under_schedule = held, scheduled
         if len(held) > len(self.groups):
             fresh |= self._add_groups()
+            self.trajectories += [Trajectory() for _ in self.scopes[len(self.trajectories) :]]
         for group, lr in zip(self.groups, held, strict=True):
             if scheduled:
                 group.share = lr * group.join
@@ -106,39 +115,28 @@ class Rates:
                     fresh.add(group.scope)
                 else:
                     write(self.scopes[group.scope], group, lr)
-        configured = [self._configured(i) for i in range(len(self.groups))] if fresh else []
-        for index in fresh:
-            members = self.members(index)
-            groups, span = [self.groups[i] for i in members], slice(members.start, members.stop)
-            anchor(self.scopes[index], groups, held[span], configured[span], not any(configured), scheduled)
+        if fresh:
+            self._anchor(fresh)
 
     def is_scheduled(self) -> bool:
-        """Whether the rates in the groups belong to a schedule: set by the user, or detected."""
-        if self.scheduled is not None:
-            return self.scheduled
-        return any("initial_lr" in group for group in self.optimizer.param_groups)
+        """Whether the rates in the groups belong to a schedule: set by the user, or detected.
 
-    def _configured(self, index: int) -> float:
-        group = self.optimizer.param_groups[index]
-        return float(group["initial_lr"]) if self.under_schedule and "initial_lr" in group else self.held[index]
+        The mark of a scheduler in the groups shows nothing if it came with a state, unless one was built here.
+        """
+        if self._scheduled is not None:
+            return self._scheduled
+        return is_marked(self.optimizer.param_groups) and (not self._copies.stale or has_scheduler(*self._wrapped))
 
-    def _add_groups(self) -> set[int]:
-        """Take in groups that were added. Return the scopes that start from scratch."""
-        fresh = set()
-        default = float(self.optimizer.defaults.get("lr", math.nan))
-        for i in range(len(self.groups), len(self.held)):
-            group = Group(scope=i if self.kind == "group" else 0, lr=self.held[i])
-            self.groups.append(group)
-            if group.scope == len(self.scopes):
-                self.scopes.append(Scope(self._bound_rule()))
-                self.trajectories.append(Trajectory())
-                fresh.add(group.scope)
-            elif not join(self.scopes[group.scope], group, default, self.under_schedule):
-                fresh.add(group.scope)
-        return fresh
+    def __getstate__(self) -> dict[str, Any]:
+        """A copy knows of a scheduler, whose mark torch does not copy. It does not keep a wrapper."""
+        return {**vars(self), "_scheduled": self.is_scheduled() or self._scheduled, "_wrapped": (self.optimizer,)}
 
-    def _bound_rule(self) -> Rule:
-        return self._rule.bind(is_normalized(self.optimizer))
+    def hand_over(self) -> None:
+        """Let SWALR, which was built since the last step, go on from the learned rates. The scales stay at 1."""
+        self.sync()
+        self._hand_over([lr for lr, _ in self.effective([scope.used for scope in self.scopes])])
+        self.held = self.read()
+        self._anchor(range(len(self.scopes)))
 
     def restart(self, index: int, step_count: int) -> None:
         """Let the rule of a scope pick the first rate again, after ``step_count`` steps."""
@@ -150,6 +148,12 @@ class Rates:
     def decide(self, step: Step) -> None:
         """Decide ``α_t`` and ``γ_t`` of each scope. If a number is not finite, they are the last ones."""
         step.decisions = [self._decide(step, i, seen) for i, seen in enumerate(step.seen)]
+        if not self.handed_over and self.under_schedule and any("swa_lr" in g for g in self.optimizer.param_groups):
+            self._notices.warn(
+                "swa",
+                "the learned scale multiplies the rates of SWALR, so steps do not use swa_lr itself. To use it, leave "
+                "SWALR to StochasticWeightAveraging in a Trainer, or call detach() in a loop where averaging begins",
+            )
         if self.under_schedule and all(scope.from_zero for scope in self.scopes):
             self._notices.warn(
                 "zero schedule",
@@ -170,7 +174,7 @@ class Rates:
             loss = self._minimized(step.loss, index)
             if loss is not None and math.isfinite(lr):
                 lr = number(rule.watch(lr, loss, context), rule, "watch")
-        lr *= self._follow_schedule(index)
+        lr *= self._follow_schedule(index, stopped)
         if finite and abs(lr) <= LARGEST:
             lr = self.clamp(index, lr)
             used = (lr if stopped else number(rule.used(lr, context), rule, "used")) * step.factor
@@ -206,10 +210,11 @@ class Rates:
             lr = min(lr, scope.peak)
         return min(lr, scope.lr) if step.factor < 1 else lr
 
-    def _follow_schedule(self, index: int) -> float:
+    def _follow_schedule(self, index: int, stopped: bool) -> float:
         """Raise a scope's reference and its rate with the schedule. The rule works on the rate at the peak.
 
-        If the rule picks its own first rate, the rate does not rise: it was learned where the schedule was before.
+        If the rule picks its own first rate, the rate does not rise: it was learned where the schedule was before. But
+        once tuning has stopped, the scale stays as it is.
 
         Returns:
             The factor by which the rate rose.
@@ -220,7 +225,7 @@ class Rates:
         factor = max(1.0, highest / abs(scope.reference))
         if scope.from_zero and highest:
             factor, scope.from_zero = highest / scope.reference, False
-        if not scope.rule.picks_start:
+        if stopped or not scope.rule.picks_start:
             grow(scope, factor)
             return factor
         scope.reference = highest if highest and not scope.tuned else scope.reference * factor

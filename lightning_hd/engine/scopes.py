@@ -2,13 +2,15 @@
 
 import dataclasses
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from torch import Tensor
 from torch.optim import Optimizer
 
 from lightning_hd.checks import not_zero
+from lightning_hd.optimizers import get_lr, is_normalized, set_lr
+from lightning_hd.processes import Notices
 from lightning_hd.rules import Observation, Rule
 
 
@@ -82,39 +84,6 @@ def restarted(scope: Scope, rule: Rule, step_count: int) -> Scope:
     return dataclasses.replace(scope, rule=rule, tuned=False, moved=False, low=False, since=step_count, vanished=0)
 
 
-def anchor(
-    scope: Scope,
-    groups: Sequence[Group],
-    held: Sequence[float],
-    configured: Sequence[float],
-    all_zero: bool,
-    scheduled: bool,
-) -> None:
-    """Start a scope from the rates that its groups are configured with.
-
-    Args:
-        scope: The scope.
-        groups: Its groups.
-        held: The rate that each of them holds.
-        configured: The rate that each is configured with: another one under a schedule.
-        all_zero: Whether all groups of the optimizer are configured at 0. Then these count as equal, and the rule
-            starts from 0, as in the paper. Otherwise a group at 0 is frozen.
-        scheduled: Whether the held rates belong to a schedule.
-    """
-    # a scheduler that is added in mid-training goes on from the present rate, whatever its own initial one is
-    bases = [(scope.tuned and lr) or base for lr, base in zip(held, configured, strict=True)]
-    reference = max(bases, key=abs)
-    scope.from_zero = reference == 0 and all_zero
-    equal = scope.from_zero and not scheduled
-    scope.reference = reference or 1.0
-    scope.lr = scope.used = 0.0 if equal else scope.reference
-    for group, lr, base in zip(groups, held, bases, strict=True):
-        group.lr, group.join = lr, 1.0
-        group.base, group.share = (1.0, 1.0) if equal else (base, lr)
-    if not scope.rule.picks_start and not scope.tuned:
-        scope.rule.check_start(scope.lr)
-
-
 def join(scope: Scope, group: Group, default: float, scheduled: bool) -> bool:
     """Let a group that was added in mid-training join its scope, at its configured rate.
 
@@ -154,3 +123,89 @@ def write(scope: Scope, group: Group, lr: float) -> None:
         scope.lr = scope.used = scope.reference
     group.lr = lr
     grow(scope, max(1.0, abs(group.share / scope.reference)))
+
+
+class Scopes:
+    """The scopes and the groups of an optimizer. They take over what others add, schedule, or no longer schedule.
+
+    Args:
+        optimizer: The optimizer.
+        rule: The rule. Each scope gets a copy.
+        kind: ``"global"``: one scope; ``"group"``: one for each parameter group.
+        notices: Where warnings and log messages go.
+    """
+
+    def __init__(self, optimizer: Optimizer, rule: Rule, kind: str, notices: Notices) -> None:
+        self.optimizer = optimizer
+        self.kind = kind
+        self.scopes: list[Scope] = []
+        self.groups: list[Group] = []
+        self.held: list[float] = []  # what each param_groups[i]["lr"] held when a step began
+        self.under_schedule = False  # whether that belongs to a schedule
+        self.handed_over = False  # whether SWALR makes the rates, and nothing is learned
+        self._rule = rule.bind(is_normalized(optimizer))  # a copy
+        self._notices = notices
+
+    def _bound_rule(self) -> Rule:
+        return self._rule.bind(is_normalized(self.optimizer))
+
+    def _add_groups(self) -> set[int]:
+        """Take in groups that were added. Return the scopes that start from scratch."""
+        fresh = set()
+        default = float(self.optimizer.defaults.get("lr", math.nan))
+        for i in range(len(self.groups), len(self.held)):
+            group = Group(scope=i if self.kind == "group" else 0, lr=self.held[i])
+            self.groups.append(group)
+            if group.scope == len(self.scopes):
+                self.scopes.append(Scope(self._bound_rule()))
+                fresh.add(group.scope)
+            elif not join(self.scopes[group.scope], group, default, self.under_schedule):
+                fresh.add(group.scope)
+        return fresh
+
+    def _anchor(self, fresh: Iterable[int]) -> None:
+        """Start scopes from the rates that their groups are configured with.
+
+        If all groups of the optimizer are configured at 0, these count as equal, and the rule starts from 0, as in the
+        paper. Otherwise a group at 0 is frozen.
+        """
+        configured = [self._configured(i) for i in range(len(self.groups))]
+        for index in fresh:
+            scope, members = self.scopes[index], [i for i, group in enumerate(self.groups) if group.scope == index]
+            # a scheduler that is added in mid-training goes on from the present rate, whatever its own initial one is
+            bases = [(scope.tuned and self.held[i]) or configured[i] for i in members]
+            reference = max(bases, key=abs)
+            scope.from_zero = reference == 0 and not any(configured)
+            equal = scope.from_zero and not self.under_schedule
+            scope.reference = reference or 1.0
+            scope.lr = scope.used = 0.0 if equal else scope.reference
+            for i, base in zip(members, bases, strict=True):
+                group, lr = self.groups[i], self.held[i]
+                group.lr, group.join = lr, 1.0
+                group.base, group.share = (1.0, 1.0) if equal else (base, lr)
+            if not scope.rule.picks_start and not scope.tuned:
+                scope.rule.check_start(scope.lr)
+
+    def _configured(self, index: int) -> float:
+        group = self.optimizer.param_groups[index]
+        return float(group["initial_lr"]) if self.under_schedule and "initial_lr" in group else self.held[index]
+
+    def _go_on(self) -> None:
+        """Write the rates of the last step where groups still hold those of a scheduler that was left out."""
+        for settings, group, held in zip(self.optimizer.param_groups, self.groups, self.held, strict=False):
+            if get_lr(settings) == held:
+                set_lr(settings, group.lr)
+        self._notices.warn(
+            "no schedule",
+            "the saved state is of a training with a scheduler, and there is none now: the rates go on from the last "
+            f"ones. If there is a schedule, pass {self._notices.owner}(scheduled=True)",
+        )
+
+    def _hand_over(self, lrs: Sequence[float]) -> None:
+        """Write effective rates where SWALR has yet to anneal them. From here on its rates are the rates."""
+        self.handed_over = True
+        for settings, lr in zip(self.optimizer.param_groups, lrs, strict=True):
+            if settings["lr"] != settings["swa_lr"]:
+                set_lr(settings, lr)
+        for scope in self.scopes:
+            scope.tuned = True

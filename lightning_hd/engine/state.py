@@ -109,9 +109,8 @@ def _load_rates(rates: Rates, saved: dict[str, Any], stays: Sequence[bool]) -> N
     under_schedule = check_flag("scheduled", saved["scheduled"])
     rates.scopes, rates.trajectories, rates.under_schedule = scopes, trajectories, under_schedule
     rates.groups = [Group(own.scope, own.lr, own.base, own.join, own.share) for own in groups]
-    if under_schedule and not rates.is_scheduled():
-        rates.scheduled = True  # the user had set it, for a scheduler that cannot be detected
-    if not under_schedule:
+    rates.held = [own.held for own in groups]
+    if not rates.is_scheduled():
         for group, own, param_group, stay in zip(
             rates.groups, groups, rates.optimizer.param_groups, stays, strict=True
         ):

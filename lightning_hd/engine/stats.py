@@ -15,6 +15,8 @@ class Stats:
         coordinates: How many coordinates the last step looked at, and how many there are.
         limits: The lower and the upper clamp on the rates. A clamp is infinite where there is none.
         loss: The loss of the last step, averaged over the processes; ``None``: it is not known.
+        writes: Before how many steps of this process others have written rates, without a schedule. Each of these
+            became the new rate.
     """
 
     backoffs: tuple[int, ...]
@@ -23,3 +25,4 @@ class Stats:
     coordinates: tuple[int, int]
     limits: tuple[float, float]
     loss: float | None
+    writes: int

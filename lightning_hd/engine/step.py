@@ -62,7 +62,7 @@ class Tuning:
         self.linearity = Linearity(self.optimizer, self.ranks, self.notices, self.rule.long_horizon)
         self._precheck = Precheck(self.optimizer, self.ranks)
         self._first_rates = FirstRates(self.optimizer, self.rates, self.ranks, self.rule.long_horizon)
-        self._writes = Writes(self.notices)
+        self.writes = Writes(self.notices)
 
     # ------------------------------------------------------------------ called by the optimizer's hooks
 
@@ -195,7 +195,7 @@ class Tuning:
         held = self.rates.held[: len(before)]
         if self.step_count and not self.rates.under_schedule and held != before:
             self.looks.report()
-            self._writes.see(self.step_count, before, held)
+            self.writes.see()
         if self.lost_schedule and self.rates.under_schedule:
             self.notices.warn(
                 "new schedule",
@@ -207,7 +207,7 @@ class Tuning:
     def _restart(self, index: int) -> None:
         """Let a scope pick its first rate again, because many parameters are new."""
         scope = self.rates.scopes[index]
-        if scope.tuned and scope.rule.picks_start:
+        if scope.tuned and scope.rule.picks_start and not self.rates.handed_over:
             self.rates.restart(index, self.step_count)
             self.view.forget(index)
             self.looks.wake()
@@ -235,7 +235,7 @@ class Tuning:
             loss=loss,
             cooldown=left,
             factor=factor,
-            stopped=self.stop_after is not None and self.step_count >= self.stop_after,
+            stopped=self.rates.handed_over or (self.stop_after is not None and self.step_count >= self.stop_after),
             nonlinear=self.linearity.failed,
             held=list(self.rates.held),
         )

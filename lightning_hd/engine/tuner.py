@@ -15,7 +15,7 @@ from lightning_hd.engine.stats import Stats
 from lightning_hd.engine.step import Tuning
 from lightning_hd.engine.suggestion import suggestions
 from lightning_hd.hypergradient import PROBE, Displacement, LastStep, View, copies_of, drop_copies, keep_copies
-from lightning_hd.optimizers import check_optimizer, get_lr, group_names, parameters_of, unwrap
+from lightning_hd.optimizers import check_optimizer, get_lr, group_names, is_marked, parameters_of, unwrap
 from lightning_hd.processes import Notices, Ranks
 from lightning_hd.rules import Observation, Rule, RuleName
 
@@ -78,9 +78,9 @@ class HypergradientLR:
             ``"default"``: a fifth with the default rule, none with the paper's. There is none under a scheduler.
         stop_after: The number of steps after which tuning stops. The learned scale then stays as it is, and schedules
             and the cooldown go on. ``None``: never.
-        scheduled: Whether ``param_groups[i]["lr"]`` belongs to a schedule between steps; ``None``: it is detected from
-            the groups' ``initial_lr``. All schedulers of ``torch.optim.lr_scheduler`` set that but
-            ``ReduceLROnPlateau``. Pass ``True`` for that one, and where your own code writes a schedule.
+        scheduled: Whether ``param_groups[i]["lr"]`` belongs to a schedule between steps; ``None``: it is detected. All
+            schedulers of ``torch.optim.lr_scheduler`` are noticed but ``ReduceLROnPlateau``. Pass ``True`` for that
+            one, and where your own code writes a schedule.
 
     Raises:
         TypeError: ``optimizer`` is not an optimizer or has no rate to tune (LBFGS, Rprop, SparseAdam), or another
@@ -134,9 +134,8 @@ class HypergradientLR:
         self._optimizer = unwrap(optimizer)
         check_flat_shards(self._optimizer, checked)
         self._name = type(self._optimizer).__name__
-        notices = Notices(f"{self._owner}({self._name})", ranks)
-        rates = Rates(self._optimizer, checked, scope, (low, high), notices)
-        rates.scheduled = scheduled
+        notices = Notices(self._owner, self._name, ranks)
+        rates = Rates(optimizer, checked, scope, (low, high), scheduled, notices)
         self._copies = copies_of(self._optimizer)
         self._loads = 0  # how often the optimizer had loaded a state when this loaded its own
         view: View
@@ -179,7 +178,7 @@ class HypergradientLR:
 
     @property
     def stats(self) -> Stats:
-        """Figures of the steps so far: back-offs, steps that were not finite, time, coordinates, clamps, loss."""
+        """Figures of the steps so far: back-offs, time, clamps, loss and others."""
         tuning = self._tuning
         return Stats(
             backoffs=tuple(scope.rule.backoffs for scope in tuning.rates.scopes),
@@ -188,6 +187,7 @@ class HypergradientLR:
             coordinates=tuning.view.share,
             limits=tuning.rates.limits,
             loss=tuning.loss,
+            writes=tuning.writes.count,
         )
 
     @overload
@@ -293,6 +293,7 @@ class HypergradientLR:
                 version, or damaged.
         """
         loaded, self._loads = self._copies.loads > self._loads, self._copies.loads
+        self._copies.stale |= not self._loads and is_marked(self._optimizer.param_groups)  # it may have come before
         load(self._tuning, state_dict, loaded)
         if self._hooks is not None and self.step_count:
             self._hooks.proven = True

@@ -13,7 +13,7 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
-from lightning_hd.optimizers import parameters_of, torch_class
+from lightning_hd.optimizers import is_marked, parameters_of, torch_class
 
 DIRECTION = "hd_direction"
 """Key of a parameter's copy in ``optimizer.state_dict()["state"]``."""
@@ -27,15 +27,18 @@ class Copies:
     Attributes:
         tensors: The copy of each parameter that has one.
         loads: How often the optimizer has loaded a state.
+        stale: Whether the mark of a scheduler has come into the groups with a state.
     """
 
     def __init__(self) -> None:
         self.tensors: dict[Tensor, Tensor] = {}
         self.loads = 0
+        self.stale = False
         self._handles: list[RemovableHandle] = []
 
     def follow(self, optimizer: Optimizer) -> None:
         """Add hooks to the state dict of an optimizer, and take back what ``leave`` has put into its state."""
+        self.stale |= bool(optimizer.state) and is_marked(optimizer.param_groups)
         for p, state in list(optimizer.state.items()):
             if isinstance(state, dict) and DIRECTION in state:
                 self.tensors[p] = state.pop(DIRECTION)
@@ -82,6 +85,7 @@ class Copies:
     def _load(self, optimizer: Optimizer, state_dict: dict[str, Any]) -> dict[str, Any]:
         """Take the copies out of the saved state."""
         self.loads += 1
+        self.stale |= is_marked(state_dict["param_groups"]) and not is_marked(optimizer.param_groups)
         self.tensors.clear()
         state = dict(state_dict["state"])
         for name, p in zip(_names(state_dict), parameters_of(optimizer), strict=False):  # torch checks the counts

@@ -136,6 +136,11 @@ def _remarks(recorder: Recorder) -> Iterator[str]:
                 )
         if recorder.untuned > _UNSEEN * steps:
             yield f"{name}: {recorder.untuned} steps of the optimizer were not tuned."
+    if stats.writes > 1:
+        yield (
+            f"{name}: rates were written {stats.writes} times, and each took the place of the learned one. If they "
+            "are a schedule, pass HypergradientDescent(scheduled=True)."
+        )
     if stats.nonfinite_steps:
         yield f"{name}: numbers were not finite in {stats.nonfinite_steps} of {recorder.engine.step_count} steps."
 
@@ -162,8 +167,11 @@ def _cosines(course: Course) -> Iterator[str]:
 
 
 def _fights(scales: Sequence[float], schedule: Sequence[float]) -> bool:
-    """Whether the scale has undone most of what the schedule did in the second half of the run."""
-    pairs = [(math.log(a), math.log(b)) for a, b in zip(scales, schedule, strict=False) if a > 0 < b]
+    """Whether the scale has undone most of what the schedule did in the second half of the run.
+
+    A scale of exactly 1 has not: SWALR's rates are used as they are.
+    """
+    pairs = [(math.log(a), math.log(b)) for a, b in zip(scales, schedule, strict=False) if a > 0 < b and a != 1]
     ours, theirs = (list(numbers)[len(pairs) // 2 :] for numbers in zip(*pairs, strict=True)) if pairs else ([], [])
     if not theirs or max(theirs) - min(theirs) < math.log(_VARIED):
         return False

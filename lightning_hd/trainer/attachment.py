@@ -7,6 +7,7 @@ from typing import Any
 import torch.distributed as dist
 from lightning.pytorch import Callback, Trainer
 from torch.optim import Optimizer
+from torch.optim.swa_utils import SWALR
 from torch.utils.hooks import RemovableHandle
 
 from lightning_hd.engine import HypergradientLR, suggestions
@@ -25,6 +26,12 @@ class TrainerEngine(HypergradientLR):
     def optimizer(self) -> Optimizer:
         """The optimizer, without wrappers."""
         return self._optimizer
+
+    def hand_over(self) -> None:
+        """Leave the rates to SWALR, which was built since the last step; see ``Rates.hand_over``."""
+        if not self._tuning.rates.handed_over:
+            self._tuning.rates.hand_over()
+            self._tuning.notices.log(f"from step {self.step_count + 1} on, the rates are those of SWALR")
 
     def expect(self, remaining: int | None) -> None:
         """Set how many steps the training still takes; ``None``: it is not known."""
@@ -69,6 +76,7 @@ class Attachment:
         self.recorders: list[Recorder] = []
         self.active = False  # whether the engines are attached
         self._optimizers: list[Optimizer] = []  # all of the Trainer's, including those that cannot be tuned
+        self._schedulers: list[Any] = []  # the Trainer's when training started; others come with weight averaging
         self._handles: list[RemovableHandle] = []
         self._alone: dist.ProcessGroup | None = None
         self._paused: list[bool] | None = None  # whether each engine was paused before a tuner began to search
@@ -94,21 +102,30 @@ class Attachment:
             self._alone = dist.new_group([dist.get_rank()], use_local_synchronization=True)
         self.active = True
         remaining = remaining_steps(trainer, whole_epochs=False)
-        schedulers = [id(config.scheduler.optimizer) for config in trainer.lr_scheduler_configs]
+        self._schedulers = [config.scheduler for config in trainer.lr_scheduler_configs]
+        scheduled = [id(scheduler.optimizer) for scheduler in self._schedulers]
+        own: Any = trainer.lightning_module.optimizers()  # schedulers may be built on these, which are wrappers
+        wrappers = {id(unwrap(wrapper)): wrapper for wrapper in (own if isinstance(own, list) else [own])}
         for optimizer, name in zip(everyone, optimizer_names(everyone), strict=True):
             if not any(optimizer is other for other in optimizers):
                 continue
             # Lightning's tuner removes all callbacks while it searches. Its steps are no part of the training.
             self._handles.append(optimizer.register_step_pre_hook(partial(self._pause, trainer)))
-            engine = self._make(optimizer, self._alone, remaining, id(optimizer) in schedulers or None)
+            wrapper = wrappers.get(id(optimizer), optimizer)
+            engine = self._make(wrapper, self._alone, remaining, id(optimizer) in scheduled or None)
             self.engines.append(engine)
             rates = configured.get(id(engine.optimizer), [])
             self.recorders.append(Recorder(engine, engine.optimizer, name, scope, rates))
 
     def before_batch(self, trainer: Trainer, batch_idx: int) -> None:
-        """Note what has changed since the last batch: the length of the training, and the parameter groups."""
+        """Note what has changed since the last batch: the length of the training, its scheduler, parameter groups."""
         if batch_idx == 0:
             self.expect(trainer, whole_epochs=True)
+        for config in trainer.lr_scheduler_configs:
+            swapped = not any(config.scheduler is scheduler for scheduler in self._schedulers)
+            for engine in self.engines:
+                if swapped and isinstance(config.scheduler, SWALR) and config.scheduler.optimizer is engine.optimizer:
+                    engine.hand_over()
         for recorder in self.recorders:
             recorder.see_groups()
 

@@ -70,7 +70,7 @@ class HypergradientDescent(Callback):
         stop_after: The number of steps of each optimizer after which tuning stops. The learned scale then stays as it
             is, and schedules and the cooldown go on. ``None``: never.
         scheduled: Whether the rates in ``param_groups`` belong to a schedule; ``None``: it is detected. Pass ``True``
-            where your own code writes the schedule, in ``optimizer_step`` for example.
+            where your own code writes the schedule, in ``on_train_epoch_start`` for example.
         on_mismatch: What to do with a checkpoint of another rule, scope, optimizer or layout of parameter groups.
             ``"error"``: raise an error. ``"restart"``: warn, and start tuning and such an optimizer anew.
         summary: Whether to log what is tuned at the start, and a table of the rates at the end.
