@@ -4,8 +4,10 @@ from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any
 
+import torch
 import torch.distributed as dist
 from lightning.pytorch import Callback, Trainer
+from torch import Tensor
 from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
@@ -39,6 +41,10 @@ class TrainerEngine(HypergradientLR):
         if warn:
             self._warn_of_nonfinite_steps()
         return suggestions(self._tuning.rates) or []
+
+    def forget_losses(self) -> None:
+        """Forget the losses that no step has used."""
+        self._tuning.losses.reported.clear()
 
     def check_agreement(self) -> None:
         """Raise ``RuntimeError`` on every process if the rates of the processes are not equal bit for bit."""
@@ -118,10 +124,17 @@ class Attachment:
         for engine in self.engines:
             engine.expect(remaining)
 
-    def observe(self, outputs: Any) -> None:
-        """Report to the engines what ``training_step`` has returned."""
-        loss = outputs["loss"] if isinstance(outputs, Mapping) else outputs
-        for engine in self.engines if loss is not None else ():
+    def observe(self, trainer: Trainer, loss: Tensor) -> None:
+        """Report the loss of a batch to the engines.
+
+        Args:
+            trainer: The Trainer.
+            loss: What is backpropagated: the loss over the number of accumulated batches, times a GradScaler's scale.
+        """
+        loss = loss.detach() * trainer.accumulate_grad_batches
+        if trainer.scaler is not None:
+            loss = loss / trainer.scaler.scale(torch.ones((), device=loss.device))
+        for engine in self.engines:
             engine.observe(loss)
 
     def check_agreement(self) -> None:

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, Literal, overload
 import torch.distributed as dist
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_warn
+from torch import Tensor
 from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
@@ -246,13 +247,21 @@ class HypergradientDescent(Callback):
             self._attachment.attach(trainer, self.scope, configured_rates(with_groups(trainer)))
         self._attachment.before_batch(trainer, batch_idx)
 
+    def on_before_zero_grad(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
+        """Forget the losses of batches whose gradients are dropped."""
+        for engine in self._attachment.engines:
+            engine.forget_losses()
+
+    def on_before_backward(self, trainer: Trainer, pl_module: LightningModule, loss: Tensor) -> None:
+        """Report the loss of a batch. In manual optimization, it may be of any optimizer, or scaled by the user."""
+        if pl_module.automatic_optimization:
+            self._attachment.observe(trainer, loss)
+
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """Log the numbers if a step was taken."""
         recorders = self._recorders
-        if trainer.scaler is not None and pl_module.automatic_optimization:
-            self._attachment.observe(outputs)  # a GradScaler gives the optimizer no closure that would return the loss
         if not trainer.barebones:
             loggers.show(trainer, pl_module, recorders, self.prog_bar)
         for recorder in recorders:
