@@ -77,6 +77,7 @@ class Displacement(View):
         self._pieces: list[list[Tensor]] = []  # of the parameters, for each bucket; none where they would be copies
         self._memory: list[Memory | None] = []  # of each bucket
         self._loaded: dict[Key, Remembered] = {}  # the state of a checkpoint, until the next step
+        self._elsewhere = False  # whether the parameters have left the places where they were in it
         self._points: list[_Point] = []  # of each bucket, during a step
         self._missing: frozenset[int] = frozenset()  # the places of parameters without a gradient
         self._present: set[Key] | None = None  # parameters that have a gradient now
@@ -200,6 +201,10 @@ class Displacement(View):
             None if bucket.key == scope else memory for bucket, memory in zip(self._buckets, self._memory, strict=True)
         ]
 
+    def relocate(self) -> None:
+        """Keep ``E``, and let the mean follow the parameters to where they are."""
+        self._elsewhere = True
+
     def prepare(self, lrs: Sequence[float], weights: Sequence[float]) -> None:
         """Note groups that do not follow their scopes' rates. The moves that they make now do not count."""
         self._coming = {group for group, weight in enumerate(weights) if not weight}
@@ -273,7 +278,9 @@ class Displacement(View):
         known = {place: rows for place, rows in fits.items() if rows is not None}
         self._updated &= {self.slots[place].key for place in known}
         if known:
-            return by_bucket(self._buckets, [self._theta(i) for i in range(len(self._buckets))], known)
+            thetas, elsewhere = [self._theta(i) for i in range(len(self._buckets))], self._elsewhere
+            self._elsewhere = False
+            return by_bucket(self._buckets, thetas, known, elsewhere)
         if before:
             self._notices.warn(
                 "lost moves", "the moves are those of other parameters, so the memory of former steps starts anew"

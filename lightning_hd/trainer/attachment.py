@@ -153,10 +153,16 @@ class Attachment:
             found |= dict(zip(recorder.names(), engine.suggestions(warn), strict=False))
         return found
 
-    @property
-    def classes(self) -> list[str]:
-        """The names of the classes of all optimizers."""
-        return [type(optimizer).__name__ for optimizer in self._optimizers]
+    def state_dict(self) -> dict[str, Any]:
+        """What every engine has learned; nothing if there is none."""
+        if not self.engines:
+            return {}
+        return {
+            "optimizers": [engine.state_dict() for engine in self.engines],
+            "classes": [type(optimizer).__name__ for optimizer in self._optimizers],
+            "names": [recorder.names() for recorder in self.recorders],
+            "suggestion": self.suggestions(warn=False),
+        }
 
     def is_stale(self, trainer: Trainer) -> bool:
         """Whether the Trainer has other optimizers now."""
