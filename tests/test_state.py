@@ -205,7 +205,12 @@ def test_a_loop_goes_on_with_a_new_optimizer_of_another_model() -> None:
     assert seen is not None
     assert seen.direction_norm == pytest.approx(float((last - mean).norm())), "the moves are known, not the places"
     assert seen.move_norm == 0
-    rates += steps(new, networks[1], second, 19)
+    rates += steps(new, networks[1], second, 12)
+    state = new.state_dict()
+    new.detach()
+    new = HypergradientLR(second, total_steps=20, cooldown=0.5)
+    new.load_state_dict(state)  # of a checkpoint
+    rates += steps(new, networks[1], second, 7)
     assert goes_on(before, rates)
     assert new.step_count == 60
     assert np.all(np.diff(rates[10:]) < 0), "the last half of the 20 steps is the cooldown"

@@ -26,6 +26,11 @@ class Cooldown:
         """The length of the cooldown; 0 if there is none."""
         return self.part * (0 if self.total is None else self.total - self.begin)
 
+    def begin_at(self, step: int) -> None:
+        """Count the steps of this training from the end of another one, which took so many."""
+        self.total = None if self.total is None else self.total + step - self.begin
+        self.begin = step
+
     def is_over(self, step: int) -> bool:
         """Whether a step, counted from 1, comes after the last one of the cooldown."""
         return bool(self.part and self.total and step > self.total)

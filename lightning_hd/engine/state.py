@@ -49,7 +49,8 @@ def load(tuning: Tuning, state_dict: dict[str, Any], loaded: bool) -> None:
     scheduled = tuning.rates.under_schedule
     try:
         losses = [check_loss(loss) for loss in state_dict["losses"]]
-        counts = [check_count(name, state_dict[name]) for name in ("step_count", "nonfinite_steps", "begin")]
+        counts = [check_count(name, state_dict[name]) for name in ("step_count", "nonfinite_steps")]
+        begin = check_count("begin", state_dict["begin"])
         nonlinear = check_flag("nonlinear", state_dict["nonlinear"])
         tuning.view.load_state_dict(state_dict["view"])
         stays = [loaded or was_written for was_written in written]
@@ -59,7 +60,8 @@ def load(tuning: Tuning, state_dict: dict[str, Any], loaded: bool) -> None:
         raise ValueError(f"the saved state is damaged, or of other parameter groups: {error!r}") from error
     tuning.lost_schedule = scheduled and not tuning.rates.under_schedule
     tuning.losses.reported, tuning.linearity.failed = losses, nonlinear
-    tuning.step_count, tuning.nonfinite_steps, tuning.cooldown.begin = counts
+    tuning.step_count, tuning.nonfinite_steps = counts
+    tuning.cooldown.begin_at(begin)
 
 
 def begin_from(tuning: Tuning, state_dict: dict[str, Any]) -> None:
@@ -70,7 +72,7 @@ def begin_from(tuning: Tuning, state_dict: dict[str, Any]) -> None:
     Raises:
         ValueError: The state is of another optimizer class, rule, scope or layout of parameter groups, or damaged.
     """
-    rates, cooldown = tuning.rates, tuning.cooldown
+    rates = tuning.rates
     rates.sync()
     groups, scopes, scheduled, forced = rates.groups, rates.scopes, rates.under_schedule, rates.scheduled
     load(tuning, state_dict, loaded=True)
@@ -83,8 +85,7 @@ def begin_from(tuning: Tuning, state_dict: dict[str, Any]) -> None:
     rates.groups, rates.under_schedule, rates.scheduled = groups, scheduled, forced
     tuning.lost_schedule, tuning.losses.reported = False, []
     tuning.view.relocate()
-    cooldown.begin = tuning.step_count
-    cooldown.total = None if cooldown.total is None else cooldown.total + cooldown.begin
+    tuning.cooldown.begin_at(tuning.step_count)
 
 
 def _check_kind(state_dict: Any, now: dict[str, Any]) -> None:

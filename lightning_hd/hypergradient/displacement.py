@@ -274,13 +274,12 @@ class Displacement(View):
 
     def _carried(self, before: dict[Key, Remembered]) -> list[Memory | None]:
         """The memory for the new buckets. It starts anew if nothing fits."""
+        elsewhere, self._elsewhere = self._elsewhere, False
         fits = {i: before[slot.key].fit(slot) for i, slot in enumerate(self.slots) if slot.key in before}
         known = {place: rows for place, rows in fits.items() if rows is not None}
         self._updated &= {self.slots[place].key for place in known}
         if known:
-            thetas, elsewhere = [self._theta(i) for i in range(len(self._buckets))], self._elsewhere
-            self._elsewhere = False
-            return by_bucket(self._buckets, thetas, known, elsewhere)
+            return by_bucket(self._buckets, [self._theta(i) for i in range(len(self._buckets))], known, elsewhere)
         if before:
             self._notices.warn(
                 "lost moves", "the moves are those of other parameters, so the memory of former steps starts anew"
@@ -315,7 +314,7 @@ class Displacement(View):
         if not isinstance(rows, Tensor) or rows.shape != (ROWS, sum(counts)) or not bool(rows.isfinite().all()):
             raise ValueError(f"memory must be {ROWS} times {sum(counts)} finite numbers")
         self._parameters, self.slots, self._buckets, self._memory = [], [], [], []
-        self._apart, self._coming = apart, set()
+        self._apart, self._coming, self._elsewhere = apart, set(), False
         parts = torch.split(rows, counts, 1) if counts else ()
         self._loaded = {
             (own.group, own.index): Remembered(own.size, own.count, None, part)

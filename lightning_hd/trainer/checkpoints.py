@@ -81,7 +81,7 @@ def restore(
     errors, failed = list[str](), list(range(len(engines)))
     if len(states) != len(engines):
         errors = [
-            f"the saved state is that of {len(states)} optimizers, but configure_optimizers "
+            f"there is a saved state of {len(states)} optimizers, but configure_optimizers "
             f"returned {len(engines)} that can be tuned"
         ]
     for i, (engine, state_dict) in enumerate(zip(engines, states, strict=True) if not errors else ()):
