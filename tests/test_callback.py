@@ -584,6 +584,7 @@ def test_the_callback_can_be_copied_and_pickled(tmp_path: Path) -> None:
         ({"on_mismatch": "ignore"}, ValueError, "on_mismatch must be 'error' or 'restart'"),
         ({"prog_bar": None}, TypeError, "prog_bar must be True or False, got None"),
         ({"summary": None}, TypeError, "summary must be True or False, got None"),
+        ({"warm_start": 1}, TypeError, "warm_start must be True or False, got 1"),
         ({"max_lr": -0.1}, ValueError, "max_lr must be above 0, got -0.1"),
         ({"max_lr": 0}, ValueError, r"max_lr must be above 0, got 0 \(or pass min_lr=None"),
         ({"rule": SGD(nn.Linear(1, 1).parameters(), lr=0.1)}, TypeError, r"optimizer SGD.* HypergradientLR\(optimizer"),

@@ -34,6 +34,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "scheduled": {"true": True, "false": False, "null": None},
     "on_mismatch": {"restart": "restart", "error": "error"},
     "summary": {"true": True, "false": False},
+    "warm_start": {"true": True, "false": False},
 }
 """What can be written for each argument of the constructor, and what it means."""
 
@@ -93,6 +94,7 @@ def test_all_arguments_together_train_as_from_python(tmp_path: Path) -> None:
         "scheduled": None,
         "on_mismatch": "restart",
         "summary": True,
+        "warm_start": True,
     }
     assert arguments.keys() == inspect.signature(HypergradientDescent).parameters.keys()
     written = {name: {None: "null", True: "true"}.get(value, str(value)) for name, value in arguments.items()}  # type: ignore[call-overload]

@@ -121,10 +121,17 @@ def test_a_run_in_which_nothing_is_wrong_has_no_remark() -> None:
     assert remarks_on(Engine(), steps=0) == []
 
 
+WAY = "For many short fits, pass warm_start=True, so that each begins with what the last one has learned."
+
+
 def test_a_short_run_is_told_what_to_do() -> None:
     for steps, told in ((299, True), (300, False)):
-        few = f"SGD: {steps} steps may be too few for the rate to reach its range. Below 300, tune it by hand."
+        few = f"SGD: {steps} steps may be too few for the rate to reach its range. Below 300, tune it by hand. {WAY}"
         assert remarks_on(Engine(), steps) == [few] * told
+
+    engine = Engine()
+    engine.step_count = 290  # of former fits
+    assert remarks_on(engine, 10) == []
 
 
 def test_a_rate_at_a_clamp_is_reported() -> None:
@@ -178,7 +185,7 @@ def test_remarks_on_a_training(tmp_path: Path) -> None:
 
     assert fit(HypergradientDescent()) == []
     assert fit(HypergradientDescent(), limit_train_batches=20) == [
-        "SGD: 40 steps may be too few for the rate to reach its range. Below 300, tune it by hand."
+        f"SGD: 40 steps may be too few for the rate to reach its range. Below 300, tune it by hand. {WAY}"
     ]
     held = fit(HypergradientDescent("multiplicative", max_lr=2e-4))
     assert held[0] == "SGD: the rate was held by max_lr=0.0002 in most steps."

@@ -14,10 +14,22 @@ class Cooldown:
     Args:
         part: The last part of the run, from 0 to 1.
         total: The number of steps; ``None``: it is not known, and rates do not fall.
+        begin: How many of these steps former trainings have taken, from which this one learns.
     """
 
     part: float
     total: int | None
+    begin: int = 0
+
+    @property
+    def length(self) -> float:
+        """The length of the cooldown; 0 if there is none."""
+        return self.part * (0 if self.total is None else self.total - self.begin)
+
+    def begin_at(self, step: int) -> None:
+        """Count the steps of this training from the end of another one, which took so many."""
+        self.total = None if self.total is None else self.total + step - self.begin
+        self.begin = step
 
     def is_over(self, step: int) -> bool:
         """Whether a step, counted from 1, comes after the last one of the cooldown."""
@@ -25,10 +37,9 @@ class Cooldown:
 
     def left(self, step: int) -> float:
         """The length of the cooldown that is still to come before a step, counted from 1; 0 if there is none."""
-        return max(0.0, min(self.part * (self.total or 0), (self.total or 0) - step + 1))
+        return max(0.0, min(self.length, (self.total or 0) - step + 1))
 
     def factor(self, step: int) -> float:
         """The factor of the rate in a step, counted from 1. It stays above 0, even in steps after the last one."""
-        length = self.part * (self.total or 0)
-        left = min(1.0, max((self.total or 0) - step + 1, 1) / length) if length else 1.0
+        left = min(1.0, max((self.total or 0) - step + 1, 1) / self.length) if self.length else 1.0
         return 1 - math.sqrt(1 - left)

@@ -24,12 +24,18 @@ class Losses:
     """The losses that have become known since the last look. No tensor is read on the host before it is used."""
 
     reported: list[Tensor | float] = field(default_factory=list)  # several are averaged
-    returned: list[Tensor | float] = field(default_factory=list)  # by closures; they count if none is reported
+    returned: list[Tensor | float] = field(default_factory=list)  # by the last closure; it counts if none is reported
+    passed: list[Tensor | float] = field(default_factory=list)  # of steps that were taken since the last look
+
+    def pass_over(self) -> None:
+        """Keep the losses of a step that was not looked at."""
+        self.passed += self.reported or self.returned
+        self.reported, self.returned = [], []
 
     def take(self, like: Tensor) -> Tensor:
         """Return the sum and the number of the losses, of shape (2,), in a tensor like another one; and forget them."""
-        losses = self.reported or self.returned
-        self.reported, self.returned = [], []
+        self.pass_over()
+        losses, self.passed = self.passed, []
         found = [loss.to(like) if isinstance(loss, Tensor) else like.new_full((), loss) for loss in losses]
         return torch.stack([sum(found, start=like.new_zeros(())), like.new_full((), len(found))])
 
@@ -136,6 +142,7 @@ class Looks:
     def finish(self) -> None:
         """The step was taken."""
         self.plan = self._next
+        self.losses.pass_over()
 
     def _begin(self) -> Sum:
         """Begin to sum what the step shows over the processes, by one collective."""
@@ -168,6 +175,10 @@ class Looks:
 
     # ------------------------------------------------------------------ what is saved
 
+    def begin(self) -> None:
+        """Begin a training: look at each step."""
+        self.plan, self.losses = Plan(), Losses()
+
     def state_dict(self) -> dict[str, Any]:
         """How looks go on, and the numbers that are still to be read."""
         pending = self.plan.pending
@@ -183,7 +194,9 @@ class Looks:
         Raises:
             KeyError, TypeError, ValueError: The state is damaged.
         """
-        losses = Losses(*([check_loss(loss) for loss in state_dict[name]] for name in ("reported", "returned")))
+        losses = Losses(
+            *([check_loss(loss) for loss in state_dict[name]] for name in ("reported", "returned", "passed"))
+        )
         numbers = [float(number) for number in state_dict["pending"]]
         if numbers and len(numbers) != len(self.rates.scopes) * self.view.width + _OTHERS:
             raise ValueError(f"pending must not be {len(numbers)} numbers")

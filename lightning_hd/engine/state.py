@@ -21,6 +21,7 @@ def save(tuning: Tuning) -> dict[str, Any]:
         "scope": tuning.rates.kind,
         "step_count": tuning.step_count,
         "nonfinite_steps": tuning.nonfinite_steps,
+        "begin": tuning.cooldown.begin,
         "nonlinear": tuning.linearity.failed,
         "rates": _save_rates(tuning.rates),
         "view": tuning.view.state_dict(),
@@ -47,7 +48,8 @@ def load(tuning: Tuning, state_dict: dict[str, Any], loaded: bool) -> None:
     _check_kind(state_dict, now)
     scheduled = tuning.rates.under_schedule
     try:
-        step_count, nonfinite = (check_count(name, state_dict[name]) for name in ("step_count", "nonfinite_steps"))
+        counts = [check_count(name, state_dict[name]) for name in ("step_count", "nonfinite_steps")]
+        begin = check_count("begin", state_dict["begin"])
         nonlinear = check_flag("nonlinear", state_dict["nonlinear"])
         tuning.looks.load_state_dict(state_dict["looks"])
         tuning.view.load_state_dict(state_dict["view"])
@@ -59,7 +61,33 @@ def load(tuning: Tuning, state_dict: dict[str, Any], loaded: bool) -> None:
         raise ValueError(f"the saved state is damaged, or of other parameter groups: {error!r}") from error
     tuning.lost_schedule = scheduled and not tuning.rates.under_schedule
     tuning.linearity.failed = nonlinear
-    tuning.step_count, tuning.nonfinite_steps = step_count, nonfinite
+    tuning.step_count, tuning.nonfinite_steps = counts
+    tuning.cooldown.begin_at(begin)
+
+
+def begin_from(tuning: Tuning, state_dict: dict[str, Any]) -> None:
+    """Begin a training at the rates that another one has learned, with what its rules remember, and its moves.
+
+    The groups keep the rates that they are configured with, for these set the ratios, and their own schedule.
+
+    Raises:
+        ValueError: The state is of another optimizer class, rule, scope or layout of parameter groups, or damaged.
+    """
+    rates = tuning.rates
+    rates.sync()
+    groups, scopes, scheduled = rates.groups, rates.scopes, rates.under_schedule
+    load(tuning, state_dict, loaded=True)
+    for i, (scope, own) in enumerate(zip(rates.scopes, scopes, strict=True)):
+        bases = [abs(rates.groups[j].base) for j in rates.members(i)]
+        risen = scope.reference / (max(bases) or 1.0) if scheduled and rates.under_schedule else 1.0
+        scope.reference, scope.from_zero, scope.moved = own.reference * risen, own.from_zero, False
+        scope.rule.begin()
+        rates.trajectories[i] = Trajectory()
+    rates.groups, rates.under_schedule = groups, scheduled
+    tuning.lost_schedule = False
+    tuning.looks.begin()
+    tuning.view.relocate()
+    tuning.cooldown.begin_at(tuning.step_count)
 
 
 def _check_kind(state_dict: Any, now: dict[str, Any]) -> None:

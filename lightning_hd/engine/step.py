@@ -105,6 +105,7 @@ class Tuning:
 
     def hear(self, returned: Any) -> None:
         """Take in what a closure has returned, if it is a loss. ``prepare`` comes next."""
+        self.looks.losses.returned = []
         with suppress(TypeError):
             self.looks.losses.returned.append(check_loss(returned))
 

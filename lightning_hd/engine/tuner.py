@@ -10,7 +10,7 @@ from lightning_hd.engine.arguments import check_arguments, check_flat_shards, ma
 from lightning_hd.engine.hooks import StepHooks
 from lightning_hd.engine.looks import check_loss
 from lightning_hd.engine.rates import Rates
-from lightning_hd.engine.state import load, save
+from lightning_hd.engine.state import begin_from, load, save
 from lightning_hd.engine.stats import Stats
 from lightning_hd.engine.step import Tuning
 from lightning_hd.engine.suggestion import suggestions
@@ -282,11 +282,17 @@ class HypergradientLR:
         """
         return save(self._tuning)
 
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+    def load_state_dict(self, state_dict: dict[str, Any], *, warm_start: bool = False) -> None:
         """Load what ``state_dict`` returned. Load the optimizer's own state dict as well, before or after.
 
         A rate that was written into ``param_groups[i]["lr"]`` before the states were saved, or before this is called,
         becomes the new ``α`` in the next step.
+
+        Args:
+            state_dict: The state.
+            warm_start: Whether a new training begins, with a new optimizer, where the other has ended. It takes over
+                ``α``, what the rule remembers and the number of steps, and ``total_steps`` counts from here on. The
+                groups keep the rates that they are configured with. Without a scheduler these only set the ratios.
 
         Raises:
             ValueError: The state is of another optimizer class, rule, scope or layout of parameter groups, of a former
@@ -294,7 +300,10 @@ class HypergradientLR:
         """
         loaded, self._loads = self._copies.loads > self._loads, self._copies.loads
         self._copies.stale |= not self._loads and is_marked(self._optimizer.param_groups)  # it may have come before
-        load(self._tuning, state_dict, loaded)
+        if warm_start:
+            begin_from(self._tuning, state_dict)
+        else:
+            load(self._tuning, state_dict, loaded)
         if self._hooks is not None and self.step_count:
             self._hooks.proven = True
 

@@ -79,6 +79,7 @@ class Displacement(View):
         self._pieces: list[list[Tensor]] = []  # of the parameters, for each bucket; none where they would be copies
         self._memory: list[Memory | None] = []  # of each bucket
         self._loaded: dict[Key, Remembered] = {}  # the state of a checkpoint, until the next step
+        self._elsewhere = False  # whether the parameters have left the places where they were in it
         self._points: list[_Point] = []  # of each bucket, during a step
         self._missing: frozenset[int] = frozenset()  # the places of parameters without a gradient
         self._present: set[Key] | None = None  # parameters that have a gradient now
@@ -127,9 +128,7 @@ class Displacement(View):
     def _gradients(self) -> tuple[list[Tensor], frozenset[int]]:
         """The gradients of all parameters, or anything where they are missing; and the places of these."""
         missing = frozenset(place for place, p in enumerate(self._parameters) if p.grad is None)
-        tensors = [p.detach() if p.grad is None else p.grad for p in self._parameters]
-        if self._sharded:
-            tensors = [p.detach() if p.grad is None else gradient_of(p) for p in self._parameters]
+        tensors = [p.detach() if p.grad is None else gradient_of(p) for p in self._parameters]
         return flatten(self.slots, tensors), missing
 
     def _gather(self, i: int, flats: Sequence[Tensor], missing: frozenset[int]) -> tuple[Tensor, Tensor, Tensor | None]:
@@ -216,6 +215,10 @@ class Displacement(View):
             None if bucket.key == scope else memory for bucket, memory in zip(self._buckets, self._memory, strict=True)
         ]
 
+    def relocate(self) -> None:
+        """Keep ``E``, and let the mean follow the parameters to where they are."""
+        self._elsewhere = True
+
     def prepare(self, lrs: Sequence[float], weights: Sequence[float]) -> None:
         """Note groups that do not follow their scopes' rates. The moves that they make now do not count."""
         self._coming = {group for group, weight in enumerate(weights) if not weight}
@@ -297,11 +300,12 @@ class Displacement(View):
 
     def _carried(self, before: dict[Key, Remembered]) -> list[Memory | None]:
         """The memory for the new buckets. It starts anew if nothing fits."""
+        elsewhere, self._elsewhere = self._elsewhere, False
         fits = {i: before[slot.key].fit(slot) for i, slot in enumerate(self.slots) if slot.key in before}
         known = {place: rows for place, rows in fits.items() if rows is not None}
         self._updated &= {self.slots[place].key for place in known}
         if known:
-            return by_bucket(self._buckets, [self._theta(i) for i in range(len(self._buckets))], known)
+            return by_bucket(self._buckets, [self._theta(i) for i in range(len(self._buckets))], known, elsewhere)
         if before:
             self._notices.warn(
                 "lost moves", "the moves are those of other parameters, so the memory of former steps starts anew"
@@ -336,7 +340,7 @@ class Displacement(View):
         if not isinstance(rows, Tensor) or rows.shape != (ROWS, sum(counts)) or not bool(rows.isfinite().all()):
             raise ValueError(f"memory must be {ROWS} times {sum(counts)} finite numbers")
         self._parameters, self.slots, self._buckets, self._memory = [], [], [], []
-        self._apart, self._coming = apart, set()
+        self._apart, self._coming, self._elsewhere = apart, set(), False
         parts = torch.split(rows, counts, 1) if counts else ()
         self._loaded = {
             (own.group, own.index): Remembered(own.size, own.count, None, part)

@@ -266,6 +266,10 @@ class LastStep(View):
             )
         self._copies.tensors.clear()
 
+    def relocate(self) -> None:
+        """Forget the directions, because they are in the state of another optimizer."""
+        self._last = []
+
     def pause(self) -> None:
         """Forget the directions, because the steps that follow may change them unseen."""
         for last in self._last:

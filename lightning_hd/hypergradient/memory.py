@@ -70,13 +70,16 @@ def by_parameter(
     }
 
 
-def by_bucket(buckets: Sequence[Bucket], thetas: Sequence[Tensor], known: Mapping[int, Tensor]) -> list[Memory | None]:
+def by_bucket(
+    buckets: Sequence[Bucket], thetas: Sequence[Tensor], known: Mapping[int, Tensor], elsewhere: bool
+) -> list[Memory | None]:
     """What the buckets remember.
 
     Args:
         buckets: The buckets.
         thetas: The parameters in each of them. One that is not known has been where it is.
         known: The rows of the parameters that are known, by the places of their slots.
+        elsewhere: Whether parameters were set to where they are. Then their moves are known, not their former places.
     """
     memories, taken = list[Memory | None](), dict.fromkeys(known, 0)
     for bucket, theta in zip(buckets, thetas, strict=True):
@@ -86,6 +89,9 @@ def by_bucket(buckets: Sequence[Bucket], thetas: Sequence[Tensor], known: Mappin
             if place in known:
                 part.copy_(known[place][:, taken[place] : taken[place] + part.shape[1]])
                 taken[place] += part.shape[1]
+        if elsewhere:
+            rows[0] += theta - rows[3]
+            rows[3] = theta
         memories.append(Memory(rows, torch.dot(rows[2], rows[2])))
     return memories
 

@@ -113,6 +113,9 @@ class View(ABC):
     def forget(self, scope: int) -> None:  # noqa: B027
         """Forget the moves of a scope, whose rate starts anew in the next step."""
 
+    def relocate(self) -> None:  # noqa: B027
+        """Keep what was loaded of former moves, but not of places: the optimizer is new, the parameters elsewhere."""
+
     def start(self) -> None:  # noqa: B027
         """Prepare for a first step. It is not called if a state was loaded."""
 

@@ -117,8 +117,12 @@ def remarks(recorders: Sequence[Recorder]) -> list[str]:
 
 def _remarks(recorder: Recorder) -> Iterator[str]:
     name, steps, stats = recorder.name, recorder.steps, recorder.stats
-    if steps < _SHORT:
-        yield f"{name}: {steps} steps may be too few for the rate to reach its range. Below {_SHORT}, tune it by hand."
+    taken = recorder.engine.step_count  # with those of former fits, for a warm start
+    if taken < _SHORT:
+        yield (
+            f"{name}: {taken} steps may be too few for the rate to reach its range. Below {_SHORT}, tune it by hand. "
+            "For many short fits, pass warm_start=True, so that each begins with what the last one has learned."
+        )
     if steps >= _SAMPLE:
         held = list(_held(recorder))
         yield from held
@@ -129,9 +133,9 @@ def _remarks(recorder: Recorder) -> Iterator[str]:
                     f"{course.name}: the learned scale undid most of what the scheduler did. Leave the scheduler out, "
                     "or pass stop_after= to keep the scale after some steps."
                 )
-            if backoffs > _BACKED_OFF * steps:
+            if backoffs > _BACKED_OFF * taken:
                 yield (
-                    f"{course.name}: the rule backed off in {backoffs} of {steps} steps. Look for unusual batches, or "
+                    f"{course.name}: the rule backed off in {backoffs} of {taken} steps. Look for unusual batches, or "
                     "pass a max_lr= below the highest rate."
                 )
         if recorder.untuned > _UNSEEN * steps:
@@ -142,7 +146,7 @@ def _remarks(recorder: Recorder) -> Iterator[str]:
             "are a schedule, pass HypergradientDescent(scheduled=True)."
         )
     if stats.nonfinite_steps:
-        yield f"{name}: numbers were not finite in {stats.nonfinite_steps} of {recorder.engine.step_count} steps."
+        yield f"{name}: numbers were not finite in {stats.nonfinite_steps} of {taken} steps."
 
 
 def _held(recorder: Recorder) -> Iterator[str]:

@@ -282,6 +282,13 @@ class Auto(Rule):
         straight = own.turn > _STRAIGHT or self._greedy.sigmas > _SURE
         return min(derivative, 0.0) if straight else derivative
 
+    def begin(self) -> None:
+        """Forget what the last steps have shown. A longer gradient of a new model, or of new data, is no leap."""
+        own = self._own
+        own.cosine = own.norm = own.norm_weight = own.turn = 0.0
+        own.turns = 0
+        self._greedy, self._brake = Greedy(), Brake(variance=self._brake.variance, limit=self._brake.limit)
+
     def check_start(self, lr: float) -> None:
         """Raise ``ValueError`` for a configured rate of 0, because a product never leaves it."""
         if lr == 0:

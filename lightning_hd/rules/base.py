@@ -155,6 +155,9 @@ class Rule(ABC):
         """
         return copy.deepcopy(self)
 
+    def begin(self) -> None:  # noqa: B027
+        """Forget what does not hold in a new training, which begins with all else that the last one has learned."""
+
     def state_dict(self) -> dict[str, Any]:
         """The numbers and tensors that the rule object holds, by attribute name. Override it for anything else."""
         held: dict[str, Any] = {}

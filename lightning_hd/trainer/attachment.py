@@ -4,8 +4,10 @@ from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any
 
+import torch
 import torch.distributed as dist
 from lightning.pytorch import Callback, Trainer
+from torch import Tensor
 from torch.optim import Optimizer
 from torch.optim.swa_utils import SWALR
 from torch.utils.hooks import RemovableHandle
@@ -46,6 +48,10 @@ class TrainerEngine(HypergradientLR):
         if warn:
             self._warn_of_nonfinite_steps()
         return suggestions(self._tuning.rates) or []
+
+    def forget_losses(self) -> None:
+        """Forget the losses that no step has used."""
+        self._tuning.looks.losses.reported.clear()
 
     def check_agreement(self) -> None:
         """Raise ``RuntimeError`` on every process if the rates of the processes are not equal bit for bit."""
@@ -135,10 +141,17 @@ class Attachment:
         for engine in self.engines:
             engine.expect(remaining)
 
-    def observe(self, outputs: Any) -> None:
-        """Report to the engines what ``training_step`` has returned."""
-        loss = outputs["loss"] if isinstance(outputs, Mapping) else outputs
-        for engine in self.engines if loss is not None else ():
+    def observe(self, trainer: Trainer, loss: Tensor) -> None:
+        """Report the loss of a batch to the engines.
+
+        Args:
+            trainer: The Trainer.
+            loss: What is backpropagated: the loss over the number of accumulated batches, times a GradScaler's scale.
+        """
+        loss = loss.detach() * trainer.accumulate_grad_batches
+        if trainer.scaler is not None:
+            loss = loss / trainer.scaler.scale(torch.ones((), device=loss.device))
+        for engine in self.engines:
             engine.observe(loss)
 
     def check_agreement(self) -> None:
@@ -157,10 +170,16 @@ class Attachment:
             found |= dict(zip(recorder.names(), engine.suggestions(warn), strict=False))
         return found
 
-    @property
-    def classes(self) -> list[str]:
-        """The names of the classes of all optimizers."""
-        return [type(optimizer).__name__ for optimizer in self._optimizers]
+    def state_dict(self) -> dict[str, Any]:
+        """What every engine has learned; nothing if there is none."""
+        if not self.engines:
+            return {}
+        return {
+            "optimizers": [engine.state_dict() for engine in self.engines],
+            "classes": [type(optimizer).__name__ for optimizer in self._optimizers],
+            "names": [recorder.names() for recorder in self.recorders],
+            "suggestion": self.suggestions(warn=False),
+        }
 
     def is_stale(self, trainer: Trainer) -> bool:
         """Whether the Trainer has other optimizers now."""

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, Literal, overload
 import torch.distributed as dist
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_warn
+from torch import Tensor
 from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
@@ -65,8 +66,8 @@ class HypergradientDescent(Callback):
         log_every_n_steps: Logging interval in steps; ``None``: the Trainer's. 0: loggers get nothing.
         prog_bar: Whether to show the learning rates in the progress bar.
         cooldown: The last part of the training, from 0 to 1, over which the rates fall to 0; 0: none.
-            ``"default"``: a fifth with the default rule, none with the paper's. The rates do not fall under a
-            scheduler, in manual optimization, or where the Trainer does not know how long it trains.
+            ``"default"``: a fifth with the default rule, none with the paper's, or with ``warm_start``. The rates do
+            not fall under a scheduler, in manual optimization, or where the Trainer does not know how long it trains.
         stop_after: The number of steps of each optimizer after which tuning stops. The learned scale then stays as it
             is, and schedules and the cooldown go on. ``None``: never.
         scheduled: Whether the rates in ``param_groups`` belong to a schedule; ``None``: it is detected. Pass ``True``
@@ -74,6 +75,9 @@ class HypergradientDescent(Callback):
         on_mismatch: What to do with a checkpoint of another rule, scope, optimizer or layout of parameter groups.
             ``"error"``: raise an error. ``"restart"``: warn, and start tuning and such an optimizer anew.
         summary: Whether to log what is tuned at the start, and a table of the rates at the end.
+        warm_start: Whether a fit begins with what the last one has learned, also with new optimizers of the same
+            classes and numbers of groups, or in another Trainer. It is for many short fits. If optimizers differ, the
+            fit starts anew, with a warning. The step count goes on, and the default cooldown is none.
 
     Attributes:
         engines: The ``HypergradientLR`` of each optimizer, during training and after it.
@@ -104,8 +108,9 @@ class HypergradientDescent(Callback):
         scheduled: bool | None = None,
         on_mismatch: Literal["error", "restart"] = "error",
         summary: bool = True,
+        warm_start: bool = False,
     ) -> None:
-        check_own_arguments(rule, log_every_n_steps, prog_bar, on_mismatch, summary)
+        check_own_arguments(rule, log_every_n_steps, prog_bar, on_mismatch, summary, warm_start)
         checked, *_ = check_arguments(rule, hypergrad_lr, scope, min_lr, max_lr, probe, stop_after, scheduled)
         make_cooldown(cooldown, None, checked)
         self.rule = rule
@@ -121,8 +126,10 @@ class HypergradientDescent(Callback):
         self.scheduled = scheduled
         self.on_mismatch = on_mismatch
         self.summary = summary
+        self.warm_start = warm_start
         self._attachment = Attachment(self, self._make)
         self._restored: dict[str, Any] | None = None  # the state of a checkpoint, until training starts
+        self._learned: dict[str, Any] = {}  # the state at the end of the last fit, for a warm start
         self._guards: list[RemovableHandle] = []  # they stay until the optimizers have loaded their states
         self._configured: dict[int, list[float]] = {}  # the rates of each optimizer before a checkpoint was loaded
         self._since: float | None = None  # when the first step was over, in seconds
@@ -197,6 +204,7 @@ class HypergradientDescent(Callback):
             check_alone(HypergradientDescent, trainer)
             if self.prog_bar:
                 loggers.show_small_numbers(trainer)
+            self._learned = (self.warm_start and self.state_dict()) or self._learned
             self._attachment.forget()  # an error in another callback may have prevented it before
             self._began, self._restored, self._since = False, None, None
             loggers.describe(trainer, pl_module, self._settings())
@@ -230,7 +238,7 @@ class HypergradientDescent(Callback):
         self._drop_guards()
         check_strategy(trainer)
         self._attachment.attach(trainer, self.scope, self._configured)
-        summary.say_what_is_missing(trainer, self._recorders, self._restored)
+        summary.say_what_is_missing(trainer, self._recorders, self._restored or self._learned or None)
         self._restore()
         self._attachment.expect(trainer, whole_epochs=False)
 
@@ -246,13 +254,21 @@ class HypergradientDescent(Callback):
             self._attachment.attach(trainer, self.scope, configured_rates(with_groups(trainer)))
         self._attachment.before_batch(trainer, batch_idx)
 
+    def on_before_zero_grad(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
+        """Forget the losses of batches whose gradients are dropped."""
+        for engine in self._attachment.engines:
+            engine.forget_losses()
+
+    def on_before_backward(self, trainer: Trainer, pl_module: LightningModule, loss: Tensor) -> None:
+        """Report the loss of a batch. In manual optimization, it may be of any optimizer, or scaled by the user."""
+        if pl_module.automatic_optimization:
+            self._attachment.observe(trainer, loss)
+
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """Log the numbers if a step was taken."""
         recorders = self._recorders
-        if trainer.scaler is not None and pl_module.automatic_optimization:
-            self._attachment.observe(outputs)  # a GradScaler gives the optimizer no closure that would return the loss
         if not trainer.barebones:
             loggers.show(trainer, pl_module, recorders, self.prog_bar)
         for recorder in recorders:
@@ -289,24 +305,16 @@ class HypergradientDescent(Callback):
 
     def state_dict(self) -> dict[str, Any]:
         """What every engine has learned. Tensors of the parameters' size are in the optimizers' states (``hd_*``)."""
-        if self._restored is not None:  # training has not started yet
-            return self._restored
-        if not self._attachment.engines:
-            return {}
-        return {
-            "optimizers": [engine.state_dict() for engine in self._attachment.engines],
-            "classes": self._attachment.classes,
-            "names": [recorder.names() for recorder in self._recorders],
-            "suggestion": self._attachment.suggestions(warn=False),
-        }
+        # the first, as long as training has not started yet
+        return self._attachment.state_dict() if self._restored is None else self._restored
 
     def __getstate__(self) -> dict[str, Any]:
         """A copy has the arguments. It has no part in the training of the original."""
-        without = ("log", "log_dict", "_attachment", "_guards")  # the first two are the module's
+        without = ("log", "log_dict", "_attachment", "_guards", "_learned")  # the first two are the module's
         return {name: value for name, value in vars(self).items() if name not in without}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        vars(self).update(state, _guards=[])
+        vars(self).update(state, _guards=[], _learned={})
         self._attachment = Attachment(self, self._make)
 
     def _make(
@@ -322,7 +330,7 @@ class HypergradientDescent(Callback):
             probe=self.probe,
             process_group=group,
             total_steps=None if steps is None else max(steps, 1),
-            cooldown=0.0 if steps is None else self.cooldown,
+            cooldown=0.0 if steps is None or (self.warm_start and self.cooldown == "default") else self.cooldown,
             stop_after=self.stop_after,
             scheduled=scheduled if self.scheduled is None else self.scheduled,
         )
@@ -338,3 +346,5 @@ class HypergradientDescent(Callback):
         if self._restored is not None:
             saved, self._restored = self._restored, None
             restore(self._attachment, saved, self._configured, restart=self.on_mismatch == "restart")
+        elif self._learned:
+            restore(self._attachment, self._learned, self._configured, restart=True, warm_start=True)

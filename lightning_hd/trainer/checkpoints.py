@@ -57,7 +57,14 @@ def guard_states(optimizers: Sequence[Optimizer], classes: Sequence[str], restar
     ]
 
 
-def restore(attachment: Attachment, saved: dict[str, Any], configured: dict[int, list[float]], restart: bool) -> None:
+def restore(
+    attachment: Attachment,
+    saved: dict[str, Any],
+    configured: dict[int, list[float]],
+    *,
+    restart: bool,
+    warm_start: bool = False,
+) -> None:
     """Load the saved state of each engine.
 
     Args:
@@ -65,6 +72,7 @@ def restore(attachment: Attachment, saved: dict[str, Any], configured: dict[int,
         saved: The state of the callback.
         configured: The rates that the groups of each optimizer were configured with, by its id.
         restart: Whether to warn and start from these rates if a state does not fit. Otherwise ``ValueError`` is raised.
+        warm_start: Whether the state is that of another training.
 
     Raises:
         ValueError: A state does not fit.
@@ -73,12 +81,12 @@ def restore(attachment: Attachment, saved: dict[str, Any], configured: dict[int,
     errors, failed = list[str](), list(range(len(engines)))
     if len(states) != len(engines):
         errors = [
-            f"the checkpoint holds HypergradientDescent's state of {len(states)} optimizers, but configure_optimizers "
+            f"there is a saved state of {len(states)} optimizers, but configure_optimizers "
             f"returned {len(engines)} that can be tuned"
         ]
     for i, (engine, state_dict) in enumerate(zip(engines, states, strict=True) if not errors else ()):
         try:
-            engine.load_state_dict(state_dict)
+            engine.load_state_dict(state_dict, warm_start=warm_start)
             failed.remove(i)
         except ValueError as error:
             errors.append(f"{type(engine.optimizer).__name__}: {error}")

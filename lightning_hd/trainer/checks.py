@@ -16,7 +16,7 @@ _REFUSED = {"DeepSpeedStrategy", "XLAStrategy", "SingleDeviceXLAStrategy"}  # th
 
 
 def check_own_arguments(
-    rule: object, log_every_n_steps: int | None, prog_bar: bool, on_mismatch: str, summary: bool
+    rule: object, log_every_n_steps: int | None, prog_bar: bool, on_mismatch: str, summary: bool, warm_start: bool
 ) -> None:
     """Check the arguments that only the callback has, and that its first one is no optimizer.
 
@@ -33,6 +33,7 @@ def check_own_arguments(
         check_count("log_every_n_steps", log_every_n_steps)
     check_flag("prog_bar", prog_bar)
     check_flag("summary", summary)
+    check_flag("warm_start", warm_start)
     if on_mismatch not in ("error", "restart"):
         raise ValueError(f"on_mismatch must be 'error' or 'restart', got {on_mismatch!r}")
 
