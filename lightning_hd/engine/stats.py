@@ -10,11 +10,11 @@ class Stats:
     Attributes:
         backoffs: How often the rule of each scope has backed off from an overshoot. Each back-off is reported to the
             logger ``lightning_hd`` at the level INFO.
-        nonfinite_steps: How many steps left the rate as it was, because a number was not finite.
+        nonfinite_steps: How many looks left the rate as it was, because a number was not finite.
         seconds: The time that tuning has taken on this process, in seconds.
         coordinates: How many coordinates the last step looked at, and how many there are.
         limits: The lower and the upper clamp on the rates. A clamp is infinite where there is none.
-        loss: The loss of the last step, averaged over the processes; ``None``: it is not known.
+        loss: The mean loss of the steps up to the last look, over the processes; ``None``: it is not known.
         writes: Before how many steps of this process others have written rates, without a schedule. Each of these
             became the new rate.
     """

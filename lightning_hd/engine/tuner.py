@@ -38,9 +38,10 @@ class HypergradientLR:
     Section 3.
 
     The default rule takes the derivative with respect to the logarithm of the rate that all remembered steps shared.
-    It looks at a fixed sample of the coordinates, so its cost does not grow with the model. It keeps 40 bytes at most
-    for each of them. The paper's rules look at all coordinates. They keep one copy of the parameters for SGD without
-    momentum, Nesterov's, ASGD, and optimizers whose directions are measured, and nothing for the others.
+    It looks at a fixed sample of the coordinates, so its cost does not grow with the model, and at fewer steps later.
+    It keeps 40 bytes at most for each coordinate. The paper's rules look at all coordinates in each step. They keep one
+    copy of the parameters for SGD without momentum, Nesterov's, ASGD, and optimizers whose directions are measured, and
+    nothing for the others.
 
     ``g_t`` is the gradient that the optimizer sees: after clipping and unscaling, with L2 (coupled) weight decay, and
     with its sign flipped under ``maximize=True``. Step hooks run in the order in which they are registered, so a hook
@@ -165,7 +166,7 @@ class HypergradientLR:
 
     @property
     def last(self) -> list[Observation | None]:
-        """What the last step showed for each scope; ``None`` if there was no update before it to judge.
+        """What the last look has shown of each scope; ``None`` if there was no update before it to judge.
 
         Numbers that are not finite are here, too. The rate stayed as it was because of them.
         """

@@ -40,6 +40,10 @@ _SMALL, _LARGE = 1e-16, 1e24
 have to grow or shrink by a million times."""
 
 
+class _LostError(Exception):
+    """The optimizer's state lacks a tensor that it had when the parameters were laid out."""
+
+
 class _Sums(NamedTuple):
     """The numbers of one scope: two flags, and three sums over the coordinates."""
 
@@ -97,6 +101,13 @@ class LastStep(View):
         self._last += [Last() for _ in self._optimizer.param_groups[len(self._last) :]]
         if self._loads != self._copies.loads:
             self._loads, self._steps, self._layout = self._copies.loads, {}, None
+        try:
+            return self._sum(scopes)
+        except _LostError:
+            self._layout = None
+            return self._sum(scopes)
+
+    def _sum(self, scopes: Sequence[int]) -> Tensor:
         self._lay_out(scopes)
         self._measured = {
             scopes[i]
@@ -128,7 +139,8 @@ class LastStep(View):
         if name == _GRADIENT:
             return gradient_of(p)
         found = p.detach() if name == PARAMETER else self._find(name, p)
-        assert found is not None, "the layout knows which tensors are there"
+        if found is None:
+            raise _LostError
         return found
 
     def _gradient(self, bucket: Bucket, get: Quantities) -> Tensor:
@@ -156,15 +168,18 @@ class LastStep(View):
 
     def _lay_out(self, scopes: Sequence[int]) -> None:
         """Lay out the parameters that have a gradient, unless the last layout still holds."""
-        alike = self._alike(scopes)
-        groups = self._optimizer.param_groups
+        alike, groups = self._alike(scopes), self._optimizer.param_groups
+        present = [p for group in groups for p in group["params"] if p.grad is not None]
+        moves = [id(p) for last in self._last for p in last.moved]
+        sizes, ids = [len(group["params"]) for group in groups], list(map(id, present))
+        layout = alike, sizes, ids, list(map(Tensor.numel, present)), moves
+        if layout == self._layout:
+            return
         places = ((i, j, p) for i, group in enumerate(groups) for j, p in enumerate(group["params"]))
         seen = [(i, j, p) for i, j, p in places if p.grad is not None]
         moved = [set(map(id, last.moved)) for last in self._last]
-        known = {id(p) for i, _, p in seen if id(p) in moved[i] and self._is_there(self._last[i], p)}
-        layout = (alike, [(i, j, id(p), p.numel()) for i, j, p in seen], known)
-        if layout == self._layout:
-            return
+        had = [(i, p) for i, _, p in seen if id(p) in moved[i]]
+        known = {id(p) for i, p in had if self._is_there(self._last[i], p)}
         twins: dict[int, Tensor] = {}  # for each parameter, the first whose direction is computed with the same numbers
         first: dict[tuple[int, int], Tensor] = {}
         for i, _, p in seen:
@@ -175,7 +190,7 @@ class LastStep(View):
         with_gradient = {scopes[i] for i, _, _ in seen}
         with_direction = {scopes[i] for i, _, p in seen if id(p) in known}
         self._flags = [(scope in with_gradient, scope in with_direction) for scope in range(max(scopes) + 1)]
-        self._layout = layout
+        self._layout = layout if len(known) == len(had) else None
 
     def _alike(self, scopes: Sequence[int]) -> list[int]:
         """For each group, the first group whose directions and gradients are computed with the same numbers."""
@@ -230,15 +245,15 @@ class LastStep(View):
         if coming.direction is None or not coming.direction.needs_copy:
             return
         copies = [local(self._copies.place_for(p)) for p in coming.moved]
-        parameters = [local(p.detach()) for p in coming.moved]
+        decay = coming.direction.decay if isinstance(coming.direction, Gradient) else 0.0
+        measured, changes = isinstance(coming.direction, Measured), changes_gradients(self._optimizer, group)
+        parameters = [local(p.detach()) for p in coming.moved] if measured or changes or decay else []
         # torch has no public function that changes many tensors at once.
-        if isinstance(coming.direction, Measured):
-            torch._foreach_copy_(copies, parameters)
-            return
-        torch._foreach_copy_(copies, [local(gradient_of(p)) for p in coming.moved])
-        to_objective(self._optimizer, group, copies, parameters)
-        if isinstance(coming.direction, Gradient) and coming.direction.decay:
-            torch._foreach_add_(copies, parameters, alpha=coming.direction.decay)
+        torch._foreach_copy_(copies, parameters if measured else [local(gradient_of(p)) for p in coming.moved])
+        if changes and not measured:
+            to_objective(self._optimizer, group, copies, parameters)
+        if decay:
+            torch._foreach_add_(copies, parameters, alpha=decay)
 
     def remember(self, retained: Sequence[Retained | None]) -> None:
         """Keep the directions of the step that was taken."""

@@ -5,11 +5,13 @@ import math
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from lightning_hd.checks import check_count, check_fields, not_negative
+from lightning_hd.checks import check_count, check_fields
 from lightning_hd.rules.base import Context, Observation, Rule
 from lightning_hd.rules.brake import Brake
 from lightning_hd.rules.greedy import Greedy
 from lightning_hd.rules.guard import LossGuard
+from lightning_hd.rules.learned import Learned
+from lightning_hd.rules.pace import stride
 
 _HORIZON, _GROWTH = 450.0, 0.5
 """``H``, the length of the memory: in steps at first, then as a part of the steps taken. Below 100 it is greedy."""
@@ -60,33 +62,8 @@ _NONLINEAR_CAP = 0.02
 _RESOLVED = 10.0
 """Below this many times the rounding of the largest gradient, a gradient is only rounding."""
 
-_SETTLED, _APART, _CALM, _SPARSEST = 500, 125, 60, 8
-"""The first steps are all looked at. After each so many steps of the run, and after each so many since the last leap of
-the gradient or other event, looks are one step further apart, up to the largest distance. A memory of 450 steps still
-holds 56 looks. Further apart in the first steps or soon after a leap, a GAN and an equation diverged."""
-
-
 _LARGEST_LOG = 700.0
 """About the largest number whose exponential is a float."""
-
-
-@dataclass
-class Learned:
-    """The numbers that the rule itself holds, beside those of its parts."""
-
-    first_lr: float = not_negative()  # α_1; 0 where it is the configured one
-    lr: float = 0.0  # γ_{t-1}
-    gap: float = 0.0  # log γ_t - L_t
-    moves: float = not_negative()  # the sum of the weights of the moves in E
-    fresh: bool = False  # whether the memory starts anew
-    cosine: float = 0.0  # c_t
-    squares: float = not_negative()  # S_t
-    norm: float = not_negative()  # G, before the correction for its start at 0
-    norm_weight: float = not_negative()  # the square of that correction
-    largest_norm: float = not_negative()
-    peak: float = not_negative()  # the highest α_t so far
-    turns: int = 0  # how many cosines of two gradients in a row were seen, 20 at most
-    turn: float = 0.0  # their running mean
 
 
 @dataclass
@@ -141,6 +118,9 @@ class Auto(Rule):
     (``Brake``). The gradient does not show that the rate is so high that nothing is learned. The loss shows it, if it
     is known (``LossGuard``). If the step is not linear in the rate, as in dual averaging, a change of the rate also
     changes what former steps have done. Nothing is forgotten then, and ``log α`` changes by 0.02 per step at most.
+
+    Later steps are not all looked at (``pace``). A look that stands for ``k`` steps counts as ``k``: ``log α`` changes
+    by ``k`` times as much, and memories forget as much as in ``k`` steps.
 
     Source: this project. The constants come from experiments on small networks (``tests/benchmarks``). What is kept are
     four numbers in float64 for each coordinate of the probe: the running mean of the parameters ``θ_t - E_t``, ``Ē``,
@@ -206,11 +186,8 @@ class Auto(Rule):
         return kept
 
     def stride(self, step: int, calm: int) -> int:
-        """1, 2, 4 or 8: the longer the memories, and the longer since the last leap of the gradient."""
-        if step < _SETTLED or abs(self._own.gap) > _REACH:  # while the rate moves fast
-            return 1
-        wanted = min(step // _APART, min(calm, self._brake.quiet) // _CALM, _SPARSEST)
-        return 1 << max(wanted.bit_length() - 1, 0)
+        """How far apart looks may be."""
+        return stride(step, min(calm, self._brake.quiet), abs(self._own.gap) > _REACH)
 
     def update(self, lr: float, seen: Observation, context: Context) -> float:
         """``α_t`` from ``α_{t-1}`` and what the step shows. A zero gradient changes nothing."""
