@@ -163,7 +163,7 @@ class AutoRule:
         self._parts: list[float] = []
         self._logs: list[float] = []
         self._variance = (np.log(2.5) / 3) ** 2
-        self._largest = 0.0
+        self.largest = self.norm = 0.0
         self.quiet = 20  # the number of steps since the last leap
         self._seen_lrs: list[float] = []
         self._fast_to = np.inf
@@ -249,12 +249,13 @@ class AutoRule:
         self.slope = 0.0
         g_norm, d_norm = shown.g_norm, shown.d_norm
         if g_norm and not d_norm:
-            return float(lr * np.exp(0.5 * (g_norm >= 10 * 2.0**-23 * self._largest)))
+            return float(lr * np.exp(0.5 * (g_norm >= 10 * 2.0**-23 * self.largest)))
         if g_norm == 0:
             return lr
         self._memories.append((1 - 1 / max(10.0, t / 50)) ** stride)
         self._squared_norms.append(g_norm**2)
         usual_norm = np.sqrt(faded_mean(self._squared_norms, self._memories))
+        self.norm = usual_norm * np.sqrt(1 - np.prod(self._memories))
         self._cosines.append(self._product(shown, t, stride) / (usual_norm * d_norm))
         before = self._cosines[-2] if len(self._cosines) > 1 else 0.0
         bent = self._cosines[-1] + 0.3 * min(1.0, 100 / t) * abs((self._cosines[-1] + before) / 2)
@@ -263,7 +264,7 @@ class AutoRule:
         left = np.append(np.cumprod(self._parts[:0:-1])[::-1], 1.0)  # of each square
         squares = float(np.dot(np.square(self._bent), left))
         change = min(1.0, 900 / t) * bent / np.sqrt(squares) if squares else 0.0
-        log_norm, excess, resolved = float(np.log(g_norm)), 0.0, 10 * 2.0**-23 * self._largest
+        log_norm, excess, resolved = float(np.log(g_norm)), 0.0, 10 * 2.0**-23 * self.largest
         if len(self._logs) >= 2:
             rise = log_norm - faded_mean(self._logs, [0.9] * len(self._logs))
             usual = max(np.log(2.5), 3 * np.sqrt(self._variance))
@@ -280,7 +281,7 @@ class AutoRule:
             self.braked.append(t)
             return float(max(lr * np.exp(-fell), min(lr, self.first)))
         self.quiet += stride
-        self._largest = max(self._largest, g_norm)
+        self.largest = max(self.largest, g_norm)
         self._seen_lrs.append(lr)
         if usual_norm < resolved:
             return lr
@@ -310,11 +311,11 @@ class Looked(NamedTuple):
     stride: int
 
 
-def apart_at(t: int, quiet: int, gap: float) -> int:
+def apart_at(t: int, rule: AutoRule) -> int:
     """How many steps looks are apart: a power of two, by the steps of the run and since the last leap."""
-    if t < 500 or abs(gap) > 0.5:
+    if t < 500 or abs(rule.gap()) > 0.5 or rule.norm < 0.01 * rule.largest:
         return 1
-    return max(n for n in (1, 2, 4, 8) if n == 1 or n <= min(t / 125, quiet / 60))
+    return max(n for n in (1, 2, 4, 8) if n == 1 or n <= min(t / 125, rule.quiet / 60))
 
 
 def train_auto(
@@ -352,7 +353,7 @@ def train_auto(
         window = max(1.0, min(0.05 * min(length, steps - t + 1), t / 5))
         losses += [report(t, float(loss))] if report else []
         rested += 1
-        apart = apart_at(t, rule.quiet, rule.gap())
+        apart = apart_at(t, rule)
         seen, waiting = waiting, None
         stride = rested if rested >= apart and noted else 0
         noted = stride > 0 or rested + 1 >= apart

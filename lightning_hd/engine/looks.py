@@ -154,9 +154,12 @@ class Looks:
         # A fused optimizer under a GradScaler unscales inside its step, and skips the step if it finds an inf. The
         # scaler reports it by this attribute, which exists during the step only.
         found_inf = getattr(self.optimizer, "found_inf", None)
-        skips = sums.new_zeros(1) if found_inf is None else found_inf.to(sums).view(1)
-        event, self._event = sums.new_full((1,), float(self._event)), False
-        return self.ranks.begin_sum(torch.cat([sums.flatten(), skips, event, self.losses.take(sums)]))
+        flags = sums.new_zeros(2)
+        if found_inf is not None:
+            flags[0] = found_inf.to(sums)
+        if self._event:
+            flags[1], self._event = 1.0, False
+        return self.ranks.begin_sum(torch.cat([sums.flatten(), flags, self.losses.take(sums)]))
 
     def _read(self, pending: Sum) -> Seen:
         """What a look has shown."""

@@ -84,8 +84,7 @@ class Displacement(View):
         self._missing: frozenset[int] = frozenset()  # the places of parameters without a gradient
         self._present: set[Key] | None = None  # parameters that have a gradient now
         self._updated: set[Key] = set()  # parameters that had a gradient in a remembered step
-        self._groups = 0  # how many there were
-        self._asleep: list[Tensor] = []  # parameters that need no gradient
+        self._count()
         self._unused: list[Tensor] = []  # parameters that need one and never had it
         self._joined: set[int] = set()  # scopes that many parameters have joined in this step
         self._apart: set[int] = set()  # groups whose last move did not follow their scope's rate
@@ -128,8 +127,8 @@ class Displacement(View):
     def _gradients(self) -> tuple[list[Tensor], frozenset[int]]:
         """The gradients of all parameters, or anything where they are missing; and the places of these."""
         missing = frozenset(place for place, p in enumerate(self._parameters) if p.grad is None)
-        tensors = [p.detach() if p.grad is None else gradient_of(p) for p in self._parameters]
-        return flatten(self.slots, tensors), missing
+        gradients = [p.detach() if p.grad is None else gradient_of(p) for p in self._parameters]
+        return flatten(self.slots, gradients), missing
 
     def _gather(self, i: int, flats: Sequence[Tensor], missing: frozenset[int]) -> tuple[Tensor, Tensor, Tensor | None]:
         """The parameters and the gradient of a bucket, and which of its coordinates have one; ``None``: all."""
@@ -211,9 +210,8 @@ class Displacement(View):
 
     def forget(self, scope: int) -> None:
         """Set ``E`` to zero. The mean begins where the parameters are."""
-        self._memory = [
-            None if bucket.key == scope else memory for bucket, memory in zip(self._buckets, self._memory, strict=True)
-        ]
+        pairs = zip(self._buckets, self._memory, strict=True)
+        self._memory = [None if bucket.key == scope else memory for bucket, memory in pairs]
 
     def relocate(self) -> None:
         """Keep ``E``, and let the mean follow the parameters to where they are."""
@@ -255,11 +253,15 @@ class Displacement(View):
         """Drop what was prepared for a step that was not taken."""
         self._points, self._coming = [], set()
 
+    def _count(self) -> None:
+        """Note how many groups there are, and which parameters need no gradient."""
+        self._groups = len(self._optimizer.param_groups)
+        self._asleep = [p for p in parameters_of(self._optimizer) if not p.requires_grad]
+
     def wakes(self) -> bool:
         """Whether a parameter is new, or needs a gradient now, or has its first one. Processes may differ in that."""
-        if len(self._optimizer.param_groups) != self._groups or any(p.requires_grad for p in self._asleep):
-            return True
-        return self._ranks.count == 1 and any(p.grad is not None for p in self._unused)
+        new = len(self._optimizer.param_groups) != self._groups or any(p.requires_grad for p in self._asleep)
+        return new or (self._ranks.count == 1 and any(p.grad is not None for p in self._unused))
 
     # ------------------------------------------------------------------ which parameters there are
 
@@ -275,8 +277,7 @@ class Displacement(View):
             return
         before = self._loaded or by_parameter(self.slots, self._buckets, self._memory)
         self._parameters, self._places, self._sizes, self._present = parameters, places, sizes, None
-        self._groups = len(groups)
-        self._asleep = [p for group in groups for p in group["params"] if not p.requires_grad]
+        self._count()
         self._device = device_of(self._optimizer)
         found = [(i, j, p) for i, group in enumerate(groups) for j, p in enumerate(group["params"]) if p.requires_grad]
         self.slots = look(found, self._budget, self._ranks, flat_offsets(parameters, self._ranks))

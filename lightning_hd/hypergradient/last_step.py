@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from lightning_hd.checks import check_count, check_fields
+from lightning_hd.checks import check_count, check_fields, check_flag
 from lightning_hd.hypergradient.buckets import Bucket, flatten, gather, pack, products
 from lightning_hd.hypergradient.copies import Copies
 from lightning_hd.hypergradient.directions import (
@@ -298,23 +298,26 @@ class LastStep(View):
                     if p.grad is not None:
                         self._copies.place_for(p)
 
-    def state_dict(self) -> list[dict[str, Any]]:
+    def state_dict(self) -> dict[str, Any]:
         """Which parameters were moved, and how. The tensors are in the optimizer's state dict."""
-        return [
+        moved = [set(map(id, last.moved)) for last in self._last]
+        groups = [
             {
                 "weight": last.weight,
                 "direction": None if last.direction is None else last.direction.to_dict(),
-                "moved": [i for i, p in enumerate(group["params"]) if any(p is q for q in last.moved)],
+                "moved": [i for i, p in enumerate(group["params"]) if id(p) in own],
             }
-            for last, group in zip(self._last, self._optimizer.param_groups, strict=False)
+            for last, own, group in zip(self._last, moved, self._optimizer.param_groups, strict=False)
         ]
+        return {"groups": groups, "wide": self._wide}
 
-    def load_state_dict(self, state_dict: list[dict[str, Any]]) -> None:
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load what ``state_dict`` returned.
 
         Raises:
             IndexError, KeyError, TypeError, ValueError: The state is damaged, or of other groups.
         """
+        wide = check_flag("wide", state_dict["wide"])
         self._last = [
             check_fields(
                 Last,
@@ -322,6 +325,6 @@ class LastStep(View):
                 direction=None if saved["direction"] is None else direction_from_dict(saved["direction"]),
                 moved=[group["params"][check_count("moved", i)] for i in saved["moved"]],
             )
-            for saved, group in zip(state_dict, self._optimizer.param_groups, strict=False)
+            for saved, group in zip(state_dict["groups"], self._optimizer.param_groups, strict=False)
         ]
-        self._steps, self._layout = {}, None
+        self._steps, self._layout, self._wide = {}, None, wide

@@ -11,7 +11,6 @@ from lightning_hd.rules.brake import Brake
 from lightning_hd.rules.greedy import Greedy
 from lightning_hd.rules.guard import LossGuard
 from lightning_hd.rules.learned import Learned
-from lightning_hd.rules.pace import stride
 
 _HORIZON, _GROWTH = 450.0, 0.5
 """``H``, the length of the memory: in steps at first, then as a part of the steps taken. Below 100 it is greedy."""
@@ -61,6 +60,9 @@ _NONLINEAR_CAP = 0.02
 
 _RESOLVED = 10.0
 """Below this many times the rounding of the largest gradient, a gradient is only rounding."""
+
+_SHRUNK = 0.01
+"""Where gradients are this part of the largest one, one at its usual size would be a leap that ends the run."""
 
 _LARGEST_LOG = 700.0
 """About the largest number whose exponential is a float."""
@@ -119,8 +121,8 @@ class Auto(Rule):
     is known (``LossGuard``). If the step is not linear in the rate, as in dual averaging, a change of the rate also
     changes what former steps have done. Nothing is forgotten then, and ``log α`` changes by 0.02 per step at most.
 
-    Later steps are not all looked at (``pace``). A look that stands for ``k`` steps counts as ``k``: ``log α`` changes
-    by ``k`` times as much, and memories forget as much as in ``k`` steps.
+    Later steps are not all looked at (``Brake.stride``). A look that stands for ``k`` steps counts as ``k``:
+    ``log α`` changes by ``k`` times as much, and memories forget as much as in ``k`` steps.
 
     Source: this project. The constants come from experiments on small networks (``tests/benchmarks``). What is kept are
     four numbers in float64 for each coordinate of the probe: the running mean of the parameters ``θ_t - E_t``, ``Ē``,
@@ -186,8 +188,10 @@ class Auto(Rule):
         return kept
 
     def stride(self, step: int, calm: int) -> int:
-        """How far apart looks may be."""
-        return stride(step, min(calm, self._brake.quiet), abs(self._own.gap) > _REACH)
+        """How far apart looks may be: one step while the rate moves fast, or is high because gradients have shrunk."""
+        own = self._own
+        wary = abs(own.gap) > _REACH or own.norm < _SHRUNK * own.largest_norm
+        return 1 if wary else self._brake.stride(step, calm)
 
     def update(self, lr: float, seen: Observation, context: Context) -> float:
         """``α_t`` from ``α_{t-1}`` and what the step shows. A zero gradient changes nothing."""

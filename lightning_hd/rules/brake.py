@@ -27,6 +27,18 @@ _SERIES = 20
 """Leaps within so many steps belong to one instability."""
 
 
+_SETTLED = 500
+"""So many steps are all looked at. With looks further apart in these, a GAN diverged."""
+
+_APART, _SPARSEST = 125, 8
+"""After each so many steps of a run, looks are one step further apart, up to the largest distance. A memory of 450
+steps still holds 56 looks."""
+
+_CALM = 60
+"""The same after each so many steps without a leap. With a third of it, leaps that came again were seen too late, and
+the loss of a differential equation ended far higher."""
+
+
 @dataclass
 class Brake:
     """Detects leaps of ``log ‖g‖``, and what they cost the rate.
@@ -62,6 +74,16 @@ class Brake:
             self.limit = log_lr - math.log(2)
         self.quiet = 0
         return before * min(excess, 1.0) if grows else 0.0
+
+    def stride(self, step: int, calm: int) -> int:
+        """How far apart looks may be: 1, 2, 4 or 8 steps, the longer the run and the longer nothing has happened.
+
+        Args:
+            step: The number of the step.
+            calm: How many steps there were since the last event other than a leap.
+        """
+        wanted = min(step // _APART, min(calm, self.quiet) // _CALM, _SPARSEST)
+        return 1 if step < _SETTLED else 1 << max(wanted.bit_length() - 1, 0)
 
     def _excess(self, log: float) -> float:
         """The excess of ``log ‖g_t‖`` over what is usual. It also updates what is usual."""
