@@ -275,9 +275,9 @@ def check_damage(rule: Any, path: str, value: Any) -> None:
     ("path", "value"),
     [
         ("view", 5),
-        ("view.0.weight", math.inf),
-        ("view.0.moved", [-1]),
-        ("view.0.direction", {"family": "Gradient", "momentum": 1}),
+        ("view.groups.0.weight", math.inf),
+        ("view.groups.0.moved", [-1]),
+        ("view.groups.0.direction", {"family": "Gradient", "momentum": 1}),
     ],
 )
 def test_a_damaged_state_of_a_paper_rule_is_refused_and_changes_nothing(path: str, value: Any) -> None:

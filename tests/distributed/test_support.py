@@ -120,6 +120,7 @@ class Feature(NamedTuple):
     trainer: dict[str, Any] = {}  # noqa: RUF012
     hd: dict[str, Any] = {}  # noqa: RUF012
     callback: Callable[[], Callback] | None = None
+    moves: float = 1.0  # the first part of the steps, in which rates must move
 
 
 FEATURES = {
@@ -133,7 +134,10 @@ FEATURES = {
     "validation in mid-epoch": Feature(Validated, {"val_check_interval": 3, "limit_val_batches": 2}),
     "`torch.compile` of a module": Feature(Compiled),
     "`GradientAccumulationScheduler`": Feature(callback=lambda: callbacks.GradientAccumulationScheduler({0: 1, 1: 2})),
-    "`StochasticWeightAveraging`": Feature(callback=lambda: callbacks.StochasticWeightAveraging(1e-3, 1)),
+    "`StochasticWeightAveraging`": Feature(
+        callback=lambda: callbacks.StochasticWeightAveraging(1e-3, 2),
+        moves=0.5,  # then the rates are those of averaging
+    ),
     "`EMAWeightAveraging`": Feature(callback=lambda: callbacks.EMAWeightAveraging()),
     "`LearningRateFinder`": Feature(
         callback=lambda: callbacks.LearningRateFinder(num_training_steps=5, update_attr=False)
@@ -170,7 +174,9 @@ def attempt(folder: Path, strategy: str, feature: Feature, precision: Any = "32-
         without = error_of(lambda: fit(folder, strategy, feature, precision, tuned=False))
         return f"no: {'without the callback as well: ' if without == error else ''}{error}", None
     # In 16 bit, the first moves may round to what asks for the lowest, then the highest change: a rate comes back.
-    moves = all(len(own) - 1 <= len(set(own)) > 3 and torch.tensor(own).isfinite().all() for own in lrs.values())
+    first = [own[: int(feature.moves * len(own))] for own in lrs.values()]
+    moves = all(len(own) - 1 <= len(set(own)) > 3 for own in first)
+    moves = moves and all(torch.tensor(own).isfinite().all() for own in lrs.values())
     return "yes" if lrs and moves else f"no: its rates are {lrs}", lrs
 
 
