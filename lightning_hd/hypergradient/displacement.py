@@ -84,8 +84,8 @@ class Displacement(View):
         self._missing: frozenset[int] = frozenset()  # the places of parameters without a gradient
         self._present: set[Key] | None = None  # parameters that have a gradient now
         self._updated: set[Key] = set()  # parameters that had a gradient in a remembered step
-        self._groups = 0  # how many there were
-        self._asleep: list[Tensor] = []  # parameters that need no gradient
+        self._all: list[Tensor] = []  # the optimizer's parameters, whether they need a gradient or not
+        self._asleep: list[Tensor] = []  # those that need none
         self._unused: list[Tensor] = []  # parameters that need one and never had it
         self._joined: set[int] = set()  # scopes that many parameters have joined in this step
         self._apart: set[int] = set()  # groups whose last move did not follow their scope's rate
@@ -109,7 +109,8 @@ class Displacement(View):
             lacking = {self.slots[place].key for place in missing} - self._updated
             self._unused = [slot.p for slot in self.slots if slot.key in lacking]
         with_gradient = {scopes[group] for group, _ in self._present}
-        known = {scopes[group] for group, _ in self._present & self._updated}
+        remembered = {bucket.key for bucket, memory in zip(self._buckets, self._memory, strict=True) if memory}
+        known = {scopes[group] for group, _ in self._present & self._updated} & remembered
         flags = [(i in with_gradient, i in known, i in self._joined) for i in range(max(scopes) + 1)]
         factors = [(bucket.key, *[1 / bucket.replicas] * _WIDTH) for bucket in self._buckets]
         return self._sums.by_scope(rows, factors, flags, self._device, _WIDTH)
@@ -207,7 +208,7 @@ class Displacement(View):
         )
         # parameters that are new on a few processes may only have had no gradient there before
         joined = sums.joined > 0 and sums.joined > self._ranks.count / 2
-        return Sight(sums.has_gradient > 0, sums.known > 0, observation, joined)
+        return Sight(sums.has_gradient > 0, sums.known > 0, observation, joined, lost=sums.has_gradient > 0 and not sums.known)
 
     def forget(self, scope: int) -> None:
         """Set ``E`` to zero. The mean begins where the parameters are."""
@@ -257,7 +258,8 @@ class Displacement(View):
 
     def wakes(self) -> bool:
         """Whether a parameter is new, or needs a gradient now, or has its first one. Processes may differ in that."""
-        if len(self._optimizer.param_groups) != self._groups or any(p.requires_grad for p in self._asleep):
+        ids = list(map(id, parameters_of(self._optimizer)))
+        if ids != list(map(id, self._all)) or any(p.requires_grad for p in self._asleep):
             return True
         return self._ranks.count == 1 and any(p.grad is not None for p in self._unused)
 
@@ -265,8 +267,7 @@ class Displacement(View):
 
     def _lay_out(self, scopes: Sequence[int]) -> None:
         """Lay out the coordinates anew if parameters came, went, or lie somewhere else in memory."""
-        groups = self._optimizer.param_groups
-        parameters = [p for group in groups for p in group["params"] if p.requires_grad]
+        parameters = [p for p in parameters_of(self._optimizer) if p.requires_grad]
         tensors = [local(p) for p in parameters] if self._sharded else parameters
         places, sizes = list(map(Tensor.data_ptr, tensors)), list(map(Tensor.numel, tensors))
         if self.slots and sizes == self._sizes and list(map(id, parameters)) == list(map(id, self._parameters)):
@@ -274,15 +275,17 @@ class Displacement(View):
                 self._places, self._pieces = places, self._views()
             return
         before = self._loaded or by_parameter(self.slots, self._buckets, self._memory)
+        keys = {id(slot.p): slot.key for slot in self.slots}
         self._parameters, self._places, self._sizes, self._present = parameters, places, sizes, None
-        self._groups = len(groups)
-        self._asleep = [p for group in groups for p in group["params"] if not p.requires_grad]
+        self._all = list(parameters_of(self._optimizer))
+        self._asleep = [p for p in self._all if not p.requires_grad]
         self._device = device_of(self._optimizer)
-        found = [(i, j, p) for i, group in enumerate(groups) for j, p in enumerate(group["params"]) if p.requires_grad]
+        groups = enumerate(self._optimizer.param_groups)
+        found = [(i, j, p) for i, group in groups for j, p in enumerate(group["params"]) if p.requires_grad]
         self.slots = look(found, self._budget, self._ranks, flat_offsets(parameters, self._ranks))
         self._buckets = pack(self.slots, lambda slot: scopes[slot.group])
         self._pieces = self._views()
-        self._memory = self._carried(before)
+        self._memory = self._carried(before, keys)
         self._loaded = {}
 
     def _flats(self) -> list[Tensor]:
@@ -298,19 +301,17 @@ class Displacement(View):
         }
         return [[] if copied & bucket.parts.keys() else bucket.views(flats) for bucket in self._buckets]
 
-    def _carried(self, before: dict[Key, Remembered]) -> list[Memory | None]:
-        """The memory for the new buckets. It starts anew if nothing fits."""
-        elsewhere, self._elsewhere = self._elsewhere, False
-        fits = {i: before[slot.key].fit(slot) for i, slot in enumerate(self.slots) if slot.key in before}
+    def _carried(self, before: dict[Key, Remembered], keys: dict[int, Key]) -> list[Memory | None]:
+        """The memory for the new buckets. A parameter is known by itself, else by its place, where it was set anew."""
+        sources = [keys.get(id(slot.p), slot.key) for slot in self.slots]
+        fits = {i: before[key].fit(self.slots[i]) for i, key in enumerate(sources) if key in before}
         known = {place: rows for place, rows in fits.items() if rows is not None}
-        self._updated &= {self.slots[place].key for place in known}
-        if known:
-            return by_bucket(self._buckets, [self._theta(i) for i in range(len(self._buckets))], known, elsewhere)
-        if before:
-            self._notices.warn(
-                "lost moves", "the moves are those of other parameters, so the memory of former steps starts anew"
-            )
-        return [None] * len(self._buckets)
+        self._updated = {self.slots[place].key for place in fits if sources[place] in self._updated}
+        replaced = {place for place in known if keys and id(self.slots[place].p) not in keys}
+        elsewhere, self._elsewhere = set(known) if self._elsewhere else replaced, False
+        if before and not known:
+            self._notices.warn("lost moves", "all parameters are other ones, so the memory of former steps starts anew")
+        return by_bucket(self._buckets, [self._theta(i) for i in range(len(self._buckets))], known, elsewhere)
 
     # ------------------------------------------------------------------ what is saved
 

@@ -14,6 +14,9 @@ from lightning_hd.rules.guard import LossGuard
 _HORIZON, _GROWTH = 450.0, 0.5
 """``H``, the length of the memory: in steps at first, then as a part of the steps taken. Below 100 it is greedy."""
 
+_ENOUGH = 100.0
+"""The number of moves in a memory that is no longer greedy. Where it began anew, falls count in proportion to them."""
+
 _REACH = 0.5
 """``w``: moves at rates that are further than this from the present one, in ``log γ``, show nothing about it."""
 
@@ -79,6 +82,7 @@ class Learned:
     gap: float = 0.0  # log γ_t - L_t
     moves: float = not_negative()  # the sum of the weights of the moves in E
     fresh: bool = False  # whether the memory starts anew
+    anew: bool = False  # whether it has done so because all parameters were new, and is still short
     cosine: float = 0.0  # c_t
     squares: float = not_negative()  # S_t
     norm: float = not_negative()  # G, before the correction for its start at 0
@@ -267,7 +271,10 @@ class Auto(Rule):
         own.squares *= (1 - 1 / _SQUARES) ** stride
         own.squares += (stride * bent) ** 2
         pace = _HORIZON / max(_HORIZON, _GROWTH * step)
-        return pace * bent / math.sqrt(own.squares) if own.squares else 0.0
+        change = pace * bent / math.sqrt(own.squares) if own.squares else 0.0
+        part = min(1.0, own.moves / _ENOUGH) if own.anew else 1.0
+        own.anew = part < 1
+        return max(change, part * change)
 
     def _derivative(self, seen: Observation, context: Context) -> float:
         """``h_t``: past the noise, round the bend, and bounded by the greedy derivative."""
@@ -282,9 +289,10 @@ class Auto(Rule):
         straight = own.turn > _STRAIGHT or self._greedy.sigmas > _SURE
         return min(derivative, 0.0) if straight else derivative
 
-    def begin(self) -> None:
+    def begin(self, anew: bool) -> None:
         """Forget what the last steps have shown. A longer gradient of a new model, or of new data, is no leap."""
         own = self._own
+        own.fresh, own.anew = own.fresh or anew, own.anew or anew
         own.cosine = own.norm = own.norm_weight = own.turn = 0.0
         own.turns = 0
         self._greedy, self._brake = Greedy(), Brake(variance=self._brake.variance, limit=self._brake.limit)
