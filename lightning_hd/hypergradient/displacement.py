@@ -258,7 +258,7 @@ class Displacement(View):
 
     def wakes(self) -> bool:
         """Whether a parameter is new, or needs a gradient now, or has its first one. Processes may differ in that."""
-        ids = list(map(id, parameters_of(self._optimizer)))
+        ids = [id(p) for group in self._optimizer.param_groups for p in group["params"]]
         if ids != list(map(id, self._all)) or any(p.requires_grad for p in self._asleep):
             return True
         return self._ranks.count == 1 and any(p.grad is not None for p in self._unused)
@@ -267,7 +267,7 @@ class Displacement(View):
 
     def _lay_out(self, scopes: Sequence[int]) -> None:
         """Lay out the coordinates anew if parameters came, went, or lie somewhere else in memory."""
-        parameters = [p for p in parameters_of(self._optimizer) if p.requires_grad]
+        parameters = [p for group in self._optimizer.param_groups for p in group["params"] if p.requires_grad]
         tensors = [local(p) for p in parameters] if self._sharded else parameters
         places, sizes = list(map(Tensor.data_ptr, tensors)), list(map(Tensor.numel, tensors))
         if self.slots and sizes == self._sizes and list(map(id, parameters)) == list(map(id, self._parameters)):
