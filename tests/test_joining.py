@@ -185,9 +185,9 @@ def test_a_parameter_that_is_replaced_leaves_the_memory_of_the_others(size: int,
     after, moved = memory_of(hd), [own[3] - own[0] for own in memory_of(hd)]  # E of the step before
     assert after[1][3].tolist() == pytest.approx(origin.tolist()), "seen in its first step"
     expected = before[1][3] - before[1][0] if size == 20 else torch.zeros(size)
-    assert (moved[1] - expected).norm() <= 0.05 * (before[1][3] - before[1][0]).norm(), "a jump is no move"
+    assert (moved[1] - expected).norm() <= 0.2 * (before[1][3] - before[1][0]).norm(), "a jump is no move"
     assert (moved[0] - (before[0][3] - before[0][0])).norm() < 0.2 * moved[0].norm()
-    assert hd.lrs[0] == pytest.approx(lr, rel=0.2)
+    assert hd.lrs[0] > 0.5 * lr, "no restart"
 
 
 def test_a_parameter_is_known_wherever_it_lies() -> None:
