@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 import torch
 from sklearn.datasets import load_digits
-from torch import nn
+from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812
 from torch.optim import SGD, Adam, Optimizer
 from torch.optim.lr_scheduler import CosineAnnealingWarmRestarts, CyclicLR, ExponentialLR
@@ -102,3 +102,105 @@ def test_a_group_that_is_added_at_the_scheduled_rate_is_scaled_as_the_others_are
             assert hd.lrs[1] == pytest.approx(hd.lrs[0])
         scheduler.step()
     assert hd.lrs[1] > 100 * optimizer.param_groups[1]["lr"]
+
+
+def split(optimizer: Optimizer, pick: Tensor, whole: bool) -> list[nn.Parameter]:
+    """Split some points in two: longer parameters take the places of the old ones, and Adam's state goes on."""
+    means, logs, weights = (group["params"][0].detach() for group in optimizer.param_groups)
+    weights = weights.clone()
+    weights[pick] /= 2
+    moved = means[pick] + 0.3 * logs[pick].exp() * torch.randn(len(pick))
+    longer = [nn.Parameter(torch.cat(ends)) for ends in ((means, moved), (logs, logs[pick]), (weights, weights[pick]))]
+    for group, p in zip(optimizer.param_groups, longer, strict=True):
+        state = optimizer.state[p] = optimizer.state.pop(group["params"][0])
+        state |= {name: F.pad(state[name], (0, len(pick))) for name in ("exp_avg", "exp_avg_sq")}
+        if whole:
+            group["params"] = [p]
+        else:
+            group["params"][0] = p
+    return longer
+
+
+def fit_points(lr: float | None, whole: bool, seed: int, steps: int = 1500) -> tuple[float, list[float]]:
+    """Fit a sum of bells whose number grows. The mean loss of the last steps above the noise's, and the rates."""
+    torch.manual_seed(seed)
+    points = [nn.Parameter(p) for p in (torch.linspace(-1, 1, 15), torch.full((15,), -2.0), 0.1 * torch.randn(15))]
+    optimizer = Adam([{"params": [p]} for p in points], lr=lr or 1e-5)
+    hd = HypergradientLR(optimizer) if lr is None else None
+    losses, lrs = [], []
+    for step in range(steps):
+        if step % 100 == 0 and 0 < step < 0.6 * steps:
+            points = split(optimizer, torch.randperm(len(points[0]))[:10], whole)
+        x = 2 * torch.rand(64, 1) - 1
+        y = (6 * x).sin() + 0.5 * (15 * x + 1).cos() + (x.abs() < 0.3) + 0.05 * torch.randn(64, 1)
+        bells = (-0.5 * ((x - points[0]) * (-points[1]).exp()).square()).exp()
+        loss = (bells @ points[2] - y[:, 0]).square().mean()
+        optimizer.zero_grad()
+        loss.backward()
+        if hd is not None:
+            hd.observe(loss)
+        optimizer.step()
+        losses.append(loss.item())
+        lrs.append(optimizer.param_groups[0]["lr"])
+    return sum(losses[-200:]) / 200 - 0.05**2, lrs
+
+
+@pytest.mark.parametrize("whole", [True, False])
+def test_the_rate_outlives_parameters_that_are_all_replaced(whole: bool) -> None:
+    ratios = []
+    for seed in (0, 1):
+        best = min(fit_points(lr, whole, seed)[0] for lr in (1e-3, 3e-3, 1e-2))
+        loss, lrs = fit_points(None, whole, seed)
+        ratios.append(loss / best)
+        assert lrs[100] > 0.5 * lrs[99], "no restart"
+    assert sum(ratios) / 2 < 1.1
+
+
+def memory_of(hd: HypergradientLR) -> list[Tensor]:
+    """For each parameter its part of the memory, of shape (4, n)."""
+    view = hd.state_dict()["view"]
+    return list(torch.split(view["memory"], [own["count"] for own in view["parameters"]], 1))
+
+
+@pytest.mark.parametrize("late", [False, True], ids=["each step is looked at", "one of eight is"])
+@pytest.mark.parametrize("size", [20, 30])
+def test_a_parameter_that_is_replaced_leaves_the_memory_of_the_others(size: int, late: bool) -> None:
+    torch.manual_seed(0)
+    parameters = [nn.Parameter(torch.randn(size)) for size in (50, 20, 20)]
+    optimizer = Adam(parameters)
+    hd = HypergradientLR(optimizer)
+
+    def step() -> None:
+        for p in parameters:
+            p.grad = p.detach() - 1 + torch.randn(len(p))
+        optimizer.step()
+
+    for _ in range(1203 if late else 60):
+        step()
+    lr, before = hd.lrs[0], memory_of(hd)
+    parameters[1] = nn.Parameter(torch.randn(size))
+    optimizer.param_groups[0]["params"] = list(parameters)
+    origin = parameters[1].detach().clone()
+    step()
+    after, moved = memory_of(hd), [own[3] - own[0] for own in memory_of(hd)]  # E of the step before
+    assert after[1][3].tolist() == pytest.approx(origin.tolist()), "seen in its first step"
+    expected = before[1][3] - before[1][0] if size == 20 else torch.zeros(size)
+    assert (moved[1] - expected).norm() <= 0.2 * (before[1][3] - before[1][0]).norm(), "a jump is no move"
+    assert (moved[0] - (before[0][3] - before[0][0])).norm() < 0.2 * moved[0].norm()
+    assert hd.lrs[0] > 0.5 * lr, "no restart"
+
+
+def test_a_parameter_is_known_wherever_it_lies() -> None:
+    parameters = [nn.Parameter(torch.full((5,), value)) for value in (1.0, 2.0, 3.0)]
+    optimizer = SGD(parameters)
+    hd = HypergradientLR(optimizer)
+    for count in (3, 2):
+        optimizer.param_groups[0]["params"] = parameters[-count:]
+        for _ in range(20):
+            for p in parameters:
+                p.grad = p.detach().clone()
+            before = memory_of(hd)
+            optimizer.step()
+            if len(before) > len(memory_of(hd)):
+                for old, new in zip(before[1:], memory_of(hd), strict=True):
+                    assert torch.allclose(old[0], new[0], rtol=0.01), "the mean of another one is elsewhere"

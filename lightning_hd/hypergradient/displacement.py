@@ -108,7 +108,8 @@ class Displacement(View):
             lacking = {self.slots[place].key for place in missing} - self._updated
             self._unused = [slot.p for slot in self.slots if slot.key in lacking]
         with_gradient = {scopes[group] for group, _ in self._present}
-        known = {scopes[group] for group, _ in self._present & self._updated}
+        remembered = {bucket.key for bucket, memory in zip(self._buckets, self._memory, strict=True) if memory}
+        known = {scopes[group] for group, _ in self._present & self._updated} & remembered
         flags = [(i in with_gradient, i in known, i in self._joined) for i in range(max(scopes) + 1)]
         factors = [(bucket.key, *[1 / bucket.replicas] * _WIDTH) for bucket in self._buckets]
         return self._sums.by_scope(rows, factors, flags, self._device, _WIDTH)
@@ -204,9 +205,9 @@ class Displacement(View):
             slope=sums.slope,
             move_norm=math.sqrt(sums.move_squared),
         )
-        # parameters that are new on a few processes may only have had no gradient there before
-        joined = sums.joined > 0 and sums.joined > self._ranks.count / 2
-        return Sight(sums.has_gradient > 0, sums.known > 0, observation, joined)
+        joined = sums.joined > self._ranks.count / 2  # on fewer, parameters may only have had no gradient before
+        has_gradient, known = sums.has_gradient > 0, sums.known > 0
+        return Sight(has_gradient, known, observation, joined, lost=has_gradient and not known)
 
     def forget(self, scope: int) -> None:
         """Set ``E`` to zero. The mean begins where the parameters are."""
@@ -254,21 +255,20 @@ class Displacement(View):
         self._points, self._coming = [], set()
 
     def _count(self) -> None:
-        """Note how many groups there are, and which parameters need no gradient."""
-        self._groups = len(self._optimizer.param_groups)
+        """Note which parameters there are, and which of them need no gradient."""
+        self._ids = list(map(id, parameters_of(self._optimizer)))
         self._asleep = [p for p in parameters_of(self._optimizer) if not p.requires_grad]
 
     def wakes(self) -> bool:
         """Whether a parameter is new, or needs a gradient now, or has its first one. Processes may differ in that."""
-        new = len(self._optimizer.param_groups) != self._groups or any(p.requires_grad for p in self._asleep)
+        new = list(map(id, parameters_of(self._optimizer))) != self._ids or any(p.requires_grad for p in self._asleep)
         return new or (self._ranks.count == 1 and any(p.grad is not None for p in self._unused))
 
     # ------------------------------------------------------------------ which parameters there are
 
     def _lay_out(self, scopes: Sequence[int]) -> None:
         """Lay out the coordinates anew if parameters came, went, or lie somewhere else in memory."""
-        groups = self._optimizer.param_groups
-        parameters = [p for group in groups for p in group["params"] if p.requires_grad]
+        parameters = [p for group in self._optimizer.param_groups for p in group["params"] if p.requires_grad]
         tensors = [local(p) for p in parameters] if self._sharded else parameters
         places, sizes = list(map(Tensor.data_ptr, tensors)), list(map(Tensor.numel, tensors))
         if self.slots and sizes == self._sizes and list(map(id, parameters)) == list(map(id, self._parameters)):
@@ -276,14 +276,16 @@ class Displacement(View):
                 self._places, self._pieces = places, self._views()
             return
         before = self._loaded or by_parameter(self.slots, self._buckets, self._memory)
+        keys = {id(slot.p): slot.key for slot in self.slots}
         self._parameters, self._places, self._sizes, self._present = parameters, places, sizes, None
         self._count()
         self._device = device_of(self._optimizer)
-        found = [(i, j, p) for i, group in enumerate(groups) for j, p in enumerate(group["params"]) if p.requires_grad]
+        groups = enumerate(self._optimizer.param_groups)
+        found = [(i, j, p) for i, group in groups for j, p in enumerate(group["params"]) if p.requires_grad]
         self.slots = look(found, self._budget, self._ranks, flat_offsets(parameters, self._ranks))
         self._buckets = pack(self.slots, lambda slot: scopes[slot.group])
         self._pieces = self._views()
-        self._memory = self._carried(before)
+        self._memory = self._carried(before, keys)
         self._loaded = {}
 
     def _flats(self) -> list[Tensor]:
@@ -299,19 +301,17 @@ class Displacement(View):
         }
         return [[] if copied & bucket.parts.keys() else bucket.views(flats) for bucket in self._buckets]
 
-    def _carried(self, before: dict[Key, Remembered]) -> list[Memory | None]:
-        """The memory for the new buckets. It starts anew if nothing fits."""
-        elsewhere, self._elsewhere = self._elsewhere, False
-        fits = {i: before[slot.key].fit(slot) for i, slot in enumerate(self.slots) if slot.key in before}
+    def _carried(self, before: dict[Key, Remembered], keys: dict[int, Key]) -> list[Memory | None]:
+        """The memory for the new buckets. A parameter is known by itself, else by its place, where it was set anew."""
+        sources = [keys.get(id(slot.p), slot.key) for slot in self.slots]
+        fits = {i: before[key].fit(self.slots[i]) for i, key in enumerate(sources) if key in before}
         known = {place: rows for place, rows in fits.items() if rows is not None}
-        self._updated &= {self.slots[place].key for place in known}
-        if known:
-            return by_bucket(self._buckets, [self._theta(i) for i in range(len(self._buckets))], known, elsewhere)
-        if before:
-            self._notices.warn(
-                "lost moves", "the moves are those of other parameters, so the memory of former steps starts anew"
-            )
-        return [None] * len(self._buckets)
+        self._updated = {self.slots[place].key for place in fits if sources[place] in self._updated}
+        replaced = {place for place in known if keys and id(self.slots[place].p) not in keys}
+        elsewhere, self._elsewhere = set(known) if self._elsewhere else replaced, False
+        if before and not known:
+            self._notices.warn("lost moves", "all parameters are other ones, so the memory of former steps starts anew")
+        return by_bucket(self._buckets, [self._theta(i) for i in range(len(self._buckets))], known, elsewhere)
 
     # ------------------------------------------------------------------ what is saved
 

@@ -4,7 +4,7 @@ The rows are ``r_t``, ``Ē``, ``g_{t-1}`` and ``θ_{t-1}``. Where parameters com
 remembered belongs to parameters.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, Sequence, Set
 from dataclasses import dataclass
 
 import torch
@@ -71,27 +71,31 @@ def by_parameter(
 
 
 def by_bucket(
-    buckets: Sequence[Bucket], thetas: Sequence[Tensor], known: Mapping[int, Tensor], elsewhere: bool
+    buckets: Sequence[Bucket], thetas: Sequence[Tensor], known: Mapping[int, Tensor], elsewhere: Set[int]
 ) -> list[Memory | None]:
-    """What the buckets remember.
+    """What the buckets remember; ``None`` where nothing is known.
 
     Args:
         buckets: The buckets.
         thetas: The parameters in each of them. One that is not known has been where it is.
         known: The rows of the parameters that are known, by the places of their slots.
-        elsewhere: Whether parameters were set to where they are. Then their moves are known, not their former places.
+        elsewhere: The places of parameters that were set to where they are. Their moves are known, not where they were.
     """
     memories, taken = list[Memory | None](), dict.fromkeys(known, 0)
     for bucket, theta in zip(buckets, thetas, strict=True):
+        if not known.keys() & bucket.parts.keys():
+            memories.append(None)
+            continue
         theta = theta if bucket.roots is None else theta * bucket.roots
         rows = torch.stack([theta, torch.zeros_like(theta), torch.zeros_like(theta), theta])
-        for place, part in zip(bucket.parts, torch.split(rows, bucket.lengths, 1), strict=True):
+        parts = torch.split(rows, bucket.lengths, 1)
+        for place, part, now in zip(bucket.parts, parts, torch.split(theta, bucket.lengths), strict=True):
             if place in known:
                 part.copy_(known[place][:, taken[place] : taken[place] + part.shape[1]])
                 taken[place] += part.shape[1]
-        if elsewhere:
-            rows[0] += theta - rows[3]
-            rows[3] = theta
+            if place in elsewhere:
+                part[0] += now - part[3]
+                part[3] = now
         memories.append(Memory(rows, torch.dot(rows[2], rows[2])))
     return memories
 

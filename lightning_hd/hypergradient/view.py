@@ -21,6 +21,7 @@ class Sight(NamedTuple):
     observation: Observation
     joined: bool = False  # whether a large part of the parameters is new
     vanished: bool = False  # whether the last step should have moved parameters, but left no trace
+    lost: bool = False  # whether nothing is remembered of the moves of any parameter
 
 
 UNSEEN = Sight(has_gradient=True, known=False, observation=Observation(0.0, 0.0, 0.0))

@@ -15,6 +15,9 @@ from lightning_hd.rules.learned import Learned
 _HORIZON, _GROWTH = 450.0, 0.5
 """``H``, the length of the memory: in steps at first, then as a part of the steps taken. Below 100 it is greedy."""
 
+_ENOUGH = 100.0
+"""The number of moves in a memory that is no longer greedy. Where it began anew, falls count in proportion to them."""
+
 _REACH = 0.5
 """``w``: moves at rates that are further than this from the present one, in ``log γ``, show nothing about it."""
 
@@ -27,18 +30,13 @@ _NORMS, _NORMS_GROWTH = 10.0, 0.02
 _SMOOTHED, _RECENT = 0.05, 0.2
 """``W``: a part of the cooldown at the end, and at most a part of the steps taken."""
 
-_TURNS = 20
-"""The number of steps in the running mean of the cosine of two gradients in a row."""
+_TURNS, _TURNING, _TURNED, _STRAIGHT = 20, 0.1, 0.6, 0.8
+"""The number of steps in the running mean of the cosine of two gradients in a row. Minus the next two, gradients begin
+to turn round, and have turned round. Above the last one they do not turn."""
 
-_TURNING, _TURNED, _STRAIGHT = 0.1, 0.6, 0.8
-"""Minus this cosine, gradients begin to turn round, and have turned round. Above the last one they do not turn."""
-
-_OPTIMISM = 0.3
-"""``r``, the additional weight of cosines that ask for a larger rate. Early in a run, a longer step is useful beyond
-the horizon, too."""
-
-_EARLY = 100.0
-"""``n``, the number of steps after which optimism and the careful cap fade as ``1 / t``."""
+_OPTIMISM, _EARLY = 0.3, 100.0
+"""``r``, the additional weight of cosines that ask for a larger rate: early, a longer step is useful beyond the horizon,
+too. After ``n`` steps, optimism and the careful cap fade as ``1 / t``."""
 
 _FIRST_STEP = 1e-4
 """``ρ``, the length of the first step over the norm of the parameters."""
@@ -58,11 +56,9 @@ while it rises after a fall."""
 _NONLINEAR_CAP = 0.02
 """The largest change of ``log α`` per step if the step is not linear in the rate: all former steps change as much."""
 
-_RESOLVED = 10.0
-"""Below this many times the rounding of the largest gradient, a gradient is only rounding."""
-
-_SHRUNK = 0.01
-"""Where gradients are this part of the largest one, one at its usual size would be a leap that ends the run."""
+_RESOLVED, _SHRUNK = 10.0, 0.01
+"""Below this many times the rounding of the largest gradient, a gradient is only rounding. Below this part of it, one
+at the usual size would be a leap that ends the run."""
 
 _LARGEST_LOG = 700.0
 """About the largest number whose exponential is a float."""
@@ -116,9 +112,8 @@ class Auto(Rule):
     steps vanish in the rounding of the parameters, ``E`` is zero, and ``log α`` rises by the cap. If ``G_t`` is below
     10 times the rounding of the largest norm so far, gradients are only rounding, and ``log α`` stays as it is.
 
-    The memory does not show an instability, because steps to and fro cancel in it. The norm of the gradient shows it
-    (``Brake``). The gradient does not show that the rate is so high that nothing is learned. The loss shows it, if it
-    is known (``LossGuard``). If the step is not linear in the rate, as in dual averaging, a change of the rate also
+    The memory does not show an instability, because steps to and fro cancel in it. The gradient's norm does (``Brake``).
+    That the rate is so high that nothing is learned only shows in the loss, if it is known (``LossGuard``). If the step is not linear in the rate, as in dual averaging, a change of the rate also
     changes what former steps have done. Nothing is forgotten then, and ``log α`` changes by 0.02 per step at most.
 
     Later steps are not all looked at (``Brake.stride``). A look that stands for ``k`` steps counts as ``k``:
@@ -248,7 +243,10 @@ class Auto(Rule):
         own.squares *= (1 - 1 / _SQUARES) ** stride
         own.squares += (stride * bent) ** 2
         pace = _HORIZON / max(_HORIZON, _GROWTH * step)
-        return pace * bent / math.sqrt(own.squares) if own.squares else 0.0
+        change = pace * bent / math.sqrt(own.squares) if own.squares else 0.0
+        part = min(1.0, own.moves / _ENOUGH) if own.anew else 1.0
+        own.anew = part < 1
+        return max(change, part * change)
 
     def _derivative(self, seen: Observation, context: Context) -> float:
         """``h_t``: past the noise, round the bend, and bounded by the greedy derivative."""
@@ -263,9 +261,10 @@ class Auto(Rule):
         straight = own.turn > _STRAIGHT or self._greedy.sigmas > _SURE
         return min(derivative, 0.0) if straight else derivative
 
-    def begin(self) -> None:
+    def begin(self, anew: bool) -> None:
         """Forget what the last steps have shown. A longer gradient of a new model, or of new data, is no leap."""
         own = self._own
+        own.fresh, own.anew = own.fresh or anew, own.anew or anew
         own.cosine = own.norm = own.norm_weight = own.turn = 0.0
         own.turns = 0
         self._greedy, self._brake = Greedy(), Brake(variance=self._brake.variance, limit=self._brake.limit)

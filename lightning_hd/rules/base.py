@@ -155,8 +155,12 @@ class Rule(ABC):
         """
         return copy.deepcopy(self)
 
-    def begin(self) -> None:  # noqa: B027
-        """Forget what does not hold in a new training, which begins with all else that the last one has learned."""
+    def begin(self, anew: bool) -> None:  # noqa: B027
+        """Forget what does not hold for a new model or new data. All else that was learned stays.
+
+        Args:
+            anew: Whether the moves are forgotten, too, because all parameters are new.
+        """
 
     def state_dict(self) -> dict[str, Any]:
         """The numbers and tensors that the rule object holds, by attribute name. Override it for anything else."""

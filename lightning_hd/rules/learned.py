@@ -14,6 +14,7 @@ class Learned:
     gap: float = 0.0  # log γ_t - L_t
     moves: float = not_negative()  # the sum of the weights of the moves in E
     fresh: bool = False  # whether the memory starts anew
+    anew: bool = False  # whether it has done so because all parameters were new, and is still short
     cosine: float = 0.0  # c_t
     squares: float = not_negative()  # S_t
     norm: float = not_negative()  # G, before the correction for its start at 0
