@@ -112,6 +112,7 @@ def test_after_an_event_each_step_is_looked_at(calm: Loop, looked: list[int], ev
     if event == "write":
         loop.optimizer.param_groups[0]["lr"] = 5e-3
     if event == "group":
+        loop.steps(8)  # so that the copy has looked once
         loop.optimizer.add_param_group({"params": nn.Parameter(torch.ones(3, dtype=torch.float64))})
     if event in ("backoff", "not finite"):
         for _ in range(9):  # the look must not miss it

@@ -91,7 +91,7 @@ class Displacement(View):
         self._coming: set[int] = set()  # groups whose next move will not follow it
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**vars(self), "_places": []}  # a copy's parameters lie elsewhere
+        return {**vars(self), "_places": [], "_ids": []}  # a copy's parameters lie elsewhere
 
     # ------------------------------------------------------------------ one step
 
@@ -206,13 +206,12 @@ class Displacement(View):
             move_norm=math.sqrt(sums.move_squared),
         )
         joined = sums.joined > self._ranks.count / 2  # on fewer, parameters may only have had no gradient before
-        has_gradient, known = sums.has_gradient > 0, sums.known > 0
-        return Sight(has_gradient, known, observation, joined, lost=has_gradient and not known)
+        gradient, known = sums.has_gradient > 0, sums.known > 0
+        return Sight(gradient, known, observation, joined, lost=gradient and not known)
 
     def forget(self, scope: int) -> None:
         """Set ``E`` to zero. The mean begins where the parameters are."""
-        pairs = zip(self._buckets, self._memory, strict=True)
-        self._memory = [None if bucket.key == scope else memory for bucket, memory in pairs]
+        self._memory = [None if b.key == scope else m for b, m in zip(self._buckets, self._memory, strict=True)]
 
     def relocate(self) -> None:
         """Keep ``E``, and let the mean follow the parameters to where they are."""
@@ -254,21 +253,23 @@ class Displacement(View):
         """Drop what was prepared for a step that was not taken."""
         self._points, self._coming = [], set()
 
-    def _count(self) -> None:
-        """Note which parameters there are, and which of them need no gradient."""
-        self._ids = list(map(id, parameters_of(self._optimizer)))
-        self._asleep = [p for p in parameters_of(self._optimizer) if not p.requires_grad]
+    def _count(self) -> list[Tensor]:
+        """Note which parameters there are, and which of them need no gradient. Return the others."""
+        everything = [p for group in self._optimizer.param_groups for p in group["params"]]
+        self._ids, self._asleep = list(map(id, everything)), [p for p in everything if not p.requires_grad]
+        return [p for p in everything if p.requires_grad]
 
     def wakes(self) -> bool:
         """Whether a parameter is new, or needs a gradient now, or has its first one. Processes may differ in that."""
-        new = list(map(id, parameters_of(self._optimizer))) != self._ids or any(p.requires_grad for p in self._asleep)
+        ids = [id(p) for group in self._optimizer.param_groups for p in group["params"]]
+        new = ids != (self._ids or ids) or any(p.requires_grad for p in self._asleep)
         return new or (self._ranks.count == 1 and any(p.grad is not None for p in self._unused))
 
     # ------------------------------------------------------------------ which parameters there are
 
     def _lay_out(self, scopes: Sequence[int]) -> None:
         """Lay out the coordinates anew if parameters came, went, or lie somewhere else in memory."""
-        parameters = [p for group in self._optimizer.param_groups for p in group["params"] if p.requires_grad]
+        parameters = self._count()
         tensors = [local(p) for p in parameters] if self._sharded else parameters
         places, sizes = list(map(Tensor.data_ptr, tensors)), list(map(Tensor.numel, tensors))
         if self.slots and sizes == self._sizes and list(map(id, parameters)) == list(map(id, self._parameters)):
@@ -278,7 +279,6 @@ class Displacement(View):
         before = self._loaded or by_parameter(self.slots, self._buckets, self._memory)
         keys = {id(slot.p): slot.key for slot in self.slots}
         self._parameters, self._places, self._sizes, self._present = parameters, places, sizes, None
-        self._count()
         self._device = device_of(self._optimizer)
         groups = enumerate(self._optimizer.param_groups)
         found = [(i, j, p) for i, group in groups for j, p in enumerate(group["params"]) if p.requires_grad]

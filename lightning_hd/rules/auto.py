@@ -35,8 +35,8 @@ _TURNS, _TURNING, _TURNED, _STRAIGHT = 20, 0.1, 0.6, 0.8
 to turn round, and have turned round. Above the last one they do not turn."""
 
 _OPTIMISM, _EARLY = 0.3, 100.0
-"""``r``, the additional weight of cosines that ask for a larger rate: early, a longer step is useful beyond the horizon,
-too. After ``n`` steps, optimism and the careful cap fade as ``1 / t``."""
+"""``r``, the additional weight of cosines that ask for a larger rate: early, a longer step is useful beyond the
+horizon. After ``n`` steps, optimism and the careful cap fade as ``1 / t``."""
 
 _FIRST_STEP = 1e-4
 """``ρ``, the length of the first step over the norm of the parameters."""
@@ -112,9 +112,10 @@ class Auto(Rule):
     steps vanish in the rounding of the parameters, ``E`` is zero, and ``log α`` rises by the cap. If ``G_t`` is below
     10 times the rounding of the largest norm so far, gradients are only rounding, and ``log α`` stays as it is.
 
-    The memory does not show an instability, because steps to and fro cancel in it. The gradient's norm does (``Brake``).
-    That the rate is so high that nothing is learned only shows in the loss, if it is known (``LossGuard``). If the step is not linear in the rate, as in dual averaging, a change of the rate also
-    changes what former steps have done. Nothing is forgotten then, and ``log α`` changes by 0.02 per step at most.
+    The memory does not show an instability, because steps to and fro cancel in it. The gradient's norm does
+    (``Brake``). That the rate is so high that nothing is learned only shows in the loss, if it is known
+    (``LossGuard``). If the step is not linear in the rate, as in dual averaging, a change of the rate also changes what
+    former steps have done. Nothing is forgotten then, and ``log α`` changes by 0.02 per step at most.
 
     Later steps are not all looked at (``Brake.stride``). A look that stands for ``k`` steps counts as ``k``:
     ``log α`` changes by ``k`` times as much, and memories forget as much as in ``k`` steps.
