@@ -113,6 +113,15 @@ def test_the_version_is_the_same_everywhere() -> None:
     assert citation["version"] == newest[1] == lightning_hd.__version__ == version("lightning-hd")
 
 
+def test_the_comparison_names_measured_figures_only() -> None:
+    named, measured = (
+        set(re.findall(r"\d+\.\d+", (ROOT / "docs" / page).read_text().replace("version 0.1.0", "")))
+        for page in ("comparison.md", "benchmarks.md")
+    )
+    assert named
+    assert named <= measured
+
+
 def test_the_example_in_the_docstring() -> None:
     results = doctest.testmod(lightning_hd.engine.tuner)
     assert results.attempted > 0
