@@ -1,4 +1,4 @@
-"""A hook of the documentation site: long names in code may end a line behind their joints, so that no word is broken."""
+"""A hook of the documentation site: long names in code may be split at their joints, so that no word is."""
 
 import re
 from typing import Any

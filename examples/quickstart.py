@@ -62,7 +62,7 @@ def loaders() -> tuple[DataLoader[tuple[Tensor, ...]], DataLoader[tuple[Tensor, 
 
 
 def free(folder: Path) -> Path:
-    """The folder, or the first of ``folder-2``, ``folder-3`` … that does not exist: each start has curves of its own."""
+    """The folder, or ``folder-2``, ``folder-3`` … if it exists, so that each start has curves of its own."""
     names = (f"{folder.name}-{i}" if i > 1 else folder.name for i in count(1))
     return next(path for path in map(folder.with_name, names) if not path.exists())
 

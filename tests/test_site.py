@@ -26,7 +26,10 @@ pytestmark = [
 ROOT = Path(__file__).parent.parent
 SCREEN, PHONE = 1280, 390
 
-WIDE = "return [...document.querySelectorAll('.md-typeset__table')].filter(t => t.scrollWidth > t.parentElement.clientWidth + 1)"
+WIDE = """
+const tables = [...document.querySelectorAll(".md-typeset__table")];
+return tables.filter((table) => table.scrollWidth > table.parentElement.clientWidth + 1);
+"""
 """The tables that do not fit."""
 
 BROKEN = r"""
