@@ -120,8 +120,8 @@ class Auto(Rule):
     steps leaves about ``√(2 / (α λ n))``. For ``W = n / 20`` both are alike within a factor of two, from ``α λ``
     of 0.01 to 1. What is learned along flat directions counts in full. Without a cooldown, ``W = 1`` and ``Ē = E``.
 
-    **Gradients that turn round.** ``κ`` is the running mean of the cosine of two gradients in a row. Near -1
-    gradients turn round, so steps are too long, and ``g · E`` is believed. Above 0.8 they do not turn. Then nothing asks for a
+    **Gradients that turn round.** ``κ`` is the running mean of the cosine of two gradients in a row. Near -1 gradients
+    turn round, so steps are too long, and ``g · E`` is believed. Above 0.8 they do not turn. Then nothing asks for a
     smaller rate, and it may rise by 10 % per step.
 
     **The greedy bound.** A rate at which the paper's own derivative is still positive (by two standard errors) is too
