@@ -7,7 +7,7 @@ from latex2mathml.converter import convert
 
 def formula(source: str, language: str, class_name: str, options: dict[str, Any], md: Any, **_: Any) -> str:
     """The HTML of a formula, as ``pymdownx.superfences`` asks for it."""
-    return convert(source, display="block")
+    return f'<div class="math">{convert(source, display="block")}</div>'
 
 
 def on_config(config: Any) -> Any:

@@ -70,7 +70,7 @@ def train(strategy_name: str, processes: int, nodes: int, epochs: int, folder: P
         strategy=strategy,
         max_epochs=epochs,
         callbacks=[hd],
-        logger=TensorBoardLogger(folder, name="ddp", version=""),
+        logger=TensorBoardLogger(folder, name="ddp"),
         log_every_n_steps=5,
         enable_checkpointing=False,
         enable_model_summary=False,

@@ -89,7 +89,7 @@ def fit(name: str, images: Tensor, epochs: int, logs: Path, callback: Hypergradi
         max_epochs=epochs,
         accelerator="cpu",
         callbacks=[callback] if callback else [],
-        logger=TensorBoardLogger(logs, name="gan", version=name),
+        logger=TensorBoardLogger(logs, name=f"gan/{name}"),
         log_every_n_steps=10,
         enable_checkpointing=False,
         enable_model_summary=False,

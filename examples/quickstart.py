@@ -6,12 +6,12 @@ python examples/quickstart.py
 import argparse
 import logging
 import warnings
+from itertools import count
 from pathlib import Path
 from statistics import median
 
 import torch
 from lightning.pytorch import LightningModule, Trainer, seed_everything
-from lightning.pytorch.callbacks import LearningRateMonitor
 from lightning.pytorch.loggers import TensorBoardLogger
 from sklearn.datasets import load_digits
 from sklearn.model_selection import train_test_split
@@ -61,14 +61,20 @@ def loaders() -> tuple[DataLoader[tuple[Tensor, ...]], DataLoader[tuple[Tensor, 
     return train, DataLoader(TensorDataset(val_x, val_y), batch_size=450)
 
 
-def fit(name: str, lr: float, epochs: int, logs: Path, callback: HypergradientDescent | None) -> dict[str, float]:
+def free(folder: Path) -> Path:
+    """The folder, or ``folder-2``, ``folder-3`` … if it exists, so that each start has curves of its own."""
+    names = (f"{folder.name}-{i}" if i > 1 else folder.name for i in count(1))
+    return next(path for path in map(folder.with_name, names) if not path.exists())
+
+
+def fit(name: str, lr: float, epochs: int, logs: Path, callback: HypergradientDescent) -> dict[str, float]:
     """Train once; returns the validation metrics of the last epoch."""
     seed_everything(0, verbose=False)
     trainer = Trainer(
         max_epochs=epochs,
         accelerator="cpu",
-        callbacks=[callback or LearningRateMonitor()],
-        logger=TensorBoardLogger(logs, name="quickstart", version=name),
+        callbacks=[callback],
+        logger=TensorBoardLogger(logs, name="", version=name),
         log_every_n_steps=5,
         enable_checkpointing=False,
         enable_model_summary=False,
@@ -89,15 +95,17 @@ def main() -> None:
     warnings.filterwarnings("ignore", message=".*does not have many workers.*")
     warnings.filterwarnings("ignore", message=".*isinstance.treespec, LeafSpec.*")
 
+    logs = free(arguments.folder / "quickstart")
+    untuned = HypergradientDescent("additive", hypergrad_lr=0)  # trains as without it, bit for bit, and logs the same
+    plain = fit("plain", arguments.lr, arguments.epochs, logs, untuned)
     callback = HypergradientDescent()
-    plain = fit("plain", arguments.lr, arguments.epochs, arguments.folder, None)
-    tuned = fit("hypergradient", arguments.lr, arguments.epochs, arguments.folder, callback)
+    tuned = fit("hypergradient", arguments.lr, arguments.epochs, logs, callback)
     (lrs,) = callback.lrs.values()
 
     print(f"\n{'':22}{'val accuracy':>14}{'val loss':>12}{'configured':>12}{'median lr':>12}")
     for name, metrics, lr in (("without", plain, arguments.lr), ("HypergradientDescent", tuned, median(lrs))):
         print(f"{name:22}{metrics['val_accuracy']:14.3f}{metrics['val_loss']:12.3f}{arguments.lr:12.1e}{lr:12.1e}")
-    print(f"\nThe curves: tensorboard --logdir {arguments.folder / 'quickstart'}")
+    print(f"\nThe curves: tensorboard --logdir {logs}")
 
 
 if __name__ == "__main__":

@@ -44,7 +44,7 @@ return trees(arguments[1] ?? document).flatMap((tree) => [...tree.querySelectorA
 
 
 @contextmanager
-def browser(profile: Path) -> Iterator[WebDriver]:
+def browser(profile: Path) -> Iterator[Chrome]:
     """A headless Chromium with an empty profile."""
     # Both paths are given, so that Selenium does not look for programs to download.
     binary, driver = map(shutil.which, PROGRAMS)

@@ -42,28 +42,28 @@ pytestmark = [
 STEPS = 150
 
 CHARTS = {
-    "loss": {"train_loss": ["tuned", "scheduled", "groups", "monitored"]},
     "learning rate, log10": {
-        "hd/log10_lr-SGD": ["tuned", "scheduled"],
+        "hd/log10_lr-SGD": ["tuned", "untuned", "scheduled"],
         "hd/log10_lr-SGD/pg1": ["groups"],
         "hd/log10_lr-SGD/pg2": ["groups"],
     },
     "learning rate": {
-        "hd/lr-SGD": ["tuned", "scheduled"],
+        "hd/lr-SGD": ["tuned", "untuned", "scheduled"],
         "hd/lr-SGD/pg1": ["groups"],
         "hd/lr-SGD/pg2": ["groups"],
         "lr-SGD": ["monitored"],
     },
+    "loss": {"train_loss": ["tuned", "untuned", "scheduled", "groups", "monitored"]},
     "effective rate, schedule, scale, log10": {
-        "hd/log10_lr-SGD": ["tuned", "scheduled"],
+        "hd/log10_lr-SGD": ["tuned", "untuned", "scheduled"],
         "hd/log10_lr-SGD/pg1": ["groups"],
         "hd/log10_lr-SGD/pg2": ["groups"],
         "hd/log10_schedule-SGD": ["scheduled"],
-        "hd/log10_scale-SGD": ["tuned", "scheduled", "groups"],
+        "hd/log10_scale-SGD": ["tuned", "untuned", "scheduled", "groups"],
     },
     "cosine and its running mean": {
-        "hd/cosine-SGD": ["tuned", "scheduled", "groups"],
-        "hd/mean_cosine-SGD": ["tuned", "scheduled", "groups"],
+        "hd/cosine-SGD": ["tuned", "untuned", "scheduled", "groups"],
+        "hd/mean_cosine-SGD": ["tuned", "untuned", "scheduled", "groups"],
     },
     "backoffs": {"hd/backoffs-SGD": ["tuned", "scheduled", "groups"]},
 }
@@ -71,6 +71,7 @@ CHARTS = {
 
 SETTINGS = {
     "tuned": {"hd/rule": "auto", "hd/max_lr": "None"},
+    "untuned": {"hd/rule": "additive", "hd/max_lr": "None"},
     "scheduled": {"hd/rule": "auto", "hd/max_lr": "None"},
     "groups": {"hd/rule": "auto", "hd/max_lr": "0.25000"},
 }
@@ -81,6 +82,7 @@ class Digits(LightningModule):
     def __init__(self, run: str) -> None:
         super().__init__()
         self.run = run
+        self.lr = 0.003 if run == "untuned" else 0.01  # at the same rate, it would hide the one without the callback
         self.network = nn.Sequential(nn.Linear(64, 32), nn.ReLU(), nn.Linear(32, 10))
 
     def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
@@ -92,7 +94,7 @@ class Digits(LightningModule):
     def configure_optimizers(self) -> Any:
         first, _, last = self.network
         groups: list[dict[str, Any]] = [{"params": first.parameters()}, {"params": last.parameters(), "lr": 0.03}]
-        optimizer = SGD(groups if self.run == "groups" else self.parameters(), lr=0.01, momentum=0.9)
+        optimizer = SGD(groups if self.run == "groups" else self.parameters(), lr=self.lr, momentum=0.9)
         if self.run != "scheduled":
             return [optimizer], []
         return [optimizer], [{"scheduler": CosineAnnealingLR(optimizer, STEPS), "interval": "step"}]
@@ -127,6 +129,7 @@ def driver(tmp_path: Path, screenshots: Path) -> Iterator[WebDriver]:
     """A browser that shows TensorBoard with all runs."""
     runs, output = tmp_path / "runs", tmp_path / "tensorboard.txt"
     fit(runs, "tuned", HypergradientDescent())
+    fit(runs, "untuned", HypergradientDescent("additive", hypergrad_lr=0))
     fit(runs, "scheduled", HypergradientDescent())
     fit(runs, "groups", HypergradientDescent(max_lr=0.25))
     fit(runs, "monitored", LearningRateMonitor())

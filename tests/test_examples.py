@@ -16,7 +16,14 @@ from tests.test_callback import scalars
 EXAMPLES = Path(__file__).parent.parent / "examples"
 
 
+OUTPUTS = EXAMPLES.parent / "docs" / "outputs"
+
 Start = Callable[..., str]
+
+
+def words(output: str) -> list[str]:
+    """What an example prints, without its numbers."""
+    return re.findall(r"[A-Za-z]{2,}", output)
 
 
 @pytest.fixture
@@ -29,7 +36,10 @@ def start(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.Captur
     def start(name: str, *arguments: str) -> str:
         monkeypatch.setattr(sys, "argv", [name, *arguments])
         runpy.run_path(str(EXAMPLES / name), run_name="__main__")
-        return capsys.readouterr().out
+        output = capsys.readouterr().out
+        shown = (OUTPUTS / f"{Path(name).stem}.txt").read_text()
+        assert words(output) == words(shown), "the site shows something else: run docs/scripts.py"
+        return output
 
     yield start
     logger.setLevel(level)
@@ -44,6 +54,7 @@ def table(output: str) -> list[dict[str, float]]:
 def test_every_example_is_in_the_table_of_examples() -> None:
     names = re.findall(r"^\| \[`(\w+\.py)`\]\((\w+\.py)\) \|", (EXAMPLES / "README.md").read_text(), re.MULTILINE)
     assert sorted(names) == sorted((file.name, file.name) for file in EXAMPLES.glob("*.py"))
+    assert {file.stem for file in OUTPUTS.iterdir()} == {file.stem for file in EXAMPLES.glob("*.py")}
 
 
 @pytest.mark.parametrize(

@@ -363,4 +363,4 @@ def test_the_gan_of_the_examples_compares_the_rules(
         assert 0 < distance < 30
         assert (rates == [2e-4, 2e-4]) == (name == "without")
         assert max(rates) <= (1e-3 if name == "multiplicative-clamped" else 1)
-        assert len(list((tmp_path / "gan" / name).glob("events.out.tfevents.*"))) == 1
+        assert len(list((tmp_path / "gan" / name).rglob("events.out.tfevents.*"))) == 1

@@ -20,6 +20,7 @@ import lightning_hd
 import lightning_hd.engine.tuner
 import lightning_hd.reporting
 from lightning_hd import HypergradientDescent, HypergradientLR
+from tests.test_callback import events
 
 ROOT = Path(__file__).parent.parent
 
@@ -112,6 +113,15 @@ def test_the_version_is_the_same_everywhere() -> None:
     assert citation["version"] == newest[1] == lightning_hd.__version__ == version("lightning-hd")
 
 
+def test_the_comparison_names_measured_figures_only() -> None:
+    named, measured = (
+        set(re.findall(r"\d+\.\d+", (ROOT / "docs" / page).read_text().replace("version 0.1.0", "")))
+        for page in ("comparison.md", "benchmarks.md")
+    )
+    assert named
+    assert named <= measured
+
+
 def test_the_example_in_the_docstring() -> None:
     results = doctest.testmod(lightning_hd.engine.tuner)
     assert results.attempted > 0
@@ -128,4 +138,11 @@ def test_the_quickstart_repairs_a_bad_rate(tmp_path: Path) -> None:
     assert first == 1e-5
     assert usual > 1e-3
     assert "tensorboard --logdir runs/quickstart" in output
-    assert {file.parent.name for file in tmp_path.rglob("events.out.tfevents.*")} == {"plain", "hypergradient"}
+    run(str(ROOT / "examples" / "quickstart.py"), "--epochs", "1", cwd=tmp_path)
+    folders = [file.parent for file in tmp_path.rglob("events.out.tfevents.*")]
+    names = {f"runs/{start}/{name}" for start in ("quickstart", "quickstart-2") for name in ("plain", "hypergradient")}
+    assert sorted(str(folder.relative_to(tmp_path)) for folder in folders) == sorted(names)
+    tags = {tag for folder in folders for tag in events(folder).Tags()["scalars"]}
+    assert {"hd/log10_lr-SGD", "val_loss"} < tags
+    assert "hp_metric" not in tags
+    assert [path.name for path in tmp_path.iterdir()] == ["runs"]  # which git ignores

@@ -1,4 +1,4 @@
-"""Checks before the first step: whether it is a step at all, and whether all processes tune the same."""
+"""Checks before the first step: whether it is a step at all, and whether all processes have the same settings."""
 
 import gc
 import inspect
@@ -63,11 +63,11 @@ class Precheck:
         return any(g.layout != torch.strided or bool(local(g).any()) for g in gradients)
 
     def check(self, rates: Rates, rule: Rule, step_count: int) -> None:
-        """Raise what would fail later, with a clear error. All ranks raise if they do not tune the same.
+        """Raise what would fail later, with a clear error. All ranks raise if their settings differ.
 
         Raises:
             TypeError, ValueError: A rate or a gradient is out of order.
-            RuntimeError: The processes do not tune the same, or are within ``DistributedDataParallel.join()``.
+            RuntimeError: The settings of the processes differ, or they are within ``DistributedDataParallel.join()``.
         """
         error: Exception | None = None
         try:
@@ -105,7 +105,7 @@ class Precheck:
             for key, value in other.items():
                 if value != everyone[0][key]:
                     raise RuntimeError(
-                        f"HypergradientLR({mine['optimizer']}): the processes do not tune the same: {key} is "
+                        f"HypergradientLR({mine['optimizer']}): the settings of the processes differ: {key} is "
                         f"{everyone[0][key]} on rank 0 and {value} on rank {rank}. Give models that train apart a "
                         "process_group each"
                     )

@@ -90,7 +90,7 @@ class HypergradientLR:
         ValueError: An argument or a configured rate is out of range, or ``process_group`` lacks processes that hold
             shards of the parameters.
         RuntimeError: The optimizer has a ``HypergradientLR`` already. In the first step, on every process: the
-            processes do not tune the same.
+            settings of the processes differ.
 
     Examples:
         >>> import torch

@@ -80,9 +80,13 @@ def describe(trainer: Trainer, pl_module: LightningModule, settings: dict[str, A
         if name not in _DISPLAY
     }
     for logger in trainer.loggers:
-        logger.log_hyperparams(known | own)
-        if _writes_events(logger):
-            getattr(logger, "experiment").add_custom_scalars(LAYOUT)  # noqa: B009
+        if not _writes_events(logger):
+            logger.log_hyperparams(known | own)
+            continue
+        # Event files hold settings beside a metric only. Without one, Lightning makes up an `hp_metric` of -1.
+        metric = () if known else ({"epoch": trainer.current_epoch}, trainer.global_step)
+        logger.log_hyperparams(known | own, *metric)
+        getattr(logger, "experiment").add_custom_scalars(LAYOUT)  # noqa: B009
 
 
 def show_small_numbers(trainer: Trainer) -> None:

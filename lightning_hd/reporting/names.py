@@ -10,9 +10,9 @@ PREFIX = "hd/"
 
 LAYOUT = {
     "learning rate": {
-        "loss": ["Multiline", [".*loss"]],
         "learning rate, log10": ["Multiline", ["hd/log10_lr"]],
         "learning rate": ["Multiline", ["hd/lr-", "lr-"]],
+        "loss": ["Multiline", [".*loss"]],
         "effective rate, schedule, scale, log10": ["Multiline", ["hd/log10_lr", "hd/log10_schedule", "hd/log10_scale"]],
         "cosine and its running mean": ["Multiline", ["hd/cosine", "hd/mean_cosine"]],
         "backoffs": ["Multiline", ["hd/backoffs"]],

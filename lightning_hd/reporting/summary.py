@@ -142,7 +142,7 @@ def _remarks(recorder: Recorder) -> Iterator[str]:
             yield f"{name}: {recorder.untuned} steps of the optimizer were not tuned."
     if stats.writes > 1:
         yield (
-            f"{name}: rates were written {stats.writes} times, and each took the place of the learned one. If they "
+            f"{name}: rates were written {stats.writes} times, and each replaced the learned one. If they "
             "are a schedule, pass HypergradientDescent(scheduled=True)."
         )
     if stats.nonfinite_steps:

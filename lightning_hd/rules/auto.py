@@ -95,9 +95,9 @@ class Auto(Rule):
     steps leaves about ``√(2 / (α λ n))``. For ``W = n / 20`` both are alike within a factor of two, from ``α λ``
     of 0.01 to 1. What is learned along flat directions counts in full. Without a cooldown, ``W = 1`` and ``Ē = E``.
 
-    **Round the bend.** ``κ`` is the running mean of the cosine of two gradients in a row. Near -1 gradients turn round,
-    so steps are too long, and ``g · E`` is believed. Above 0.8 they do not turn. Then nothing asks for a smaller rate,
-    and it may rise by 10 % per step.
+    **Gradients that turn round.** ``κ`` is the running mean of the cosine of two gradients in a row. Near -1 gradients
+    turn round, so steps are too long, and ``g · E`` is believed. Above 0.8 they do not turn. Then nothing asks for a
+    smaller rate, and it may rise by 10 % per step.
 
     **The greedy bound.** A rate at which the paper's own derivative is still positive (by two standard errors) is too
     low (``Greedy``). Then the rate does not fall. If it has been higher before, it rises by up to 10 % per step, up to
@@ -250,7 +250,7 @@ class Auto(Rule):
         return max(change, part * change)
 
     def _derivative(self, seen: Observation, context: Context) -> float:
-        """``h_t``: past the noise, round the bend, and bounded by the greedy derivative."""
+        """``h_t``: past the noise, believed where gradients turn round, and bounded by the greedy derivative."""
         own = self._own
         own.turns = min(own.turns + context.stride, _TURNS)
         own.turn += (seen.turn - own.turn) * context.stride / own.turns

@@ -1,4 +1,4 @@
-"""Rule: how a learning rate follows its hypergradient. Scalars in, scalars out."""
+"""Rule: how a learning rate follows its hypergradient. It takes the current rate and returns the next."""
 
 import copy
 from abc import ABC, abstractmethod

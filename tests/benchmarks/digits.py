@@ -68,7 +68,7 @@ def normalize_rows(network: nn.Module) -> None:
 
 
 def constrained(seed: int, data: Path, project: Callable[[nn.Module], None]) -> Problem:
-    """Weights that are put back after each step."""
+    """Weights that are clipped after each step."""
     problem = classify(seed, data, 64, (64, 32, 10))
     project(problem.network)
     return Problem(problem.network, problem.train_loss, problem.val_loss, lambda: project(problem.network))

@@ -249,7 +249,7 @@ def test_processes_that_disagree_are_told_on_every_rank() -> None:
         assert not isinstance(told, Exception), told
         for what, words in zip(DISAGREEMENTS, told, strict=True):
             key = "rule" if what == "function" else what.partition(",")[0]
-            assert f"the processes do not tune the same: {key}" in words
+            assert f"the settings of the processes differ: {key}" in words
             assert what != "error" or "lr of SGD param_groups[0] must be a finite number" in words
 
 
@@ -426,7 +426,7 @@ def disagree_with_shards() -> str:
 
 def test_processes_with_shards_that_disagree_are_told_on_every_rank() -> None:
     for words in outcomes(disagree_with_shards):
-        assert "the processes do not tune the same: lrs is [0.0] on rank 0 and [0.1] on rank 1" in words
+        assert "the settings of the processes differ: lrs is [0.0] on rank 0 and [0.1] on rank 1" in words
 
 
 def shard_over_more_than_the_group() -> str:
