@@ -1,4 +1,4 @@
-"""On a GPU: one read per step waits for it, and it tunes as the CPU does. Skipped where there is none."""
+"""On a GPU: one read waits for it in early steps, none in late ones, and it tunes as the CPU does. Else skipped."""
 
 import copy
 import warnings
@@ -64,6 +64,17 @@ def test_the_host_waits_once_per_step(cls: Any, settings: dict[str, Any], rule: 
             optimizer.step()
         counts.append(waits(optimizer.step))
     assert counts[1] == counts[0] + 1 + tensor_lr, "a rate that is a tensor must be read, for others may write it"
+
+
+@pytest.mark.parametrize(("cls", "settings"), [*FAMILIES[:2], *FAMILIES[3:5]])
+def test_the_host_does_not_wait_in_late_steps(cls: Any, settings: dict[str, Any]) -> None:
+    model = network().cuda()
+    optimizer: Optimizer = cls(model.parameters(), lr=1e-3, **settings)
+    HypergradientLR(optimizer, max_lr=1e-5)  # so that gradients neither leap nor vanish
+    model(torch.ones(8, 20, dtype=torch.float64, device="cuda")).square().mean().backward()
+    for _ in range(1010):
+        optimizer.step()
+    assert [waits(optimizer.step) for _ in range(16)] == [0] * 16
 
 
 @pytest.mark.parametrize(("cls", "settings"), FAMILIES)

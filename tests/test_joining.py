@@ -148,12 +148,12 @@ def fit_points(lr: float | None, whole: bool, seed: int, steps: int = 1500) -> t
 @pytest.mark.parametrize("whole", [True, False])
 def test_the_rate_outlives_parameters_that_are_all_replaced(whole: bool) -> None:
     ratios = []
-    for seed in (0, 1):
+    for seed in (0, 1, 2):
         best = min(fit_points(lr, whole, seed)[0] for lr in (1e-3, 3e-3, 1e-2))
         loss, lrs = fit_points(None, whole, seed)
         ratios.append(loss / best)
         assert lrs[100] > 0.5 * lrs[99], "no restart"
-    assert sum(ratios) / 2 < 1.1
+    assert sum(ratios) / 3 < 1.2
 
 
 def memory_of(hd: HypergradientLR) -> list[Tensor]:
