@@ -65,11 +65,14 @@ class Sum:
         self._work = work
         self._copied: torch.cuda.Event | None = None
         self._numbers: list[float] | None = None
-        if tensor.is_cuda:
-            if work is not None:
-                work.wait()  # the stream waits, the host does not
-            self._tensor = torch.empty_like(tensor, device="cpu", pin_memory=True)
-            self._tensor.copy_(tensor, non_blocking=True)
+
+    def fetch(self) -> None:
+        """Begin to copy the numbers to the host, which reads them later."""
+        if self._tensor.is_cuda:
+            if self._work is not None:
+                self._work.wait()  # the stream waits, the host does not
+            host = torch.empty_like(self._tensor, device="cpu", pin_memory=True)
+            self._tensor = host.copy_(self._tensor, non_blocking=True)
             self._copied = torch.cuda.Event()  # type: ignore[no-untyped-call]  # torch's
             self._copied.record()
 

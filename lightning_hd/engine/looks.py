@@ -118,6 +118,8 @@ class Looks:
         begun = self._begin()
         if wanted == 1:
             seen = self._read(begun)
+        else:
+            begun.fetch()
         self._next = Plan(calm + 1, 0, rested, True, None if wanted == 1 else begun)
         return Look(True, seen, rested)
 
