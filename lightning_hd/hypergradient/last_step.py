@@ -84,7 +84,7 @@ class LastStep(View):
     ) -> None:
         super().__init__(optimizer, budget, ranks, notices)
         self._copies = copies
-        self._last: list[Last] = []  # of each group
+        self._last = [Last() for _ in optimizer.param_groups]  # of each group
         self._next: list[Last] = []  # filled during a step
         self._steps: dict[int, int] = {}  # steps taken with each parameter, by its id, if its direction depends on them
         self._loads = copies.loads
@@ -163,7 +163,7 @@ class LastStep(View):
             vanished = scope in self._measured and row.d_squared == 0 < row.g_squared
             found.append(Sight(row.has_gradient > 0, row.known > 0, observation, vanished=vanished))
         squares = [x for row in map(_Sums._make, sums) for x in (row.g_squared, *[row.d_squared] * (row.known > 0))]
-        self._wide = not all(_SMALL < square < _LARGE for square in squares)
+        self._wide = not all(_SMALL < square < _LARGE for square in squares) if squares else self._wide
         return found
 
     def _lay_out(self, scopes: Sequence[int]) -> None:
