@@ -119,7 +119,7 @@ class Displacement(View):
         for i, memory in enumerate(self._memory):
             if memory is not None:
                 theta, g, _ = self._gather(i, flats, missing)
-                memory.note(g, theta, torch.dot(g, g))
+                memory.rows[2:], memory.g_squared = torch.stack([g, theta]), torch.dot(g, g)
 
     def _arrive(self, scopes: Sequence[int]) -> tuple[list[Tensor], frozenset[int]]:
         """The gradients of all parameters, or anything where they are missing; and the places of these."""
@@ -235,10 +235,12 @@ class Displacement(View):
                 rows = torch.stack([point.theta, torch.zeros_like(point.theta), point.g, point.theta])
                 self._memory[i] = Memory(rows, point.g_squared)
                 continue
-            mean, late, *_ = memory.rows
+            mean, late, last, before = memory.rows
             mean.add_(point.moved, alpha=1 - part.moves)
             late.lerp_(point.moved, part.smoothing)
-            memory.note(point.g, point.theta, point.g_squared)
+            last.copy_(point.g)
+            before.copy_(point.theta)
+            memory.g_squared = point.g_squared
             for start, stop in self._spans_apart(bucket):  # nothing of E counts there
                 mean[start:stop] = point.theta[start:stop]
                 late[start:stop] = 0

@@ -25,12 +25,6 @@ class Memory:
     rows: Tensor  # of shape (4, n)
     g_squared: Tensor  # ‖g_{t-1}‖²
 
-    def note(self, g: Tensor, theta: Tensor, g_squared: Tensor) -> None:
-        """Take a gradient and parameters for the last ones."""
-        self.rows[2].copy_(g)
-        self.rows[3].copy_(theta)
-        self.g_squared = g_squared
-
 
 @dataclass(frozen=True)
 class Remembered:
