@@ -19,8 +19,7 @@ _OTHERS = 5
 """The numbers that are summed beside those of the view: three flags, the losses, and how many they are."""
 
 _RARE = 3
-"""Parameters are rewritten if others write to them after so many steps without that. Those that are clipped after every
-step are not."""
+"""Others have rewritten parameters if they had not written to any for so many steps before."""
 
 
 @dataclass(eq=False)
@@ -87,6 +86,9 @@ class Looks:
     As long as the rule wants to look at each step, the numbers of a step are read in it. That waits for the device.
     Later, looks are further apart. Then their numbers are read in the next step, when they have long been there. After
     an event, such as a back-off or a change of the groups, each step is looked at again.
+
+    Where others rewrite parameters, as where dead units are initialized anew, the jump does not count as a move. The
+    rules forget what the last steps have shown. Where parameters are clipped after every step, nothing is forgotten.
 
     All processes look at the same steps. So an event on one of them counts once all know of it.
 
