@@ -215,7 +215,7 @@ def test_a_parameter_is_known_wherever_it_lies() -> None:
 # ---------------------------------------------------------------------- parameters that are rewritten
 
 
-def rewrite(network: nn.Sequential, hidden: Tensor, how: str) -> None:
+def rewrite(network: Any, hidden: Tensor, how: str) -> None:
     """Initialize the eight least active hidden units anew, or shrink and perturb all parameters."""
     units = hidden.mean(0).argsort()[:8]
     with torch.no_grad():

@@ -266,13 +266,9 @@ class Auto(Rule):
         """Forget what the last steps have shown. What a new model or new data made worse is not the rate's fault."""
         own, brake = self._own, self._brake
         own.fresh, own.anew = own.fresh or anew, own.anew or anew
-        own.cosine = own.norm = own.norm_weight = own.turn = 0.0
-        own.turns = 0
-        self._greedy, self._brake, self._guard = (
-            Greedy(),
-            Brake(variance=brake.variance, limit=brake.limit),
-            LossGuard(),
-        )
+        own.turns, own.cosine, own.norm, own.norm_weight, own.turn = 0, 0.0, 0.0, 0.0, 0.0
+        self._greedy, self._guard = Greedy(), LossGuard()
+        self._brake = Brake(variance=brake.variance, limit=brake.limit)
 
     def check_start(self, lr: float) -> None:
         """Raise ``ValueError`` for a configured rate of 0, because a product never leaves it."""
