@@ -126,6 +126,11 @@ def parameters_of(optimizer: Optimizer) -> Iterator[Tensor]:
         yield from group["params"]
 
 
+def versions(optimizer: Optimizer) -> list[int]:
+    """How often each parameter was written to. torch has no public name for the counter that autograd keeps."""
+    return [p._version for p in parameters_of(optimizer)]
+
+
 def group_names(optimizer_name: str, optimizer: Optimizer) -> list[str]:
     """A name for each parameter group: the optimizer's, then ``/`` and the group's ``name``, or ``pg1``, ``pg2``, ….
 

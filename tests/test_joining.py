@@ -1,10 +1,14 @@
-"""Parameters that join in mid-training, and schedules that come back to their peak: they do no harm."""
+"""Parameters that join or are rewritten in mid-training, and schedules that come back to their peak, do no harm."""
 
+import copy
 from collections.abc import Callable
+from itertools import pairwise
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
+import torch.distributed as dist
 from sklearn.datasets import load_digits
 from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812
@@ -12,6 +16,8 @@ from torch.optim import SGD, Adam, Optimizer
 from torch.optim.lr_scheduler import CosineAnnealingWarmRestarts, CyclicLR, ExponentialLR
 
 from lightning_hd import HypergradientLR
+from lightning_hd.engine import looks
+from tests.distributed.processes import run
 
 OPTIMIZERS: dict[str, Callable[[Any], Optimizer]] = {
     "SGD": lambda parameters: SGD(parameters, lr=1e-3),
@@ -204,3 +210,166 @@ def test_a_parameter_is_known_wherever_it_lies() -> None:
             if len(before) > len(memory_of(hd)):
                 for old, new in zip(before[1:], memory_of(hd), strict=True):
                     assert torch.allclose(old[0], new[0], rtol=0.01), "the mean of another one is elsewhere"
+
+
+# ---------------------------------------------------------------------- parameters that are rewritten
+
+
+def rewrite(network: Any, hidden: Tensor, how: str) -> None:
+    """Initialize the eight least active hidden units anew, or shrink and perturb all parameters."""
+    units = hidden.mean(0).argsort()[:8]
+    with torch.no_grad():
+        if how == "shrunk":
+            for p in network.parameters():
+                p.mul_(0.8).add_(torch.randn_like(p), alpha=0.01)
+        else:
+            network[0].weight[units] = 3 * nn.Linear(64, 8).weight
+            network[0].bias[units] = 0
+            network[2].weight[:, units] = 3 * nn.Linear(32, 16).weight[:, units]
+
+
+def encode(lr: float | None, how: str, seed: int, steps: int = 1000) -> float:
+    """The mean loss of the last steps of an auto-encoder whose parameters are rewritten every 50 steps."""
+    torch.manual_seed(seed)
+    x = torch.tensor(load_digits().data).float() / 16
+    sizes = (64, 32, 16, 32, 64)
+    layers = [layer for a, b in pairwise(sizes) for layer in (nn.Linear(a, b), nn.ReLU())]
+    network = nn.Sequential(*layers[:-1])
+    optimizer = Adam(network.parameters(), lr=lr or 1e-5)
+    hd = HypergradientLR(optimizer) if lr is None else None
+    losses = []
+    for step in range(steps):
+        batch = x[torch.randint(len(x), (64,))]
+        if step and step % 50 == 0:
+            rewrite(network, network[:2](batch), how)
+        loss = F.mse_loss(network(batch), batch)
+        optimizer.zero_grad()
+        loss.backward()
+        if hd is not None:
+            hd.observe(loss)
+        optimizer.step()
+        losses.append(loss.item())
+    return sum(losses[-200:]) / 200
+
+
+@pytest.mark.parametrize("how", ["anew", "shrunk"])
+def test_parameters_that_are_rewritten_do_not_lower_the_rate(how: str) -> None:
+    ratios = []
+    for seed in (0, 1, 2, 3):
+        best = min(encode(lr, how, seed) for lr in (1e-3, 3e-3, 1e-2))
+        ratios.append(encode(None, how, seed) / best)
+    assert sum(ratios) / len(ratios) < 1.2
+
+
+class Rewritten:
+    """Noisy steps to a point, whose parameters others write to."""
+
+    def __init__(self) -> None:
+        torch.manual_seed(0)
+        self.parameters = [nn.Parameter(torch.randn(size)) for size in (50, 20)]
+        self.optimizer = Adam(self.parameters)
+        self.hd = HypergradientLR(self.optimizer)
+
+    def step(self) -> float:
+        for p in self.parameters:
+            p.grad = p.detach() - 1 + torch.randn(len(p))
+        self.optimizer.step()
+        return self.hd.lrs[0]
+
+    @torch.no_grad()
+    def write(self) -> None:
+        self.parameters[1][:5] = 30.0
+
+    @torch.no_grad()
+    def clip(self) -> None:
+        for p in self.parameters:
+            p.clamp_(-0.5, 0.5)
+
+
+@pytest.mark.parametrize("steps", [60, *range(1200, 1208)])
+def test_a_jump_is_no_move_wherever_looks_are(steps: int) -> None:
+    loop = Rewritten()
+    for _ in range(steps):
+        lr = loop.step()
+    before = torch.cat(memory_of(loop.hd), 1)
+    loop.write()
+    for _ in range(3):
+        loop.step()
+    assert loop.hd.state_dict()["looks"]["stride"] == 1, "each step is looked at"
+    after = torch.cat(memory_of(loop.hd), 1)
+    assert (after[3] - before[3]).norm() > 50, "the test needs a jump"
+    moved = before[3] - before[0]
+    assert (after[3] - after[0] - moved).norm() < 0.5 * moved.norm()
+    assert loop.hd.lrs[0] > 0.5 * lr
+    assert loop.hd.stats.backoffs == (0,)
+
+
+@pytest.mark.parametrize("rule", ["auto", "additive"])
+def test_weights_that_are_clipped_after_every_step_are_not_rewritten(rule: Any) -> None:
+    lrs: list[list[float]] = []
+    for rare in (looks._RARE, 10**9):
+        with mock.patch.object(looks, "_RARE", rare):
+            loop = Rewritten()
+            loop.hd.detach()
+            loop.hd = HypergradientLR(loop.optimizer, rule)
+            lrs.append([])
+            for step in range(700):
+                if step == 350:
+                    loop = copy.deepcopy(loop)
+                    state = loop.hd.state_dict()
+                    loop.hd.load_state_dict(state)
+                lrs[-1].append(loop.step())
+                loop.clip()
+    assert lrs[0] == lrs[1]
+
+
+def test_steps_that_are_not_seen_are_not_taken_for_rewriting() -> None:
+    loop = Rewritten()
+    for _ in range(40):
+        loop.step()
+    with mock.patch.object(looks.Looks, "report") as report:
+        for paused in (True, False, False):
+            loop.hd.paused = paused
+            loop.step()
+        loop = copy.deepcopy(loop)
+        loop.step()
+        assert not report.called
+        loop.write()
+        loop.step()
+        assert report.called
+
+
+def test_a_run_that_is_resumed_sees_what_is_rewritten() -> None:
+    lrs = []
+    for resumed in (False, True):
+        loop = Rewritten()
+        for _ in range(60):
+            loop.step()
+        if resumed:
+            state = copy.deepcopy((loop.optimizer.state_dict(), loop.hd.state_dict()))
+            loop.hd.detach()
+            loop.optimizer = Adam(loop.parameters)
+            loop.hd = HypergradientLR(loop.optimizer)
+            loop.optimizer.load_state_dict(state[0])
+            loop.hd.load_state_dict(state[1])
+        loop.step()
+        loop.write()
+        lrs.append([loop.step() for _ in range(20)])
+    assert lrs[0] == lrs[1]
+
+
+def rewrite_on_one() -> list[float]:
+    """The rates of all steps; the parameters of one process are rewritten between two looks."""
+    loop = Rewritten()
+    lrs = []
+    for step in range(1300):
+        if step == 1203 and dist.get_rank() == 0:
+            loop.write()
+        lrs.append(loop.step())
+    return [*lrs, float(loop.hd.state_dict()["looks"]["calm"])]
+
+
+def test_processes_agree_where_one_of_them_is_rewritten() -> None:
+    first, second = run(rewrite_on_one, 2)
+    assert first == second
+    assert first.pop() < 100, "each step is looked at again"

@@ -12,7 +12,7 @@ from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
 from lightning_hd.engine.step import Tuning
-from lightning_hd.optimizers import parameters_of
+from lightning_hd.optimizers import parameters_of, versions
 from lightning_hd.processes import Notices, is_flat_shard
 
 _GRADIENTS, _PASSES = 20, 1000
@@ -99,7 +99,7 @@ class StepHooks:
     def _wrap(self, closure: Callable[[], Any]) -> Callable[[], Any]:
         """A closure that prepares the step when it has computed the gradients."""
         parameters, caller = list(parameters_of(self._optimizer)), self._caller
-        versions = _versions(parameters)
+        before = versions(self._optimizer)
         originals = [] if self.proven else [p.detach().clone() for p in parameters]
         done = False
 
@@ -107,7 +107,7 @@ class StepHooks:
             nonlocal done
             if done or self._caller is not caller:  # the step has failed, or the hooks were removed
                 return closure()
-            if _versions(parameters) != versions:
+            if versions(self._optimizer) != before:
                 if originals:
                     self._refuse(parameters, originals)
                 done = True
@@ -172,11 +172,6 @@ class _Watch:
                 "gradients came and went, but no step was seen. Call the `step` of this very optimizer. Until then its "
                 "learning rate is not tuned",
             )
-
-
-def _versions(parameters: Sequence[Tensor]) -> list[int]:
-    """How often each parameter was written to. torch has no public name for the counter that autograd keeps."""
-    return [p._version for p in parameters]
 
 
 def _calling_frame() -> FrameType | None:

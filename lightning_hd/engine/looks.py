@@ -12,11 +12,14 @@ from torch.optim import Optimizer
 from lightning_hd.checks import check_fields, not_zero, save_fields
 from lightning_hd.engine.rates import Rates, waits
 from lightning_hd.hypergradient import Sight, View
-from lightning_hd.optimizers import check_gradients
+from lightning_hd.optimizers import check_gradients, versions
 from lightning_hd.processes import Ranks, Sum
 
-_OTHERS = 4
-"""The numbers that are summed beside those of the view: skips, events, the losses, and how many they are."""
+_OTHERS = 5
+"""The numbers that are summed beside those of the view: three flags, the losses, and how many they are."""
+
+_RARE = 3
+"""Others have rewritten parameters if they had not written to any for so many steps before."""
 
 
 @dataclass(eq=False)
@@ -73,6 +76,7 @@ class Plan:
     stride: int = not_zero(1)  # for how many steps the last look stands
     noted: bool = True  # whether the last step was noted, or looked at
     pending: Sum | None = None  # its numbers, if they are still to be read
+    untouched: int = 0  # the number of steps since others wrote to the parameters
 
 
 @dataclass(eq=False)
@@ -82,6 +86,9 @@ class Looks:
     As long as the rule wants to look at each step, the numbers of a step are read in it. That waits for the device.
     Later, looks are further apart. Then their numbers are read in the next step, when they have long been there. After
     an event, such as a back-off or a change of the groups, each step is looked at again.
+
+    Where others rewrite parameters, as where dead units are initialized anew, the jump does not count as a move. The
+    rules forget what the last steps have shown. Where parameters are clipped after every step, nothing is forgotten.
 
     All processes look at the same steps. So an event on one of them counts once all know of it.
 
@@ -100,12 +107,15 @@ class Looks:
     plan: Plan = Plan()
     _next: Plan = Plan()  # after the present step
     _event: bool = False  # whether there was an event on this process only
+    _rewritten: bool = False  # whether others have rewritten parameters on this process
+    _versions: list[int] | None = None  # of the parameters after the last step, where they are known
 
     def look(self, step: int) -> Look:
         """Look at the step of this number, read what was seen before, or do neither."""
         joined = self.view.wakes()  # parameters, which must not move at a rate that was found without them
         if joined:
             self.wake()
+        untouched = self._see_writes(joined)
         seen = None if self.plan.pending is None else self._read_late(self.plan.pending)
         calm, rested = self.plan.calm, self.plan.rested + 1
         wanted = self._wanted(step, calm)
@@ -113,15 +123,28 @@ class Looks:
             notes = rested + 1 >= wanted
             if notes:
                 self.view.note(self._scopes())
-            self._next = Plan(calm + 1, rested, self.plan.stride, notes)
+            self._next = Plan(calm + 1, rested, self.plan.stride, notes, untouched=untouched)
             return Look(False, seen, self.plan.stride)
         begun = self._begin()
         if wanted == 1:
             seen = self._read(begun)
         else:
             begun.fetch()
-        self._next = Plan(calm + 1, 0, rested, True, None if wanted == 1 else begun)
+        self._next = Plan(calm + 1, 0, rested, True, None if wanted == 1 else begun, untouched)
         return Look(True, seen, rested)
+
+    def _see_writes(self, joined: bool) -> int:
+        """Notice parameters that were rewritten. Return the number of steps since others wrote to any.
+
+        A write to ``p.data`` is not seen, because torch does not count it.
+        """
+        if joined or self._versions in (None, versions(self.optimizer)):
+            return self.plan.untouched + 1
+        if self.plan.untouched >= _RARE:
+            self.view.relocate()
+            self.report()
+            self._rewritten = True
+        return 0
 
     def _wanted(self, step: int, calm: int) -> int:
         """How far apart looks may be: as far as the rules of all scopes allow."""
@@ -146,6 +169,17 @@ class Looks:
         self.plan = self._next
         self.losses.pass_over()
 
+    def leave(self) -> None:
+        """A step has ended: from here on, others write to the parameters."""
+        self._versions = versions(self.optimizer)
+
+    def pause(self) -> None:
+        """Steps come that are not seen, so who writes to the parameters is not known."""
+        self._versions = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**vars(self), "_versions": None}  # torch does not copy them
+
     def _begin(self) -> Sum:
         """Begin to sum what the step shows over the processes, by one collective."""
         try:
@@ -156,18 +190,23 @@ class Looks:
         # A fused optimizer under a GradScaler unscales inside its step, and skips the step if it finds an inf. The
         # scaler reports it by this attribute, which exists during the step only.
         found_inf = getattr(self.optimizer, "found_inf", None)
-        flags = sums.new_zeros(2)
+        flags = sums.new_zeros(3)
         if found_inf is not None:
             flags[0] = found_inf.to(sums)
         if self._event:
             flags[1], self._event = 1.0, False
+        if self._rewritten:
+            flags[2], self._rewritten = 1.0, False
         return self.ranks.begin_sum(torch.cat([sums.flatten(), flags, self.losses.take(sums)]))
 
     def _read(self, pending: Sum) -> Seen:
         """What a look has shown."""
-        *numbers, skipped, event, loss, known = pending.read()
+        *numbers, skipped, event, rewritten, loss, known = pending.read()
         if event:
             self.wake()
+        if rewritten:
+            for scope in self.rates.scopes:
+                scope.rule.begin(anew=False)
         width = self.view.width
         table = [] if skipped else [numbers[i : i + width] for i in range(0, len(numbers), width)]
         return Seen(self.view.sights(table), loss / known if known and math.isfinite(loss) else None)

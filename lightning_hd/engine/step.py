@@ -73,6 +73,7 @@ class Tuning:
         self._dry = False
         if self.paused:
             self.view.pause()
+            self.looks.pause()
         return not self.paused
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]  # torch's
@@ -122,6 +123,8 @@ class Tuning:
             self._step = None
         elif self._dry:
             self.view.make_room()
+        if self.rule.long_horizon:
+            self.looks.leave()
         self.seconds += perf_counter() - begin
 
     def pass_by(self) -> None:

@@ -17,7 +17,7 @@ from torch.optim import Optimizer
 
 from lightning_hd.checks import check_count, check_fields, save_fields
 from lightning_hd.hypergradient.buckets import Bucket, flatten, pack
-from lightning_hd.hypergradient.memory import ROWS, Memory, Remembered, Saved, by_bucket, by_parameter, whole
+from lightning_hd.hypergradient.memory import ROWS, Memory, Remembered, Saved, by_bucket, by_parameter, follow, whole
 from lightning_hd.hypergradient.probe import Key, Range, look
 from lightning_hd.hypergradient.view import Retained, Sight, View
 from lightning_hd.optimizers import device_of, parameters_of, to_objective
@@ -79,7 +79,7 @@ class Displacement(View):
         self._pieces: list[list[Tensor]] = []  # of the parameters, for each bucket; none where they would be copies
         self._memory: list[Memory | None] = []  # of each bucket
         self._loaded: dict[Key, Remembered] = {}  # the state of a checkpoint, until the next step
-        self._elsewhere = False  # whether the parameters have left the places where they were in it
+        self._elsewhere = False  # whether others have set the parameters to where they are
         self._points: list[_Point] = []  # of each bucket, during a step
         self._missing: frozenset[int] = frozenset()  # the places of parameters without a gradient
         self._present: set[Key] | None = None  # parameters that have a gradient now
@@ -97,8 +97,7 @@ class Displacement(View):
 
     def observe(self, scopes: Sequence[int]) -> Tensor:
         """The numbers of ``_Sums`` for each scope; see ``View.observe``."""
-        self._lay_out(scopes)
-        flats, missing = self._gradients()
+        flats, missing = self._arrive(scopes)
         self._points = []
         rows = [self._look(i, flats, missing) for i in range(len(self._buckets))]
         if self._present is None or missing != self._missing:
@@ -116,17 +115,18 @@ class Displacement(View):
 
     def note(self, scopes: Sequence[int]) -> None:
         """Take the gradients and parameters of this step for the last ones; see ``View.note``."""
-        self._lay_out(scopes)
-        flats, missing = self._gradients()
+        flats, missing = self._arrive(scopes)
         for i, memory in enumerate(self._memory):
             if memory is not None:
                 theta, g, _ = self._gather(i, flats, missing)
-                memory.rows[2].copy_(g)
-                memory.rows[3].copy_(theta)
-                memory.g_squared = torch.dot(g, g)
+                memory.rows[2:], memory.g_squared = torch.stack([g, theta]), torch.dot(g, g)
 
-    def _gradients(self) -> tuple[list[Tensor], frozenset[int]]:
+    def _arrive(self, scopes: Sequence[int]) -> tuple[list[Tensor], frozenset[int]]:
         """The gradients of all parameters, or anything where they are missing; and the places of these."""
+        self._lay_out(scopes)
+        if self._elsewhere:
+            follow(self._buckets, self._memory, self._theta)
+            self._elsewhere = False
         missing = frozenset(place for place, p in enumerate(self._parameters) if p.grad is None)
         gradients = [p.detach() if p.grad is None else gradient_of(p) for p in self._parameters]
         return flatten(self.slots, gradients), missing
@@ -308,10 +308,9 @@ class Displacement(View):
         known = {place: rows for place, rows in fits.items() if rows is not None}
         self._updated = {self.slots[place].key for place in fits if sources[place] in self._updated}
         replaced = {place for place in known if keys and id(self.slots[place].p) not in keys}
-        elsewhere, self._elsewhere = set(known) if self._elsewhere else replaced, False
         if before and not known:
             self._notices.warn("lost moves", "all parameters are other ones, so the memory of former steps starts anew")
-        return by_bucket(self._buckets, [self._theta(i) for i in range(len(self._buckets))], known, elsewhere)
+        return by_bucket(self._buckets, self._theta, known, replaced)
 
     # ------------------------------------------------------------------ what is saved
 

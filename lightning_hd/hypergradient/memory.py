@@ -4,7 +4,7 @@ The rows are ``r_t``, ``Ē``, ``g_{t-1}`` and ``θ_{t-1}``. Where parameters com
 remembered belongs to parameters.
 """
 
-from collections.abc import Mapping, Sequence, Set
+from collections.abc import Callable, Mapping, Sequence, Set
 from dataclasses import dataclass
 
 import torch
@@ -71,33 +71,48 @@ def by_parameter(
 
 
 def by_bucket(
-    buckets: Sequence[Bucket], thetas: Sequence[Tensor], known: Mapping[int, Tensor], elsewhere: Set[int]
+    buckets: Sequence[Bucket], theta_of: Callable[[int], Tensor], known: Mapping[int, Tensor], replaced: Set[int]
 ) -> list[Memory | None]:
     """What the buckets remember; ``None`` where nothing is known.
 
     Args:
         buckets: The buckets.
-        thetas: The parameters in each of them. One that is not known has been where it is.
+        theta_of: The parameters in a bucket, by its number. One that is not known has been where it is.
         known: The rows of the parameters that are known, by the places of their slots.
-        elsewhere: The places of parameters that were set to where they are. Their moves are known, not where they were.
+        replaced: The places of parameters that took the place of others, whose moves are known.
     """
     memories, taken = list[Memory | None](), dict.fromkeys(known, 0)
-    for bucket, theta in zip(buckets, thetas, strict=True):
+    for i, bucket in enumerate(buckets):
         if not known.keys() & bucket.parts.keys():
             memories.append(None)
             continue
-        theta = theta if bucket.roots is None else theta * bucket.roots
+        theta = _weighted(bucket, theta_of(i))
         rows = torch.stack([theta, torch.zeros_like(theta), torch.zeros_like(theta), theta])
         parts = torch.split(rows, bucket.lengths, 1)
         for place, part, now in zip(bucket.parts, parts, torch.split(theta, bucket.lengths), strict=True):
             if place in known:
                 part.copy_(known[place][:, taken[place] : taken[place] + part.shape[1]])
                 taken[place] += part.shape[1]
-            if place in elsewhere:
-                part[0] += now - part[3]
-                part[3] = now
+            if place in replaced:
+                _follow(part, now)
         memories.append(Memory(rows, torch.dot(rows[2], rows[2])))
     return memories
+
+
+def follow(buckets: Sequence[Bucket], memories: Sequence[Memory | None], theta_of: Callable[[int], Tensor]) -> None:
+    """Keep all moves, and let the means follow the parameters to where they are now."""
+    for i, (bucket, memory) in enumerate(zip(buckets, memories, strict=True)):
+        if memory is not None:
+            _follow(memory.rows, _weighted(bucket, theta_of(i)))
+
+
+def _weighted(bucket: Bucket, theta: Tensor) -> Tensor:
+    return theta if bucket.roots is None else theta * bucket.roots
+
+
+def _follow(rows: Tensor, now: Tensor) -> None:
+    rows[0] += now - rows[3]
+    rows[3] = now
 
 
 def whole(

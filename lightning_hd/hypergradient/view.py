@@ -115,7 +115,7 @@ class View(ABC):
         """Forget the moves of a scope, whose rate starts anew in the next step."""
 
     def relocate(self) -> None:  # noqa: B027
-        """Keep what was loaded of former moves, but not of places: the optimizer is new, the parameters elsewhere."""
+        """Keep what is known of former moves, but not of places: others have set the parameters to where they are."""
 
     def start(self) -> None:  # noqa: B027
         """Prepare for a first step. It is not called if a state was loaded."""

@@ -263,12 +263,12 @@ class Auto(Rule):
         return min(derivative, 0.0) if straight else derivative
 
     def begin(self, anew: bool) -> None:
-        """Forget what the last steps have shown. A longer gradient of a new model, or of new data, is no leap."""
-        own = self._own
+        """Forget what the last steps have shown. What a new model or new data made worse is not the rate's fault."""
+        own, brake = self._own, self._brake
         own.fresh, own.anew = own.fresh or anew, own.anew or anew
-        own.cosine = own.norm = own.norm_weight = own.turn = 0.0
-        own.turns = 0
-        self._greedy, self._brake = Greedy(), Brake(variance=self._brake.variance, limit=self._brake.limit)
+        own.turns, own.cosine, own.norm, own.norm_weight, own.turn = 0, 0.0, 0.0, 0.0, 0.0
+        self._greedy, self._guard = Greedy(), LossGuard()
+        self._brake = Brake(variance=brake.variance, limit=brake.limit)
 
     def check_start(self, lr: float) -> None:
         """Raise ``ValueError`` for a configured rate of 0, because a product never leaves it."""

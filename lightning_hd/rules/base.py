@@ -158,6 +158,8 @@ class Rule(ABC):
     def begin(self, anew: bool) -> None:  # noqa: B027
         """Forget what does not hold for a new model or new data. All else that was learned stays.
 
+        It is called at a warm start, and where parameters were replaced or, once in a while, rewritten by others.
+
         Args:
             anew: Whether the moves are forgotten, too, because all parameters are new.
         """
