@@ -64,9 +64,9 @@ class Bucket:
         self.size += run[1] - run[0]
         self.spans[slot.group] = (begin, self.size)
 
-    def gather(self, pieces: Sequence[Tensor]) -> Tensor:
+    def gather(self, pieces: Sequence[Tensor], into: Tensor | None = None) -> Tensor:
         """A copy of pieces in one vector, in the widest dtype of the device."""
-        return gather(pieces).to(self.dtype, copy=True)
+        return gather(pieces).to(self.dtype, copy=True) if into is None else into.copy_(gather(pieces))
 
     def views(self, flats: Sequence[Tensor] | Mapping[int, Tensor]) -> list[Tensor]:
         """The pieces of the bucket, as views of the flat tensors of all slots."""

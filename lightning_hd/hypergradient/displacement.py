@@ -7,7 +7,7 @@ of ``E``, the last gradient and the last parameters. Source: this project.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -118,8 +118,8 @@ class Displacement(View):
         flats, missing = self._arrive(scopes)
         for i, memory in enumerate(self._memory):
             if memory is not None:
-                theta, g, _ = self._gather(i, flats, missing)
-                memory.rows[2:], memory.g_squared = torch.stack([g, theta]), torch.dot(g, g)
+                _, g, _ = self._gather(i, flats, missing, memory.rows[2:])
+                memory.g_squared = torch.dot(g, g)
 
     def _arrive(self, scopes: Sequence[int]) -> tuple[list[Tensor], frozenset[int]]:
         """The gradients of all parameters, or anything where they are missing; and the places of these."""
@@ -131,10 +131,12 @@ class Displacement(View):
         gradients = [p.detach() if p.grad is None else gradient_of(p) for p in self._parameters]
         return flatten(self.slots, gradients), missing
 
-    def _gather(self, i: int, flats: Sequence[Tensor], missing: frozenset[int]) -> tuple[Tensor, Tensor, Tensor | None]:
+    def _gather(
+        self, i: int, flats: Sequence[Tensor], missing: frozenset[int], into: Iterable[Tensor | None] = (None, None)
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
         """The parameters and the gradient of a bucket, and which of its coordinates have one; ``None``: all."""
-        bucket, theta = self._buckets[i], self._theta(i)
-        g = bucket.gather(bucket.views(flats))
+        bucket, (g_row, row) = self._buckets[i], into
+        g, theta = bucket.gather(bucket.views(flats), g_row), self._theta(i, row)
         for group, (start, stop) in bucket.spans.items():
             param_group = self._optimizer.param_groups[group]
             to_objective(self._optimizer, param_group, [g[start:stop]], [theta[start:stop]])
@@ -165,10 +167,9 @@ class Displacement(View):
         along = [torch.dot(g, vector) for vector in (moved, late, last, move)]
         return torch.stack([*along, g_squared, last_squared, torch.dot(moved, moved), torch.dot(move, move)])
 
-    def _theta(self, i: int) -> Tensor:
+    def _theta(self, i: int, into: Tensor | None = None) -> Tensor:
         """The parameters in a bucket, for the caller to write to."""
-        pieces = self._pieces[i] or self._buckets[i].views(self._flats())
-        return self._buckets[i].gather(pieces)
+        return self._buckets[i].gather(self._pieces[i] or self._buckets[i].views(self._flats()), into)
 
     def _mask(self, bucket: Bucket, missing: frozenset[int]) -> Tensor:
         """1 at the coordinates of parameters with a gradient, 0 at the others."""
