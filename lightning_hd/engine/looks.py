@@ -245,5 +245,6 @@ class Looks:
         if numbers and len(numbers) != len(self.rates.scopes) * self.view.width + _OTHERS:
             raise ValueError(f"pending must not be {len(numbers)} numbers")
         pending = Sum(torch.tensor(numbers, dtype=torch.float64)) if numbers else None
+        self.pause()  # the parameters may be loaded, too
         self.plan = check_fields(Plan, state_dict, pending=pending)
         self.losses = losses

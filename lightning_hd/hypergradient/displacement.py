@@ -247,8 +247,7 @@ class Displacement(View):
                 late[start:stop] = 0
         self._apart, self._coming = self._coming, set()
         self._updated |= self._present or set()
-        self._joined = set()
-        self._points = []
+        self._joined, self._points = set(), []
 
     def abandon(self) -> None:
         """Drop what was prepared for a step that was not taken."""
@@ -310,6 +309,7 @@ class Displacement(View):
         self._updated = {self.slots[place].key for place in fits if sources[place] in self._updated}
         replaced = {place for place in known if keys and id(self.slots[place].p) not in keys}
         if before and not known:
+            self._updated = set()
             self._notices.warn("lost moves", "all parameters are other ones, so the memory of former steps starts anew")
         return by_bucket(self._buckets, self._theta, known, replaced)
 

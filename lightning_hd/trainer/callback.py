@@ -116,8 +116,7 @@ class HypergradientDescent(Callback):
         self.rule = rule
         self.hypergrad_lr = hypergrad_lr
         self.scope = scope
-        self.min_lr = min_lr
-        self.max_lr = max_lr
+        self.min_lr, self.max_lr = min_lr, max_lr
         self.probe = probe
         self.log_every_n_steps = log_every_n_steps
         self.prog_bar = prog_bar
