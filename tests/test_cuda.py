@@ -1,7 +1,6 @@
 """On a GPU: one read waits for it in early steps, none in late ones, and it tunes as the CPU does. Else skipped."""
 
 import copy
-import warnings
 from typing import Any
 
 import pytest
@@ -12,6 +11,7 @@ from torch.optim import SGD, Adam, AdamW, Optimizer, RMSprop
 from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_hd import HypergradientDescent, HypergradientLR
+from tests.benchmarks.gpu import waits
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no CUDA device")
 
@@ -30,19 +30,6 @@ RULES = ("additive", "multiplicative", "auto")
 def network(seed: int = 0) -> nn.Module:
     torch.manual_seed(seed)
     return nn.Sequential(nn.Linear(20, 40), nn.Tanh(), nn.Linear(40, 3)).double()
-
-
-def waits(step: Any) -> int:
-    """How often the host waits for the device."""
-    torch.cuda.synchronize()
-    torch.cuda.set_sync_debug_mode("warn")
-    try:
-        with warnings.catch_warnings(record=True) as seen:
-            warnings.simplefilter("always")
-            step()
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
-    return sum("synchronizing" in str(warning.message) for warning in seen)
 
 
 @pytest.mark.parametrize(("cls", "settings"), FAMILIES)

@@ -111,7 +111,7 @@ def small_cnn() -> nn.Module:
     return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(128, 1000))
 
 
-def waits(step: Callable[[], object], device: str) -> int:
+def waits(step: Callable[[], object], device: str = "cuda") -> int:
     """How often the host waits for the device in a step. Without a GPU: how often it reads a number."""
     if device != "cuda":
         with counted_reads() as reads:
