@@ -127,6 +127,16 @@ def split(optimizer: Optimizer, pick: Tensor, whole: bool) -> list[nn.Parameter]
     return longer
 
 
+def take_step(optimizer: Optimizer, hd: HypergradientLR | None, loss: Tensor) -> float:
+    """One step, which is reported to the engine if there is one. Return the loss."""
+    optimizer.zero_grad()
+    loss.backward()  # type: ignore[no-untyped-call]
+    if hd is not None:
+        hd.observe(loss)
+    optimizer.step()
+    return loss.item()
+
+
 def fit_points(lr: float | None, whole: bool, seed: int, steps: int = 1500) -> tuple[float, list[float]]:
     """Fit a sum of bells whose number grows. The mean loss of the last steps above the noise's, and the rates."""
     torch.manual_seed(seed)
@@ -141,12 +151,7 @@ def fit_points(lr: float | None, whole: bool, seed: int, steps: int = 1500) -> t
         y = (6 * x).sin() + 0.5 * (15 * x + 1).cos() + (x.abs() < 0.3) + 0.05 * torch.randn(64, 1)
         bells = (-0.5 * ((x - points[0]) * (-points[1]).exp()).square()).exp()
         loss = (bells @ points[2] - y[:, 0]).square().mean()
-        optimizer.zero_grad()
-        loss.backward()
-        if hd is not None:
-            hd.observe(loss)
-        optimizer.step()
-        losses.append(loss.item())
+        losses.append(take_step(optimizer, hd, loss))
         lrs.append(optimizer.param_groups[0]["lr"])
     return sum(losses[-200:]) / 200 - 0.05**2, lrs
 
@@ -243,12 +248,7 @@ def encode(lr: float | None, how: str, seed: int, steps: int = 1000) -> float:
         if step and step % 50 == 0:
             rewrite(network, network[:2](batch), how)
         loss = F.mse_loss(network(batch), batch)
-        optimizer.zero_grad()
-        loss.backward()
-        if hd is not None:
-            hd.observe(loss)
-        optimizer.step()
-        losses.append(loss.item())
+        losses.append(take_step(optimizer, hd, loss))
     return sum(losses[-200:]) / 200
 
 
