@@ -98,7 +98,7 @@ def trained(
 @pytest.mark.parametrize("method", METHODS)
 def test_the_trajectory_is_that_of_the_formula(method: str) -> None:
     # the horizon grows from step 900 on, and looks are up to 8 steps apart then
-    leaps = {41: 20.0, 42: 20.0, 150: 6.0, **dict.fromkeys(range(1100, 1108), 30.0)}
+    leaps = {41: 20.0, 42: 20.0, 150: 6.0, **dict.fromkeys(range(1100, 1108), 6.0)}
     expected, parameters, rule = transcribed(method, steps=1200, leaps=leaps)
     braked = rule.braked
     mine, network, hd = trained(method, 0.3, Auto(), 1200, leaps)

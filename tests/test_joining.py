@@ -193,11 +193,11 @@ def test_a_parameter_that_is_replaced_leaves_the_memory_of_the_others(size: int,
     optimizer.param_groups[0]["params"] = list(parameters)
     origin = parameters[1].detach().clone()
     step()
-    after, moved = memory_of(hd), [own[3] - own[0] for own in memory_of(hd)]  # E of the step before
+    after, moved = memory_of(hd), [own[0] for own in memory_of(hd)]  # E of the step before
     assert after[1][3].tolist() == pytest.approx(origin.tolist()), "seen in its first step"
-    expected = before[1][3] - before[1][0] if size == 20 else torch.zeros(size)
-    assert (moved[1] - expected).norm() <= 0.2 * (before[1][3] - before[1][0]).norm(), "a jump is no move"
-    assert (moved[0] - (before[0][3] - before[0][0])).norm() < 0.2 * moved[0].norm()
+    expected = before[1][0] if size == 20 else torch.zeros(size)
+    assert (moved[1] - expected).norm() <= 0.2 * before[1][0].norm(), "a jump is no move"
+    assert (moved[0] - before[0][0]).norm() < 0.2 * moved[0].norm()
     assert hd.lrs[0] > 0.5 * lr, "no restart"
 
 
@@ -214,7 +214,7 @@ def test_a_parameter_is_known_wherever_it_lies() -> None:
             optimizer.step()
             if len(before) > len(memory_of(hd)):
                 for old, new in zip(before[1:], memory_of(hd), strict=True):
-                    assert torch.allclose(old[0], new[0], rtol=0.01), "the mean of another one is elsewhere"
+                    assert torch.allclose(old[3], new[3], rtol=0.1), "another one is elsewhere"
 
 
 # ---------------------------------------------------------------------- parameters that are rewritten
@@ -298,8 +298,7 @@ def test_a_jump_is_no_move_wherever_looks_are(steps: int) -> None:
     assert loop.hd.state_dict()["looks"]["stride"] == 1, "each step is looked at"
     after = torch.cat(memory_of(loop.hd), 1)
     assert (after[3] - before[3]).norm() > 50, "the test needs a jump"
-    moved = before[3] - before[0]
-    assert (after[3] - after[0] - moved).norm() < 0.5 * moved.norm()
+    assert (after[0] - before[0]).norm() < 0.5 * before[0].norm()
     assert loop.hd.lrs[0] > 0.5 * lr
     assert loop.hd.stats.backoffs == (0,)
 

@@ -125,8 +125,9 @@ class Recorder(Callback):
             self.errors += [abs(a / b - 1) for a, b in zip(seen[1:3], norms, strict=True)]
         self.d = []
         if self.rule == "auto":
-            mean = engine.state_dict()["view"]["memory"][0]
-            assert mean.dtype == torch.float64
+            memory = engine.state_dict()["view"]["memory"]
+            assert memory.dtype == torch.promote_types(next(module.parameters()).dtype, torch.float32)
+            mean = memory[3].double() - memory[0].double()
             self.d = list(torch.split(mean, [p.numel() for p in module.parameters()]))
             return
         for p, before, g in zip(module.parameters(), self.before, self.g, strict=True):

@@ -157,7 +157,8 @@ def test_under_a_schedule_such_a_step_is_taken_at_the_last_rate_and_goes_on_afte
         run(optimizer, w, 1)
         assert optimizer.param_groups[0]["lr"] == 50.0
         if step % 5 == 4:
-            assert torch.equal(w, before - w.grad * hd.lrs[0])  # type: ignore[operator]
+            assert w.grad is not None
+            assert torch.equal(w, torch.add(before, w.grad, alpha=-hd.lrs[0]))
         scheduler.step()
         if step == 3:
             saved: Any = copy.deepcopy([w.detach(), optimizer.state_dict(), scheduler.state_dict(), hd.state_dict()])

@@ -1,6 +1,6 @@
 """Buckets: coordinates of several parameters, gathered into one flat vector, and sums over such vectors by scope."""
 
-from collections.abc import Callable, Hashable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import chain, pairwise
 from typing import Any
@@ -13,6 +13,10 @@ from lightning_hd.processes import as_real, exact_dtype, local
 
 _CACHED, _LAUNCHED = 2**18, 2**24
 """The largest number of coordinates in a bucket. On a CPU they should stay in the cache, elsewhere launches be few."""
+
+_SMALL, _LARGE = 1e-16, 1e24
+"""As long as the squared norms of the last step lie in between, squares in float32 are safe: in one step, a norm would
+have to grow or shrink by a million times."""
 
 _CONSTANTS = 16
 """How many constants stay on the device. A step needs a few, which seldom change."""
@@ -31,6 +35,7 @@ class Bucket:
         wholes: The places of the parameters of which the bucket has all that this process holds.
         spans: The range of the coordinates of each parameter group.
         roots: The square roots of the numbers of coordinates for which each one stands; ``None``: all are 1.
+        dtype: That of the parameters, float32 at least.
     """
 
     key: Any
@@ -41,9 +46,7 @@ class Bucket:
     wholes: set[int] = field(default_factory=set)
     spans: dict[int, Range] = field(default_factory=dict)
     roots: Tensor | None = None
-
-    def __post_init__(self) -> None:
-        self.dtype = exact_dtype(self.device)
+    dtype: torch.dtype = torch.float32
 
     @property
     def lengths(self) -> list[int]:
@@ -58,15 +61,12 @@ class Bucket:
     def add(self, place: int, slot: Slot, run: Range) -> None:
         """Add a range of one parameter."""
         self.parts.setdefault(place, []).append(run)
+        self.dtype = torch.promote_types(self.dtype, slot.dtype)
         if run == (0, slot.numel):
             self.wholes.add(place)
         begin, _ = self.spans.get(slot.group, (self.size, 0))
         self.size += run[1] - run[0]
         self.spans[slot.group] = (begin, self.size)
-
-    def gather(self, pieces: Sequence[Tensor], into: Tensor | None = None) -> Tensor:
-        """A copy of pieces in one vector, in the widest dtype of the device."""
-        return gather(pieces).to(self.dtype, copy=True) if into is None else into.copy_(gather(pieces))
 
     def views(self, flats: Sequence[Tensor] | Mapping[int, Tensor]) -> list[Tensor]:
         """The pieces of the bucket, as views of the flat tensors of all slots."""
@@ -125,7 +125,7 @@ def pack(slots: Sequence[Slot], key: Callable[[Slot], Hashable], cached: int = _
         each = [(slots[place].weight, stop - start) for place, runs in bucket.parts.items() for start, stop in runs]
         if any(weight != 1 for weight, _ in each):
             lengths = torch.tensor([length for _, length in each])
-            weights = torch.tensor([weight for weight, _ in each], dtype=exact_dtype(bucket.device))
+            weights = torch.tensor([weight for weight, _ in each], dtype=bucket.dtype)
             bucket.roots = weights.sqrt().repeat_interleave(lengths).to(bucket.device)
     return buckets
 
@@ -144,6 +144,11 @@ def products(g: Tensor, d: Tensor | None, weights: Tensor | None = None, wide: b
     d = torch.zeros_like(g) if d is None else d.to(g.dtype)
     weighted = (g, d) if weights is None else (g * weights.to(g.dtype), d * weights.to(g.dtype))
     return torch.stack([torch.dot(weighted[0], d), torch.dot(weighted[0], g), torch.dot(weighted[1], d)]).to(exact)
+
+
+def are_safe(squares: Iterable[float]) -> bool:
+    """Whether numbers with such squared norms may be multiplied in float32."""
+    return all(_SMALL < square < _LARGE for square in squares)
 
 
 def squared_norm(tensor: Tensor) -> Tensor:

@@ -1,13 +1,13 @@
 """Displacement, the view of rules with a long horizon: where the parameters are, and where they were on average.
 
 Let ``θ_t`` be the parameters before step ``t``. The sum of the moves is ``E_t = φ_{t-1} E_{t-1} + (θ_t - θ_{t-1})``.
-Then ``r_t = θ_t - E_t`` is a running mean of the iterates, ``r_t = r_{t-1} + (1 - φ_{t-1}) (θ_{t-1} - r_{t-1})``. So
-the optimizer need not be known. Four vectors are kept, at the coordinates of the probe: ``r``, the running mean ``Ē``
-of ``E``, the last gradient and the last parameters. Source: this project.
+Then ``θ_t - E_t`` is a running mean of the iterates. So the optimizer need not be known. Four vectors are kept, at the
+coordinates of the probe: ``E``, its running mean ``Ē``, the last gradient and the last parameters. Source: this
+project.
 """
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -15,13 +15,13 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
-from lightning_hd.checks import check_count, check_fields, save_fields
-from lightning_hd.hypergradient.buckets import Bucket, flatten, pack
-from lightning_hd.hypergradient.memory import ROWS, Memory, Remembered, Saved, by_bucket, by_parameter, follow, whole
+from lightning_hd.checks import check_count, check_fields, check_flag, save_fields
+from lightning_hd.hypergradient.buckets import Bucket, are_safe, flatten, pack
+from lightning_hd.hypergradient.memory import ROWS, Memory, Remembered, Saved, by_bucket, by_parameter, whole
 from lightning_hd.hypergradient.probe import Key, Range, look
 from lightning_hd.hypergradient.view import Retained, Sight, View
 from lightning_hd.optimizers import device_of, parameters_of, to_objective
-from lightning_hd.processes import Notices, Ranks, flat_offsets, gradient_of, local
+from lightning_hd.processes import Notices, Ranks, exact_dtype, flat_offsets, gradient_of, local
 from lightning_hd.rules import Observation
 
 _PART = 0.1
@@ -47,15 +47,6 @@ class _Sums(NamedTuple):
 _WIDTH = len(_Sums._fields) - 3
 
 
-class _Point(NamedTuple):
-    """Where a step finds the coordinates of one bucket."""
-
-    theta: Tensor
-    moved: Tensor  # E
-    g: Tensor
-    g_squared: Tensor
-
-
 class Displacement(View):
     """The derivative of the loss with respect to the logarithm of the rate that all remembered steps shared.
 
@@ -77,10 +68,9 @@ class Displacement(View):
         self._sizes: list[int] = []  # how much of each parameter this process holds
         self._buckets: list[Bucket] = []
         self._pieces: list[list[Tensor]] = []  # of the parameters, for each bucket; none where they would be copies
-        self._memory: list[Memory | None] = []  # of each bucket
+        self._memory: list[Memory] = []  # of each bucket
         self._loaded: dict[Key, Remembered] = {}  # the state of a checkpoint, until the next step
         self._elsewhere = False  # whether others have set the parameters to where they are
-        self._points: list[_Point] = []  # of each bucket, during a step
         self._missing: frozenset[int] = frozenset()  # the places of parameters without a gradient
         self._present: set[Key] | None = None  # parameters that have a gradient now
         self._updated: set[Key] = set()  # parameters that had a gradient in a remembered step
@@ -98,7 +88,6 @@ class Displacement(View):
     def observe(self, scopes: Sequence[int]) -> Tensor:
         """The numbers of ``_Sums`` for each scope; see ``View.observe``."""
         flats, missing = self._arrive(scopes)
-        self._points = []
         rows = [self._look(i, flats, missing) for i in range(len(self._buckets))]
         if self._present is None or missing != self._missing:
             self._missing = missing
@@ -107,7 +96,7 @@ class Displacement(View):
             lacking = {self.slots[place].key for place in missing} - self._updated
             self._unused = [slot.p for slot in self.slots if slot.key in lacking]
         with_gradient = {scopes[group] for group, _ in self._present}
-        remembered = {bucket.key for bucket, memory in zip(self._buckets, self._memory, strict=True) if memory}
+        remembered = {bucket.key for bucket, memory in zip(self._buckets, self._memory, strict=True) if memory.known}
         known = {scopes[group] for group, _ in self._present & self._updated} & remembered
         flags = [(i in with_gradient, i in known, i in self._joined) for i in range(max(scopes) + 1)]
         factors = [(bucket.key, *[1 / bucket.replicas] * _WIDTH) for bucket in self._buckets]
@@ -117,65 +106,79 @@ class Displacement(View):
         """Take the gradients and parameters of this step for the last ones; see ``View.note``."""
         flats, missing = self._arrive(scopes)
         for i, memory in enumerate(self._memory):
-            if memory is not None:
-                _, g, _ = self._gather(i, flats, missing, memory.rows[2:])
-                memory.g_squared = torch.dot(g, g)
+            if memory.known:
+                self._gather(i, flats, missing)
+                memory.now.g_squared = self._dot(memory.now.g, memory.now.g)
+                memory.note()
 
     def _arrive(self, scopes: Sequence[int]) -> tuple[list[Tensor], frozenset[int]]:
         """The gradients of all parameters, or anything where they are missing; and the places of these."""
         self._lay_out(scopes)
         if self._elsewhere:
-            follow(self._buckets, self._memory, self._theta)
             self._elsewhere = False
+            for i, memory in enumerate(self._memory):
+                self._locate(i)
+                memory.last.theta.copy_(memory.now.theta)
         missing = frozenset(place for place, p in enumerate(self._parameters) if p.grad is None)
         gradients = [p.detach() if p.grad is None else gradient_of(p) for p in self._parameters]
         return flatten(self.slots, gradients), missing
 
-    def _gather(
-        self, i: int, flats: Sequence[Tensor], missing: frozenset[int], into: Iterable[Tensor | None] = (None, None)
-    ) -> tuple[Tensor, Tensor, Tensor | None]:
-        """The parameters and the gradient of a bucket, and which of its coordinates have one; ``None``: all."""
-        bucket, (g_row, row) = self._buckets[i], into
-        g, theta = bucket.gather(bucket.views(flats), g_row), self._theta(i, row)
+    def _gather(self, i: int, flats: Sequence[Tensor], missing: frozenset[int]) -> Tensor | None:
+        """Gather the parameters and the gradient of a bucket. Return which coordinates have one; ``None``: all."""
+        bucket, now = self._buckets[i], self._memory[i].now
+        torch.cat(bucket.views(flats), out=now.g)
+        self._gather_parameters(i)
         for group, (start, stop) in bucket.spans.items():
             param_group = self._optimizer.param_groups[group]
-            to_objective(self._optimizer, param_group, [g[start:stop]], [theta[start:stop]])
+            to_objective(self._optimizer, param_group, [now.g[start:stop]], [now.theta[start:stop]])
         if bucket.roots is not None:  # so that dot products are estimates of those over all coordinates
-            g, theta = g.mul_(bucket.roots), theta.mul_(bucket.roots)
+            now.g.mul_(bucket.roots)
+            now.theta.mul_(bucket.roots)
         mask = self._mask(bucket, missing) if missing & bucket.parts.keys() else None
-        return theta, g if mask is None else g.mul_(mask), mask
+        if mask is not None:
+            now.g.mul_(mask)
+        now.g_squared = self._dot(now.g, now.g)
+        return mask
+
+    def _gather_parameters(self, i: int) -> None:
+        bucket = self._buckets[i]
+        torch.cat(self._pieces[i] or bucket.views(self._flats()), out=self._memory[i].now.theta)
+
+    def _locate(self, i: int) -> None:
+        """Gather the parameters of a bucket, outside of a step."""
+        self._gather_parameters(i)
+        roots = self._buckets[i].roots
+        if roots is not None:
+            self._memory[i].now.theta.mul_(roots)
 
     def _look(self, i: int, flats: Sequence[Tensor], missing: frozenset[int]) -> Tensor:
         """The eight sums of a bucket."""
-        bucket, memory = self._buckets[i], self._memory[i]
-        theta, g, mask = self._gather(i, flats, missing)
-        g_squared = torch.dot(g, g)
-        if memory is not None:
-            (mean, late, last, before), last_squared = memory.rows, memory.g_squared
-        else:
-            mean = before = theta
-            late = last = torch.zeros_like(g)
-            last_squared = torch.zeros_like(g_squared)
-        moved, move = theta - mean, theta - before
-        self._points.append(_Point(theta, moved, g, g_squared))
-        if apart := self._spans_apart(bucket):
-            moved, late = moved.clone(), late.clone()
-            for start, stop in apart:
-                moved[start:stop], move[start:stop], late[start:stop] = 0, 0, 0
+        memory, mask = self._memory[i], self._gather(i, flats, missing)
+        if not memory.known:
+            memory.begin()
+        memory.arrive()
+        for vector in (memory.now.moved, memory.move, memory.late):
+            for start, stop in self._spans_apart(self._buckets[i]):  # nothing of E counts there
+                vector[start:stop] = 0
+        g, moved, move = memory.now.g, memory.now.moved, memory.move
         if mask is not None:
             moved, move = moved * mask, move * mask
-        along = [torch.dot(g, vector) for vector in (moved, late, last, move)]
-        return torch.stack([*along, g_squared, last_squared, torch.dot(moved, moved), torch.dot(move, move)])
+        along = [self._dot(g, vector) for vector in (moved, memory.late, memory.last.g, move)]
+        squares = memory.now.g_squared, memory.last.g_squared, self._dot(moved, moved), self._dot(move, move)
+        return torch.stack([*along, *squares])
 
-    def _theta(self, i: int, into: Tensor | None = None) -> Tensor:
-        """The parameters in a bucket, for the caller to write to."""
-        return self._buckets[i].gather(self._pieces[i] or self._buckets[i].views(self._flats()), into)
+    def _dot(self, a: Tensor, b: Tensor) -> Tensor:
+        if self._wide:
+            exact = exact_dtype(a.device)
+            a, b = a.to(exact), b.to(exact)
+        return torch.dot(a, b)
 
     def _mask(self, bucket: Bucket, missing: frozenset[int]) -> Tensor:
         """1 at the coordinates of parameters with a gradient, 0 at the others."""
         flags = self._sums.constant([place not in missing for place in bucket.parts], bucket.device)
         lengths = self._sums.constant(bucket.lengths, bucket.device).long()
-        return flags.repeat_interleave(lengths, output_size=bucket.size)  # the known size saves a wait for the device
+        # The known size saves a wait for the device.
+        return flags.to(bucket.dtype).repeat_interleave(lengths, output_size=bucket.size)
 
     def _spans_apart(self, bucket: Bucket) -> list[Range]:
         return [bucket.spans[group] for group in self._apart & bucket.spans.keys()]
@@ -193,7 +196,10 @@ class Displacement(View):
 
     def sights(self, sums: Sequence[Sequence[float]]) -> list[Sight]:
         """What the step shows of each scope."""
-        return [self._sight(_Sums(*row)) for row in sums]
+        table = [_Sums(*row) for row in sums]
+        squares = [x for row in table for x in (row.g_squared, *row[-3:][: 3 * (row.known > 0)])]
+        self._wide = not are_safe(squares) if squares else self._wide
+        return [self._sight(row) for row in table]
 
     def _sight(self, sums: _Sums) -> Sight:
         g_norm, norms = math.sqrt(sums.g_squared), math.sqrt(sums.g_squared) * math.sqrt(sums.last_squared)
@@ -212,7 +218,8 @@ class Displacement(View):
 
     def forget(self, scope: int) -> None:
         """Set ``E`` to zero. The mean begins where the parameters are."""
-        self._memory = [None if b.key == scope else m for b, m in zip(self._buckets, self._memory, strict=True)]
+        for bucket, memory in zip(self._buckets, self._memory, strict=True):
+            memory.known &= bucket.key != scope
 
     def relocate(self) -> None:
         """Keep ``E``, and let the mean follow the parameters to where they are."""
@@ -228,30 +235,19 @@ class Displacement(View):
 
     def remember(self, retained: Sequence[Retained | None]) -> None:
         """Add the last moves to the memory after a step. If numbers were not finite, the memory stays as it is."""
-        for i, (bucket, point) in enumerate(zip(self._buckets, self._points, strict=True)):
-            part, memory = retained[bucket.key], self._memory[i]
+        for bucket, memory in zip(self._buckets, self._memory, strict=True):
+            part = retained[bucket.key]
             if part is None:
-                continue
-            if memory is None:
-                rows = torch.stack([point.theta, torch.zeros_like(point.theta), point.g, point.theta])
-                self._memory[i] = Memory(rows, point.g_squared)
-                continue
-            mean, late, last, before = memory.rows
-            mean.add_(point.moved, alpha=1 - part.moves)
-            late.lerp_(point.moved, part.smoothing)
-            last.copy_(point.g)
-            before.copy_(point.theta)
-            memory.g_squared = point.g_squared
-            for start, stop in self._spans_apart(bucket):  # nothing of E counts there
-                mean[start:stop] = point.theta[start:stop]
-                late[start:stop] = 0
+                memory.repair()
+            else:
+                memory.remember(part.moves, part.smoothing)
         self._apart, self._coming = self._coming, set()
         self._updated |= self._present or set()
-        self._joined, self._points = set(), []
+        self._joined = set()
 
     def abandon(self) -> None:
         """Drop what was prepared for a step that was not taken."""
-        self._points, self._coming = [], set()
+        self._coming = set()
 
     def _count(self) -> list[Tensor]:
         """Note which parameters there are, and which of them need no gradient. Return the others."""
@@ -285,7 +281,8 @@ class Displacement(View):
         self.slots = look(found, self._budget, self._ranks, flat_offsets(parameters, self._ranks))
         self._buckets = pack(self.slots, lambda slot: scopes[slot.group])
         self._pieces = self._views()
-        self._memory = self._carried(before, keys)
+        self._memory = [Memory(bucket.size, bucket.dtype, bucket.device) for bucket in self._buckets]
+        self._carry(before, keys)
         self._loaded = {}
 
     def _flats(self) -> list[Tensor]:
@@ -301,8 +298,8 @@ class Displacement(View):
         }
         return [[] if copied & bucket.parts.keys() else bucket.views(flats) for bucket in self._buckets]
 
-    def _carried(self, before: dict[Key, Remembered], keys: dict[int, Key]) -> list[Memory | None]:
-        """The memory for the new buckets. A parameter is known by itself, else by its place, where it was set anew."""
+    def _carry(self, before: dict[Key, Remembered], keys: dict[int, Key]) -> None:
+        """Fill the memory of new buckets. A parameter is known by itself, else by its place, where it was set anew."""
         sources = [keys.get(id(slot.p), slot.key) for slot in self.slots]
         fits = {i: before[key].fit(self.slots[i]) for i, key in enumerate(sources) if key in before}
         known = {place: rows for place, rows in fits.items() if rows is not None}
@@ -311,7 +308,10 @@ class Displacement(View):
         if before and not known:
             self._updated = set()
             self._notices.warn("lost moves", "all parameters are other ones, so the memory of former steps starts anew")
-        return by_bucket(self._buckets, self._theta, known, replaced)
+        for i, memory in enumerate(self._memory if known else ()):
+            self._locate(i)
+            memory.begin()
+        by_bucket(self._buckets, self._memory, known, replaced)
 
     # ------------------------------------------------------------------ what is saved
 
@@ -327,7 +327,12 @@ class Displacement(View):
             loaded = self._loaded
             saved = [Saved(*key, was.size, was.count, key in self._updated) for key, was in loaded.items()]
             rows = torch.cat([torch.zeros(ROWS, 0), *(was.rows for was in loaded.values())], 1)
-        return {"parameters": [save_fields(own) for own in saved], "memory": rows, "apart": sorted(self._apart)}
+        return {
+            "parameters": [save_fields(own) for own in saved],
+            "memory": rows,
+            "apart": sorted(self._apart),
+            "wide": self._wide,
+        }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load what ``state_dict`` returned. It takes effect in the next step.
@@ -337,11 +342,12 @@ class Displacement(View):
         """
         saved = [check_fields(Saved, entry) for entry in state_dict["parameters"]]
         apart = {check_count("apart", group) for group in state_dict["apart"]}
+        wide = check_flag("wide", state_dict["wide"])
         counts, rows = [own.count for own in saved], state_dict["memory"]
         if not isinstance(rows, Tensor) or rows.shape != (ROWS, sum(counts)) or not bool(rows.isfinite().all()):
             raise ValueError(f"memory must be {ROWS} times {sum(counts)} finite numbers")
         self._parameters, self.slots, self._buckets, self._memory = [], [], [], []
-        self._apart, self._coming, self._elsewhere = apart, set(), False
+        self._apart, self._coming, self._elsewhere, self._wide = apart, set(), False, wide
         parts = torch.split(rows, counts, 1) if counts else ()
         self._loaded = {
             (own.group, own.index): Remembered(own.size, own.count, None, part)

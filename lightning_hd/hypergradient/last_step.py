@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from lightning_hd.checks import check_count, check_fields, check_flag
-from lightning_hd.hypergradient.buckets import Bucket, flatten, gather, pack, products
+from lightning_hd.hypergradient.buckets import Bucket, are_safe, flatten, gather, pack, products
 from lightning_hd.hypergradient.copies import Copies
 from lightning_hd.hypergradient.directions import (
     COPY,
@@ -26,7 +26,7 @@ from lightning_hd.hypergradient.directions import (
 from lightning_hd.hypergradient.probe import look
 from lightning_hd.hypergradient.view import Retained, Sight, View
 from lightning_hd.optimizers import changes_gradients, coupled_decay, device_of, to_objective
-from lightning_hd.processes import Notices, Ranks, gradient_of, local, widen
+from lightning_hd.processes import Notices, Ranks, exact_dtype, gradient_of, local, widen
 from lightning_hd.rules import Observation
 
 _GRADIENT = "gradient"
@@ -34,10 +34,6 @@ _GRADIENT = "gradient"
 _CACHED = 2**17
 """The largest number of coordinates in a bucket on a CPU. Directions take some ten vectors of that size. At 2^18, their
 memory comes anew from the system in every operation, and a step takes three times as long."""
-
-_SMALL, _LARGE = 1e-16, 1e24
-"""As long as the squared norms of the last step lie in between, squares in float32 are safe: in one step, a norm would
-have to grow or shrink by a million times."""
 
 
 class _LostError(Exception):
@@ -91,7 +87,6 @@ class LastStep(View):
         self._layout: Any = None  # what the buckets are made for
         self._buckets: list[Bucket] = []
         self._flags: list[tuple[bool, bool]] = []  # of each scope: whether there is a gradient, and a known direction
-        self._wide = True  # whether numbers are multiplied in float64
         self._measured: set[int] = set()  # scopes whose last step was measured, and moved them
 
     # ------------------------------------------------------------------ before a step
@@ -150,7 +145,7 @@ class LastStep(View):
         g = get(_GRADIENT)
         if not changes_gradients(self._optimizer, param_group):
             return g
-        g = g.to(bucket.dtype if self._wide else g.dtype, copy=True)
+        g = g.to(exact_dtype(bucket.device) if self._wide else g.dtype, copy=True)
         decays = coupled_decay(self._optimizer, param_group) != 0
         to_objective(self._optimizer, param_group, [g], [get(PARAMETER)] if decays else [])
         return g
@@ -163,7 +158,7 @@ class LastStep(View):
             vanished = scope in self._measured and row.d_squared == 0 < row.g_squared
             found.append(Sight(row.has_gradient > 0, row.known > 0, observation, vanished=vanished))
         squares = [x for row in map(_Sums._make, sums) for x in (row.g_squared, *[row.d_squared] * (row.known > 0))]
-        self._wide = not all(_SMALL < square < _LARGE for square in squares) if squares else self._wide
+        self._wide = not are_safe(squares) if squares else self._wide
         return found
 
     def _lay_out(self, scopes: Sequence[int]) -> None:

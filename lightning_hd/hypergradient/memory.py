@@ -1,10 +1,11 @@
 """The memory of ``Displacement``: four rows of numbers for the coordinates of each bucket, which outlive the buckets.
 
-The rows are ``r_t``, ``Ē``, ``g_{t-1}`` and ``θ_{t-1}``. Where parameters come or go, and in a checkpoint, what is
+The rows are ``E_t``, ``Ē``, ``g_{t-1}`` and ``θ_{t-1}``. Where parameters come or go, and in a checkpoint, what is
 remembered belongs to parameters.
 """
 
-from collections.abc import Callable, Mapping, Sequence, Set
+import functools
+from collections.abc import Mapping, Sequence, Set
 from dataclasses import dataclass
 
 import torch
@@ -13,17 +14,79 @@ from torch.distributed.tensor import DTensor
 
 from lightning_hd.hypergradient.buckets import Bucket
 from lightning_hd.hypergradient.probe import Key, Range, Slot
-from lightning_hd.processes import Ranks, exact_dtype
+from lightning_hd.processes import Ranks
 
 ROWS = 4
 
 
-@dataclass
-class Memory:
-    """What is remembered of one bucket."""
+class Point:
+    """What is known of one step in a bucket.
 
-    rows: Tensor  # of shape (4, n)
-    g_squared: Tensor  # ‖g_{t-1}‖²
+    Args:
+        moved: ``E``.
+        g: The gradient.
+        theta: The parameters.
+    """
+
+    def __init__(self, moved: Tensor, g: Tensor, theta: Tensor) -> None:
+        self.moved, self.g, self.theta = moved, g, theta
+        self.g_squared = g.new_zeros(())  # ‖g‖²
+
+
+class Memory:
+    """What is remembered of one bucket, and room for what the present step shows.
+
+    All vectors stay, because new ones of their size come anew from the system in every step. A step that is taken
+    changes places with the last one.
+
+    Args:
+        size: The number of coordinates.
+        dtype: That of the vectors.
+        device: Their device.
+    """
+
+    def __init__(self, size: int, dtype: torch.dtype, device: torch.device) -> None:
+        # Each one by itself, because sums may differ in their last bits where vectors begin at other places.
+        vectors = [torch.zeros(size, dtype=dtype, device=device) for _ in range(2 * ROWS)]
+        self.last, self.now = Point(*vectors[:3]), Point(*vectors[3:6])
+        self.late, self.move = vectors[6:]  # Ē, and θ_t - θ_{t-1}
+        self.known = False  # whether there was a step before
+
+    @property
+    def rows(self) -> list[Tensor]:
+        """What is remembered."""
+        return [self.last.moved, self.late, self.last.g, self.last.theta]
+
+    def begin(self) -> None:
+        """Remember that the parameters have been where they are."""
+        for row in self.rows[:3]:
+            row.zero_()
+        self.last.theta.copy_(self.now.theta)
+        self.last.g_squared = torch.zeros_like(self.last.g_squared)
+
+    def arrive(self) -> None:
+        """Compute ``E_t`` and the last move, when the parameters of this step are there."""
+        torch.sub(self.now.theta, self.last.theta, out=self.move)
+        torch.add(self.last.moved, self.move, out=self.now.moved)
+
+    def note(self) -> None:
+        """Take the parameters and the gradient of this step for the last ones. No move is lost."""
+        self.arrive()
+        self.last, self.now = self.now, self.last
+
+    def remember(self, kept: float, smoothing: float) -> None:
+        """Take this step for the last one."""
+        self.late.lerp_(self.now.moved, smoothing)
+        self.now.moved.mul_(kept)
+        self.last, self.now, self.known = self.now, self.last, True
+
+    def repair(self) -> None:
+        """Drop what is not finite, which would stay for ever."""
+        last = self.last
+        last.moved.nan_to_num_(0.0, 0.0, 0.0)
+        last.g.nan_to_num_(0.0, 0.0, 0.0)
+        last.theta.copy_(torch.where(last.theta.isfinite(), last.theta, self.now.theta))
+        last.g_squared = torch.dot(last.g, last.g)
 
 
 @dataclass(frozen=True)
@@ -55,14 +118,13 @@ class Saved:
     updated: bool
 
 
-def by_parameter(
-    slots: Sequence[Slot], buckets: Sequence[Bucket], memories: Sequence[Memory | None]
-) -> dict[Key, Remembered]:
+def by_parameter(slots: Sequence[Slot], buckets: Sequence[Bucket], memories: Sequence[Memory]) -> dict[Key, Remembered]:
     """What the buckets remember of each parameter."""
     parts: dict[int, list[Tensor]] = {}
     for bucket, memory in zip(buckets, memories, strict=True):
-        if memory is not None:
-            for place, part in zip(bucket.parts, torch.split(memory.rows, bucket.lengths, 1), strict=True):
+        if memory.known:
+            split = torch.split(torch.stack(memory.rows), bucket.lengths, 1)
+            for place, part in zip(bucket.parts, split, strict=True):
                 parts.setdefault(place, []).append(part)
     return {
         slots[place].key: Remembered(slots[place].size, slots[place].count, slots[place].runs, torch.cat(own, 1))
@@ -71,48 +133,30 @@ def by_parameter(
 
 
 def by_bucket(
-    buckets: Sequence[Bucket], theta_of: Callable[[int], Tensor], known: Mapping[int, Tensor], replaced: Set[int]
-) -> list[Memory | None]:
-    """What the buckets remember; ``None`` where nothing is known.
+    buckets: Sequence[Bucket], memories: Sequence[Memory], known: Mapping[int, Tensor], replaced: Set[int]
+) -> None:
+    """Let the buckets remember what is known.
 
     Args:
         buckets: The buckets.
-        theta_of: The parameters in a bucket, by its number. One that is not known has been where it is.
+        memories: Their memories, which have the present parameters. One that is not known has been where it is.
         known: The rows of the parameters that are known, by the places of their slots.
         replaced: The places of parameters that took the place of others, whose moves are known.
     """
-    memories, taken = list[Memory | None](), dict.fromkeys(known, 0)
-    for i, bucket in enumerate(buckets):
-        if not known.keys() & bucket.parts.keys():
-            memories.append(None)
-            continue
-        theta = _weighted(bucket, theta_of(i))
-        rows = torch.stack([theta, torch.zeros_like(theta), torch.zeros_like(theta), theta])
-        parts = torch.split(rows, bucket.lengths, 1)
-        for place, part, now in zip(bucket.parts, parts, torch.split(theta, bucket.lengths), strict=True):
-            if place in known:
-                part.copy_(known[place][:, taken[place] : taken[place] + part.shape[1]])
-                taken[place] += part.shape[1]
+    taken = dict.fromkeys(known, 0)
+    for bucket, memory in zip(buckets, memories, strict=True):
+        memory.known = bool(known.keys() & bucket.parts.keys())
+        start = 0
+        for place, length in zip(bucket.parts, bucket.lengths, strict=True):
+            begin, rows = taken.get(place, 0), known.get(place)
+            if rows is not None:
+                for own, row in zip(memory.rows, rows[:, begin : begin + length], strict=True):
+                    own[start : start + length] = row
+                taken[place] = begin + length
             if place in replaced:
-                _follow(part, now)
-        memories.append(Memory(rows, torch.dot(rows[2], rows[2])))
-    return memories
-
-
-def follow(buckets: Sequence[Bucket], memories: Sequence[Memory | None], theta_of: Callable[[int], Tensor]) -> None:
-    """Keep all moves, and let the means follow the parameters to where they are now."""
-    for i, (bucket, memory) in enumerate(zip(buckets, memories, strict=True)):
-        if memory is not None:
-            _follow(memory.rows, _weighted(bucket, theta_of(i)))
-
-
-def _weighted(bucket: Bucket, theta: Tensor) -> Tensor:
-    return theta if bucket.roots is None else theta * bucket.roots
-
-
-def _follow(rows: Tensor, now: Tensor) -> None:
-    rows[0] += now - rows[3]
-    rows[3] = now
+                memory.last.theta[start : start + length] = memory.now.theta[start : start + length]
+            start += length
+        memory.last.g_squared = torch.dot(memory.last.g, memory.last.g)
 
 
 def whole(
@@ -120,10 +164,10 @@ def whole(
 ) -> tuple[list[Saved], Tensor]:
     """What all processes remember together, one parameter after the other. If they have shards, all must call it."""
     split = ranks.count > 1 and any(isinstance(slot.p, DTensor) or slot.offset is not None for slot in slots)
-    parts = []
+    parts, dtype = [], functools.reduce(torch.promote_types, (slot.dtype for slot in slots))
     for slot in slots:
         rows = own[slot.key].rows if slot.key in own else torch.zeros(ROWS, 0)
-        part = torch.zeros(ROWS, slot.count, dtype=exact_dtype(device), device=device)
+        part = torch.zeros(ROWS, slot.count, dtype=dtype, device=device)
         if not split:
             part = rows.to(part)
         elif ranks.speaks_for(slot.p) and rows.shape[1]:

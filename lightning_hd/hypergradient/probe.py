@@ -75,6 +75,11 @@ class Slot:
         return as_real(local(self.p.detach())).numel()
 
     @cached_property
+    def dtype(self) -> torch.dtype:
+        """The dtype in which its numbers are looked at: its own, float32 at least."""
+        return torch.promote_types(as_real(local(self.p.detach())).dtype, torch.float32)
+
+    @cached_property
     def is_plain(self) -> bool:
         """Whether its tensors are real, whole, and lie in memory row by row."""
         return self.order is None and not isinstance(self.p, DTensor) and not self.p.is_complex()

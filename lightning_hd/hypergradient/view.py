@@ -54,6 +54,7 @@ class View(ABC):
         self._ranks = ranks
         self._notices = notices
         self._sums = Sums()
+        self._wide = True  # whether numbers are multiplied in float64
         self.slots: list[Slot] = []
 
     @property
