@@ -2,7 +2,9 @@
 
 import inspect
 import math
+import operator
 from collections.abc import Iterator, Sequence
+from itertools import chain
 from typing import Any
 
 import torch
@@ -122,13 +124,17 @@ def is_normalized(optimizer: Optimizer) -> bool:
 
 def parameters_of(optimizer: Optimizer) -> Iterator[Tensor]:
     """The parameters of all groups."""
-    for group in optimizer.param_groups:
-        yield from group["params"]
+    return chain.from_iterable(group["params"] for group in optimizer.param_groups)
+
+
+def are_same(some: Sequence[Tensor], others: Sequence[Tensor]) -> bool:
+    """Whether these are the same objects, in the same order."""
+    return len(some) == len(others) and all(map(operator.is_, some, others))
 
 
 def versions(optimizer: Optimizer) -> list[int]:
     """How often each parameter was written to. torch has no public name for the counter that autograd keeps."""
-    return [p._version for p in parameters_of(optimizer)]
+    return list(map(operator.attrgetter("_version"), parameters_of(optimizer)))
 
 
 def group_names(optimizer_name: str, optimizer: Optimizer) -> list[str]:

@@ -40,9 +40,11 @@ class Precheck:
         Args:
             fresh: Whether no step was taken yet.
         """
-        sharded = any(isinstance(p, DTensor) for p in parameters_of(self.optimizer))
         has_rate = self._has_rate()
-        if has_rate and not (fresh and sharded):
+        if has_rate and not fresh:
+            return False
+        sharded = any(isinstance(p, DTensor) for p in parameters_of(self.optimizer))
+        if has_rate and not sharded:
             return False
         live = has_rate or self._has_gradient()
         if sharded:

@@ -1,9 +1,9 @@
-"""Buckets: coordinates of several parameters, gathered into one flat vector, and sums over such vectors by scope."""
+"""Buckets: coordinates of several parameters, gathered into one flat vector; their memory, and sums by scope."""
 
 from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import chain, pairwise
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -17,6 +17,9 @@ _CACHED, _LAUNCHED = 2**18, 2**24
 _SMALL, _LARGE = 1e-16, 1e24
 """As long as the squared norms of the last step lie in between, squares in float32 are safe: in one step, a norm would
 have to grow or shrink by a million times."""
+
+ROWS = 4
+"""The number of vectors that are remembered: ``E_t``, ``Ē``, ``g_{t-1}`` and ``θ_{t-1}``."""
 
 _CONSTANTS = 16
 """How many constants stay on the device. A step needs a few, which seldom change."""
@@ -68,6 +71,11 @@ class Bucket:
         self.size += run[1] - run[0]
         self.spans[slot.group] = (begin, self.size)
 
+    def weigh(self, vector: Tensor) -> None:
+        """Scale a vector so that dot products are estimates of those over all coordinates."""
+        if self.roots is not None:
+            vector.mul_(self.roots)
+
     def views(self, flats: Sequence[Tensor] | Mapping[int, Tensor]) -> list[Tensor]:
         """The pieces of the bucket, as views of the flat tensors of all slots."""
         pieces: list[Tensor] = []
@@ -81,6 +89,74 @@ class Bucket:
                 sizes = [stop - start for start, stop in pairwise(edges)]
                 pieces += flats[place][: edges[-1]].split_with_sizes(sizes)[1::2]
         return pieces
+
+
+class Point(NamedTuple):
+    """What is known of one step in a bucket."""
+
+    moved: Tensor  # E
+    g: Tensor
+    theta: Tensor
+
+
+class Memory:
+    """What is remembered of one bucket, and room for what the present step shows.
+
+    All vectors stay, because new ones of their size come anew from the system in every step. A step that is taken
+    changes places with the last one.
+
+    Args:
+        size: The number of coordinates.
+        dtype: That of the vectors.
+        device: Their device.
+    """
+
+    def __init__(self, size: int, dtype: torch.dtype, device: torch.device) -> None:
+        # Each one by itself, because sums may differ in their last bits where vectors begin at other places.
+        vectors = [torch.zeros(size, dtype=dtype, device=device) for _ in range(2 * ROWS)]
+        self.last, self.now = Point(*vectors[:3]), Point(*vectors[3:6])
+        self.late, self.move = vectors[6:]  # Ē, and θ_t - θ_{t-1}
+        self.known = False  # whether there was a step before
+
+    @property
+    def rows(self) -> list[Tensor]:
+        """What is remembered."""
+        return [self.last.moved, self.late, self.last.g, self.last.theta]
+
+    def begin(self) -> None:
+        """Remember that the parameters have been where they are."""
+        for row in self.rows[:3]:
+            row.zero_()
+        self.last.theta.copy_(self.now.theta)
+
+    def arrive(self) -> None:
+        """Compute ``E_t`` and the last move, when the parameters of this step are there."""
+        torch.sub(self.now.theta, self.last.theta, out=self.move)
+        torch.add(self.last.moved, self.move, out=self.now.moved)
+
+    def note(self) -> None:
+        """Take the parameters and the gradient of this step for the last ones. No move is lost."""
+        self.arrive()
+        self.last, self.now = self.now, self.last
+
+    def remember(self, kept: float, smoothing: float) -> None:
+        """Take this step for the last one."""
+        self.late.lerp_(self.now.moved, smoothing)
+        self.now.moved.mul_(kept)
+        self.last, self.now, self.known = self.now, self.last, True
+
+    def forget(self) -> None:
+        """Set ``E`` to zero, also that of this step."""
+        self.known = False
+        self.now.moved.zero_()
+        self.late.zero_()
+
+    def repair(self) -> None:
+        """Drop what is not finite, which would stay for ever."""
+        last = self.last
+        last.moved.nan_to_num_(0.0, 0.0, 0.0)
+        last.g.nan_to_num_(0.0, 0.0, 0.0)
+        last.theta.copy_(torch.where(last.theta.isfinite(), last.theta, self.now.theta))
 
 
 def flatten(slots: Sequence[Slot], tensors: Sequence[Tensor]) -> list[Tensor]:

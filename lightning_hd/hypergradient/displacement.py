@@ -16,11 +16,11 @@ from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
 from lightning_hd.checks import check_count, check_fields, check_flag, save_fields
-from lightning_hd.hypergradient.buckets import Bucket, are_safe, flatten, pack
-from lightning_hd.hypergradient.memory import ROWS, Memory, Remembered, Saved, by_bucket, by_parameter, whole
+from lightning_hd.hypergradient.buckets import ROWS, Bucket, Memory, are_safe, flatten, pack
+from lightning_hd.hypergradient.memory import Remembered, Saved, by_bucket, by_parameter, whole
 from lightning_hd.hypergradient.probe import Key, Range, look
 from lightning_hd.hypergradient.view import Retained, Sight, View
-from lightning_hd.optimizers import device_of, parameters_of, to_objective
+from lightning_hd.optimizers import are_same, device_of, parameters_of, to_objective
 from lightning_hd.processes import Notices, Ranks, exact_dtype, flat_offsets, gradient_of, local
 from lightning_hd.rules import Observation
 
@@ -81,7 +81,7 @@ class Displacement(View):
         self._coming: set[int] = set()  # groups whose next move will not follow it
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**vars(self), "_places": [], "_ids": []}  # a copy's parameters lie elsewhere
+        return {**vars(self), "_places": []}  # a copy's parameters lie elsewhere
 
     # ------------------------------------------------------------------ one step
 
@@ -108,7 +108,6 @@ class Displacement(View):
         for i, memory in enumerate(self._memory):
             if memory.known:
                 self._gather(i, flats, missing)
-                memory.now.g_squared = self._dot(memory.now.g, memory.now.g)
                 memory.note()
 
     def _arrive(self, scopes: Sequence[int]) -> tuple[list[Tensor], frozenset[int]]:
@@ -131,13 +130,11 @@ class Displacement(View):
         for group, (start, stop) in bucket.spans.items():
             param_group = self._optimizer.param_groups[group]
             to_objective(self._optimizer, param_group, [now.g[start:stop]], [now.theta[start:stop]])
-        if bucket.roots is not None:  # so that dot products are estimates of those over all coordinates
-            now.g.mul_(bucket.roots)
-            now.theta.mul_(bucket.roots)
+        bucket.weigh(now.g)
+        bucket.weigh(now.theta)
         mask = self._mask(bucket, missing) if missing & bucket.parts.keys() else None
         if mask is not None:
             now.g.mul_(mask)
-        now.g_squared = self._dot(now.g, now.g)
         return mask
 
     def _gather_parameters(self, i: int) -> None:
@@ -147,9 +144,7 @@ class Displacement(View):
     def _locate(self, i: int) -> None:
         """Gather the parameters of a bucket, outside of a step."""
         self._gather_parameters(i)
-        roots = self._buckets[i].roots
-        if roots is not None:
-            self._memory[i].now.theta.mul_(roots)
+        self._buckets[i].weigh(self._memory[i].now.theta)
 
     def _look(self, i: int, flats: Sequence[Tensor], missing: frozenset[int]) -> Tensor:
         """The eight sums of a bucket."""
@@ -164,8 +159,7 @@ class Displacement(View):
         if mask is not None:
             moved, move = moved * mask, move * mask
         along = [self._dot(g, vector) for vector in (moved, memory.late, memory.last.g, move)]
-        squares = memory.now.g_squared, memory.last.g_squared, self._dot(moved, moved), self._dot(move, move)
-        return torch.stack([*along, *squares])
+        return torch.stack([*along, *(self._dot(vector, vector) for vector in (g, memory.last.g, moved, move))])
 
     def _dot(self, a: Tensor, b: Tensor) -> Tensor:
         if self._wide:
@@ -217,9 +211,10 @@ class Displacement(View):
         return Sight(gradient, known, observation, joined, lost=gradient and not known)
 
     def forget(self, scope: int) -> None:
-        """Set ``E`` to zero. The mean begins where the parameters are."""
+        """Set ``E`` to zero."""
         for bucket, memory in zip(self._buckets, self._memory, strict=True):
-            memory.known &= bucket.key != scope
+            if bucket.key == scope:
+                memory.forget()
 
     def relocate(self) -> None:
         """Keep ``E``, and let the mean follow the parameters to where they are."""
@@ -251,14 +246,14 @@ class Displacement(View):
 
     def _count(self) -> list[Tensor]:
         """Note which parameters there are, and which of them need no gradient. Return the others."""
-        everything = [p for group in self._optimizer.param_groups for p in group["params"]]
-        self._ids, self._asleep = list(map(id, everything)), [p for p in everything if not p.requires_grad]
-        return [p for p in everything if p.requires_grad]
+        self._everything = list(parameters_of(self._optimizer))
+        self._asleep = [p for p in self._everything if not p.requires_grad]
+        return [p for p in self._everything if p.requires_grad]
 
     def wakes(self) -> bool:
         """Whether a parameter is new, or needs a gradient now, or has its first one. Processes may differ in that."""
-        ids = [id(p) for group in self._optimizer.param_groups for p in group["params"]]
-        new = ids != (self._ids or ids) or any(p.requires_grad for p in self._asleep)
+        new = not are_same(self._everything, list(parameters_of(self._optimizer)))
+        new |= any(p.requires_grad for p in self._asleep)
         return new or (self._ranks.count == 1 and any(p.grad is not None for p in self._unused))
 
     # ------------------------------------------------------------------ which parameters there are
@@ -268,7 +263,7 @@ class Displacement(View):
         parameters = self._count()
         tensors = [local(p) for p in parameters] if self._sharded else parameters
         places, sizes = list(map(Tensor.data_ptr, tensors)), list(map(Tensor.numel, tensors))
-        if self.slots and sizes == self._sizes and list(map(id, parameters)) == list(map(id, self._parameters)):
+        if self.slots and sizes == self._sizes and are_same(parameters, self._parameters):
             if places != self._places:
                 self._places, self._pieces = places, self._views()
             return

@@ -12,81 +12,9 @@ import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
-from lightning_hd.hypergradient.buckets import Bucket
+from lightning_hd.hypergradient.buckets import ROWS, Bucket, Memory
 from lightning_hd.hypergradient.probe import Key, Range, Slot
 from lightning_hd.processes import Ranks
-
-ROWS = 4
-
-
-class Point:
-    """What is known of one step in a bucket.
-
-    Args:
-        moved: ``E``.
-        g: The gradient.
-        theta: The parameters.
-    """
-
-    def __init__(self, moved: Tensor, g: Tensor, theta: Tensor) -> None:
-        self.moved, self.g, self.theta = moved, g, theta
-        self.g_squared = g.new_zeros(())  # ‖g‖²
-
-
-class Memory:
-    """What is remembered of one bucket, and room for what the present step shows.
-
-    All vectors stay, because new ones of their size come anew from the system in every step. A step that is taken
-    changes places with the last one.
-
-    Args:
-        size: The number of coordinates.
-        dtype: That of the vectors.
-        device: Their device.
-    """
-
-    def __init__(self, size: int, dtype: torch.dtype, device: torch.device) -> None:
-        # Each one by itself, because sums may differ in their last bits where vectors begin at other places.
-        vectors = [torch.zeros(size, dtype=dtype, device=device) for _ in range(2 * ROWS)]
-        self.last, self.now = Point(*vectors[:3]), Point(*vectors[3:6])
-        self.late, self.move = vectors[6:]  # Ē, and θ_t - θ_{t-1}
-        self.known = False  # whether there was a step before
-
-    @property
-    def rows(self) -> list[Tensor]:
-        """What is remembered."""
-        return [self.last.moved, self.late, self.last.g, self.last.theta]
-
-    def begin(self) -> None:
-        """Remember that the parameters have been where they are."""
-        for row in self.rows[:3]:
-            row.zero_()
-        self.last.theta.copy_(self.now.theta)
-        self.last.g_squared = torch.zeros_like(self.last.g_squared)
-
-    def arrive(self) -> None:
-        """Compute ``E_t`` and the last move, when the parameters of this step are there."""
-        torch.sub(self.now.theta, self.last.theta, out=self.move)
-        torch.add(self.last.moved, self.move, out=self.now.moved)
-
-    def note(self) -> None:
-        """Take the parameters and the gradient of this step for the last ones. No move is lost."""
-        self.arrive()
-        self.last, self.now = self.now, self.last
-
-    def remember(self, kept: float, smoothing: float) -> None:
-        """Take this step for the last one."""
-        self.late.lerp_(self.now.moved, smoothing)
-        self.now.moved.mul_(kept)
-        self.last, self.now, self.known = self.now, self.last, True
-
-    def repair(self) -> None:
-        """Drop what is not finite, which would stay for ever."""
-        last = self.last
-        last.moved.nan_to_num_(0.0, 0.0, 0.0)
-        last.g.nan_to_num_(0.0, 0.0, 0.0)
-        last.theta.copy_(torch.where(last.theta.isfinite(), last.theta, self.now.theta))
-        last.g_squared = torch.dot(last.g, last.g)
 
 
 @dataclass(frozen=True)
@@ -156,7 +84,6 @@ def by_bucket(
             if place in replaced:
                 memory.last.theta[start : start + length] = memory.now.theta[start : start + length]
             start += length
-        memory.last.g_squared = torch.dot(memory.last.g, memory.last.g)
 
 
 def whole(
