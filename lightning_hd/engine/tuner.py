@@ -14,7 +14,7 @@ from lightning_hd.engine.state import begin_from, load, save
 from lightning_hd.engine.stats import Stats
 from lightning_hd.engine.step import Tuning
 from lightning_hd.engine.suggestion import suggestions
-from lightning_hd.hypergradient import PROBE, Displacement, LastStep, View, copies_of, drop_copies, keep_copies
+from lightning_hd.hypergradient import PROBE, Displacement, LastStep, View, copies_of, keep_copies, leave_copies
 from lightning_hd.optimizers import check_optimizer, get_lr, group_names, is_marked, parameters_of, unwrap
 from lightning_hd.processes import Notices, Ranks
 from lightning_hd.rules import Observation, Rule, RuleName
@@ -273,7 +273,7 @@ class HypergradientLR:
         if self._hooks is not None:
             self._hooks.remove()
             self._hooks = None
-        drop_copies(self._optimizer, self._copies, keep_state)
+            leave_copies(self._optimizer, keep_state)
 
     def state_dict(self) -> dict[str, Any]:
         """What was learned: plain numbers and, with the default rule, one number for each coordinate of the probe.
