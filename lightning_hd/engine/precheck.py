@@ -41,10 +41,10 @@ class Precheck:
             fresh: Whether no step was taken yet.
         """
         sharded = any(isinstance(p, DTensor) for p in parameters_of(self.optimizer))
-        has_rate = self._has_rate()
-        if has_rate and not (fresh and sharded):
+        live = self._has_rate()
+        if live and not (fresh and sharded):
             return False
-        live = has_rate or self._has_gradient()
+        live = live or self._has_gradient()
         if sharded:
             live = bool(self.ranks.sum(torch.tensor(float(live), device=device_of(self.optimizer))).item())
         return not live

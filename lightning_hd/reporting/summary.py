@@ -175,11 +175,12 @@ def _fights(scales: Sequence[float], schedule: Sequence[float]) -> bool:
 
     A scale of exactly 1 has not: SWALR's rates are used as they are.
     """
-    pairs = [(math.log(a), math.log(b)) for a, b in zip(scales, schedule, strict=False) if a > 0 < b and a != 1]
-    ours, theirs = (list(numbers)[len(pairs) // 2 :] for numbers in zip(*pairs, strict=True)) if pairs else ([], [])
-    if not theirs or max(theirs) - min(theirs) < math.log(_VARIED):
+    pairs = [(math.log(a), math.log(b)) for a, b in zip(schedule, scales, strict=False) if a > 0 < b and b != 1]
+    late = pairs[len(pairs) // 2 :]
+    if not late:
         return False
-    return linear_regression(theirs, ours).slope < -_UNDONE
+    theirs, ours = zip(*late, strict=True)
+    return max(theirs) - min(theirs) >= math.log(_VARIED) and linear_regression(theirs, ours).slope < -_UNDONE
 
 
 def _table(body: Sequence[tuple[str, ...]]) -> str:
