@@ -6,6 +6,7 @@ import inspect
 import math
 import random
 from collections.abc import Iterator, Sequence
+from itertools import accumulate
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -90,8 +91,7 @@ class Linearity:
         found = _replay(self._optimizer, rates) if rates else None
         votes = [False, False, False]
         if found is not None:
-            wrong = found.growth > _GROWTH if self._long_horizon else found.left > _PART
-            votes = [True, found.ignores, wrong]
+            votes = [True, found.ignores, found.growth > _GROWTH if self._long_horizon else found.left > _PART]
         counts = torch.tensor(votes, dtype=torch.float32, device=device_of(self._optimizer))
         moved, ignoring, failed = self._ranks.sum(counts).tolist()  # how many processes vote for each
         if not moved:
@@ -142,13 +142,9 @@ def _replay(optimizer: Optimizer, rates: dict[int, float]) -> _Found | None:
 
 
 def _smallest(parameters: list[Tensor]) -> list[Tensor]:
-    chosen, count = list[Tensor](), 0
-    for p in sorted(parameters, key=Tensor.numel):
-        if chosen and count + p.numel() > _LARGEST:
-            break
-        chosen.append(p)
-        count += p.numel()
-    return chosen
+    ordered = sorted(parameters, key=Tensor.numel)
+    sums = accumulate(map(Tensor.numel, ordered))
+    return [p for p, size in zip(ordered, sums, strict=True) if size <= _LARGEST] or ordered[:1]
 
 
 def _moves(optimizer: Optimizer, rates: dict[int, float], chosen: list[Tensor]) -> list[Tensor]:
