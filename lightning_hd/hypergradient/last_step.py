@@ -268,8 +268,7 @@ class LastStep(View):
 
     def pause(self) -> None:
         """Forget the directions, because the steps that follow may change them unseen."""
-        for last in self._last:
-            last.moved = []
+        self.relocate()
 
     def make_room(self) -> None:
         """Make empty copies, so that a checkpoint can be loaded into them."""
