@@ -173,11 +173,10 @@ class LastStep(View):
         alike, groups = self._alike(scopes), self._optimizer.param_groups
         places = ((i, j, p) for i, group in enumerate(groups) for j, p in enumerate(group["params"]))
         seen = [(i, j, p) for i, j, p in places if p.grad is not None]
-        moves = [id(p) for last in self._last for p in last.moved]
-        layout = alike, [(i, j, id(p), p.numel()) for i, j, p in seen], moves
+        moved = [set(map(id, last.moved)) for last in self._last]
+        layout = alike, [(i, j, id(p), p.numel()) for i, j, p in seen], moved
         if layout == self._layout:
             return
-        moved = [set(map(id, last.moved)) for last in self._last]
         had = [(i, p) for i, _, p in seen if id(p) in moved[i]]
         steps = {id(p): self._steps_of(self._last[i], p) for i, p in had if self._is_there(self._last[i], p)}
         self.slots = look(seen, self._budget, self._ranks, {})
