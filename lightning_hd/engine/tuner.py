@@ -14,7 +14,7 @@ from lightning_hd.engine.state import begin_from, load, save
 from lightning_hd.engine.stats import Stats
 from lightning_hd.engine.step import Tuning
 from lightning_hd.engine.suggestion import suggestions
-from lightning_hd.hypergradient import PROBE, Displacement, LastStep, View, copies_of, keep_copies, leave_copies
+from lightning_hd.hypergradient import PROBE, Displacement, LastStep, View, copies_of, leave_copies
 from lightning_hd.optimizers import check_optimizer, get_lr, group_names, is_marked, parameters_of, unwrap
 from lightning_hd.processes import Notices, Ranks
 from lightning_hd.rules import Observation, Rule, RuleName
@@ -315,7 +315,7 @@ class HypergradientLR:
         attached = state.pop("_hooks")
         vars(self).update(state, _hooks=None)
         if attached:  # torch does not copy the hooks of an optimizer
-            keep_copies(self._optimizer, self._copies)
+            self._copies.follow(self._optimizer)
             self._hooks = StepHooks(self._optimizer, self._tuning, notices=None)
 
 

@@ -37,7 +37,8 @@ class Copies:
         self._handles: list[RemovableHandle] = []
 
     def follow(self, optimizer: Optimizer) -> None:
-        """Add hooks to the state dict of an optimizer, and take back what ``leave`` has put into its state."""
+        """Become the copies of an optimizer: add hooks to its state dict, and take back what ``leave`` has left."""
+        _copies[optimizer] = self
         self.stale |= bool(optimizer.state) and is_marked(optimizer.param_groups)
         for p in list(optimizer.state):
             self._take(optimizer.state, p, p)
@@ -105,14 +106,8 @@ _copies: "weakref.WeakKeyDictionary[Optimizer, Copies]" = weakref.WeakKeyDiction
 def copies_of(optimizer: Optimizer) -> Copies:
     """The copies of an optimizer's parameters, empty at first."""
     if optimizer not in _copies:
-        keep_copies(optimizer, Copies())
+        Copies().follow(optimizer)
     return _copies[optimizer]
-
-
-def keep_copies(optimizer: Optimizer, copies: Copies) -> None:
-    """Make these the copies of an optimizer."""
-    copies.follow(optimizer)
-    _copies[optimizer] = copies
 
 
 def leave_copies(optimizer: Optimizer, keep: bool = True) -> None:

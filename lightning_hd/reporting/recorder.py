@@ -43,7 +43,6 @@ class Recorder:
     ) -> None:
         self.engine = engine
         self.name = name
-        self.stats = engine.stats  # after the last step
         self.untuned = 0  # steps of the optimizer that the engine did not tune
         self._optimizer = optimizer
         self._by_group = scope == "group"
@@ -87,8 +86,8 @@ class Recorder:
         self._append(self._scales, engine.scales)
         self._append(self._cosines, [found.cosine if found else math.nan for found in seen])
         self._append(self._hypergradients, [found.hypergradient if found else math.nan for found in seen])
-        self.stats = engine.stats
-        self._losses.append(math.nan if self.stats.loss is None else self.stats.loss)
+        loss = engine.stats.loss
+        self._losses.append(math.nan if loss is None else loss)
 
     def _append(self, histories: "list[array[float]]", numbers: Sequence[float]) -> None:
         """Append a number to each history, the first ones of this step. New histories begin with NaN."""
@@ -162,7 +161,7 @@ class Recorder:
         """Scales, counts of back-offs, and means over the steps from ``since`` on."""
         names, engine = self._scopes(), self.engine
         metrics = {tag("scale", name): scale for name, scale in zip(names, engine.scales, strict=False)}
-        metrics |= {tag("backoffs", name): float(n) for name, n in zip(names, self.stats.backoffs, strict=False)}
+        metrics |= {tag("backoffs", name): float(n) for name, n in zip(names, engine.stats.backoffs, strict=False)}
         for quantity, histories in (("hypergradient", self._hypergradients), ("cosine", self._cosines)):
             for name, history in zip(names, histories, strict=False):
                 if new := _known(history[since:]):
