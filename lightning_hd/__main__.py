@@ -4,13 +4,10 @@ import sys
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, NoReturn
+from typing import Annotated, NoReturn
 
 from lightning_hd.reporting import plotting
 from lightning_hd.reporting.runs import PlotError, load
-
-if TYPE_CHECKING:  # typer is an extra
-    import typer
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -21,16 +18,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """
     try:
         import matplotlib  # noqa: F401
-
-        app = _app()
+        import typer
     except ModuleNotFoundError as error:
         _fail(f"{error.name} is missing: {plotting.INSTALL}")
-    app(args=arguments, prog_name="python -m lightning_hd")
-
-
-def _app() -> "typer.Typer":
-    import typer
-
     app = typer.Typer(add_completion=False, no_args_is_help=True, rich_markup_mode=None, pretty_exceptions_enable=False)
 
     @app.callback()
@@ -60,7 +50,7 @@ def _app() -> "typer.Typer":
         """
         typer.echo(_draw(runs, output, loss, width))
 
-    return app
+    app(args=arguments, prog_name="python -m lightning_hd")
 
 
 def _draw(runs: Sequence[Path], output: Path, loss: str | None, width: float) -> str:

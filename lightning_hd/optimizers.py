@@ -10,29 +10,16 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.distributed.fsdp import FlatParameter
-from torch.optim import (
-    ASGD,
-    LBFGS,
-    SGD,
-    Adadelta,
-    Adagrad,
-    Adam,
-    Adamax,
-    NAdam,
-    Optimizer,
-    RAdam,
-    RMSprop,
-    Rprop,
-    SparseAdam,
-)
+from torch.optim import ASGD, LBFGS, SGD, Optimizer, Rprop, SparseAdam
 
 from lightning_hd.processes import exact_dtype
 
 LARGEST = torch.finfo(torch.float32).max
 """The largest rate that torch can multiply a float32 tensor with."""
 
-_COUPLED: tuple[type[Optimizer] | None, ...] = (SGD, Adam, ASGD, Adadelta, Adagrad, Adamax, NAdam, RAdam, RMSprop)
-"""Optimizers whose ``weight_decay`` adds ``λ θ`` to the gradient, unless the group sets ``decoupled_weight_decay``."""
+_COUPLED = {"SGD", "Adam", "ASGD", "Adadelta", "Adagrad", "Adamax", "NAdam", "RAdam", "RMSprop"}
+"""The classes of torch.optim whose ``weight_decay`` adds ``λ θ`` to the gradient, unless a group sets
+``decoupled_weight_decay``."""
 
 _REFUSED = {
     LBFGS: "its step is the outcome of a line search, not a multiple of the learning rate",
@@ -55,8 +42,8 @@ def is_coupled(optimizer: Optimizer, group: dict[str, Any]) -> bool:
 
     In classes with a ``step`` of their own it counts as a part of the step, as it is in most recent optimizers.
     """
-    coupled = torch_class(type(optimizer)) in _COUPLED
-    return coupled and not group.get("decoupled_weight_decay", False)
+    known = torch_class(type(optimizer))
+    return known is not None and known.__name__ in _COUPLED and not group.get("decoupled_weight_decay", False)
 
 
 def coupled_decay(optimizer: Optimizer, group: dict[str, Any]) -> float:
@@ -336,14 +323,12 @@ def _check_initialized(optimizer: Optimizer) -> None:
             optimizer.register_load_state_dict_pre_hook,
         ):
             register(lambda *_: None).remove()
-        initialized = hasattr(optimizer, "state") and hasattr(optimizer, "defaults")
+        _ = optimizer.state, optimizer.defaults
     except AttributeError:
-        initialized = False
-    if not initialized:
         raise TypeError(
             f"optimizer {type(optimizer).__name__} was not initialized: its class must call "
             "super().__init__(params, defaults). " + inner_optimizers(optimizer)
-        )
+        ) from None
 
 
 def inner_optimizers(optimizer: Optimizer) -> str:

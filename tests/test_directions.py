@@ -233,3 +233,19 @@ def test_hypergradient_is_the_finite_difference_of_the_next_loss(cls: Any, setti
     if lr == 0:
         for p, initial in zip(optimizer.param_groups[0]["params"], parameters(), strict=True):
             assert torch.equal(p, initial)
+
+
+def test_steps_that_are_not_tuned_count_for_adam() -> None:
+    optimizer = Adam(parameters(), lr=LR)
+    hd = HypergradientLR(optimizer, rule="additive", hypergrad_lr=0)
+
+    def derivative(step: int) -> float:
+        return derivative_by_difference(optimizer, {}, step, LR)
+
+    check_hypergradients(optimizer, hd, 4, derivative, 1e-6)
+    hd.paused = True
+    for step in range(3):
+        backward(optimizer.param_groups[0]["params"], step)
+        optimizer.step()
+    hd.paused = False
+    check_hypergradients(optimizer, hd, 4, derivative, 1e-6)

@@ -6,14 +6,15 @@ import inspect
 import math
 import random
 from collections.abc import Iterator, Sequence
+from itertools import accumulate
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.nn.utils import get_total_norm
 from torch.optim import Adafactor, Optimizer
 
-from lightning_hd.hypergradient import squared_norm
 from lightning_hd.optimizers import device_of, inner_optimizers, parameters_of, torch_class
 from lightning_hd.processes import Notices, Ranks, as_real, local
 
@@ -90,9 +91,9 @@ class Linearity:
         found = _replay(self._optimizer, rates) if rates else None
         votes = [False, False, False]
         if found is not None:
-            wrong = found.growth > _GROWTH if self._long_horizon else found.left > _PART
-            votes = [True, found.ignores, wrong]
-        moved, ignoring, failed = self._sum(votes)
+            votes = [True, found.ignores, found.growth > _GROWTH if self._long_horizon else found.left > _PART]
+        counts = torch.tensor(votes, dtype=torch.float32, device=device_of(self._optimizer))
+        moved, ignoring, failed = self._ranks.sum(counts).tolist()  # how many processes vote for each
         if not moved:
             self.due[0] = step_count + 1
         elif ignoring == moved:
@@ -108,12 +109,6 @@ class Linearity:
             self._notices.warn("not linear", f"its step is not linear in its learning rate, so {advice}")
         else:
             del self.due[0]
-
-    def _sum(self, votes: list[bool]) -> list[float]:
-        """How many processes vote for each."""
-        tensor = torch.tensor(votes, dtype=torch.float32, device=device_of(self._optimizer))
-        sums: list[float] = self._ranks.sum(tensor).tolist()
-        return sums
 
 
 class _Found(NamedTuple):
@@ -137,9 +132,7 @@ def _replay(optimizer: Optimizer, rates: dict[int, float]) -> _Found | None:
         twice = _moves(optimizer, {i: 2 * lr for i, lr in rates.items()}, chosen)
     except Exception:  # such an optimizer may need what the copy does not have
         return None
-    rounding = math.sqrt(
-        sum(torch.finfo(p.dtype).eps ** 2 * float(squared_norm(as_real(local(p.detach())))) for p in chosen)
-    )
+    rounding = _norm([torch.finfo(p.dtype).eps * as_real(local(p.detach())).double() for p in chosen])
     first, size = _norm(once), _norm(twice)
     left = _norm([b - 2 * a for a, b in zip(once, twice, strict=True)])
     growth = _norm([b - a for a, b in zip(once, twice, strict=True)])
@@ -149,13 +142,9 @@ def _replay(optimizer: Optimizer, rates: dict[int, float]) -> _Found | None:
 
 
 def _smallest(parameters: list[Tensor]) -> list[Tensor]:
-    chosen, count = list[Tensor](), 0
-    for p in sorted(parameters, key=Tensor.numel):
-        if chosen and count + p.numel() > _LARGEST:
-            break
-        chosen.append(p)
-        count += p.numel()
-    return chosen
+    ordered = sorted(parameters, key=Tensor.numel)
+    sums = accumulate(map(Tensor.numel, ordered))
+    return [p for p, size in zip(ordered, sums, strict=True) if size <= _LARGEST] or ordered[:1]
 
 
 def _moves(optimizer: Optimizer, rates: dict[int, float], chosen: list[Tensor]) -> list[Tensor]:
@@ -185,16 +174,12 @@ def _copy(optimizer: Optimizer, rates: dict[int, float], twins: dict[int, nn.Par
         id(p): twins[id(p)] if id(p) in twins else nn.Parameter(torch.empty_like(p, device="meta"), requires_grad=False)
         for p in parameters_of(optimizer)
     }
-    groups = []
-    for i, group in enumerate(optimizer.param_groups):
-        copied = {key: copy.deepcopy(value, memo) for key, value in group.items() if key != "params"}
-        copied["params"] = [twins[id(p)] for p in group["params"] if id(p) in twins]
-        if i in rates:
-            held = group["lr"]
-            copied["lr"] = torch.full_like(held, rates[i]) if isinstance(held, Tensor) else rates[i]
-        memo[id(group)] = copied  # an inner optimizer may share the group
-        groups.append(copied)
-    memo[id(optimizer.param_groups)] = groups
+    groups = copy.deepcopy(optimizer.param_groups, memo)  # into the memo, for an inner optimizer may share the groups
+    for group, original in zip(groups, optimizer.param_groups, strict=True):
+        group["params"] = [twins[id(p)] for p in original["params"] if id(p) in twins]
+    for i, lr in rates.items():
+        held = groups[i]["lr"]
+        groups[i]["lr"] = torch.full_like(held, lr) if isinstance(held, Tensor) else lr
     state = {memo[id(p)]: copy.deepcopy(dict(s), memo) for p, s in optimizer.state.items() if id(p) in twins}
     twin: Optimizer = type(optimizer).__new__(type(optimizer))
     vars(twin).update(copy.deepcopy(_attributes(optimizer), memo))
@@ -242,4 +227,4 @@ def _kept_random_state(parameters: list[Tensor]) -> Iterator[None]:
 
 
 def _norm(tensors: list[Tensor]) -> float:
-    return math.sqrt(sum(float(squared_norm(tensor)) for tensor in tensors))
+    return float(get_total_norm(tensors))

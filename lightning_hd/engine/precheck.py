@@ -40,13 +40,13 @@ class Precheck:
         Args:
             fresh: Whether no step was taken yet.
         """
-        has_rate = self._has_rate()
-        if has_rate and not fresh:
+        live = self._has_rate()
+        if live and not fresh:
             return False
         sharded = any(isinstance(p, DTensor) for p in parameters_of(self.optimizer))
-        if has_rate and not sharded:
+        if live and not sharded:
             return False
-        live = has_rate or self._has_gradient()
+        live = live or self._has_gradient()
         if sharded:
             live = bool(self.ranks.sum(torch.tensor(float(live), device=device_of(self.optimizer))).item())
         return not live

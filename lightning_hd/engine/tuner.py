@@ -14,7 +14,7 @@ from lightning_hd.engine.state import begin_from, load, save
 from lightning_hd.engine.stats import Stats
 from lightning_hd.engine.step import Tuning
 from lightning_hd.engine.suggestion import suggestions
-from lightning_hd.hypergradient import PROBE, Displacement, LastStep, View, copies_of, drop_copies, keep_copies
+from lightning_hd.hypergradient import PROBE, Displacement, LastStep, View, copies_of, leave_copies
 from lightning_hd.optimizers import check_optimizer, get_lr, group_names, is_marked, parameters_of, unwrap
 from lightning_hd.processes import Notices, Ranks
 from lightning_hd.rules import Observation, Rule, RuleName
@@ -273,7 +273,7 @@ class HypergradientLR:
         if self._hooks is not None:
             self._hooks.remove()
             self._hooks = None
-        drop_copies(self._optimizer, self._copies, keep_state)
+            leave_copies(self._optimizer, keep_state)
 
     def state_dict(self) -> dict[str, Any]:
         """What was learned: plain numbers and, with the default rule, one number for each coordinate of the probe.
@@ -315,7 +315,7 @@ class HypergradientLR:
         attached = state.pop("_hooks")
         vars(self).update(state, _hooks=None)
         if attached:  # torch does not copy the hooks of an optimizer
-            keep_copies(self._optimizer, self._copies)
+            self._copies.follow(self._optimizer)
             self._hooks = StepHooks(self._optimizer, self._tuning, notices=None)
 
 

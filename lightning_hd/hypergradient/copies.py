@@ -37,13 +37,11 @@ class Copies:
         self._handles: list[RemovableHandle] = []
 
     def follow(self, optimizer: Optimizer) -> None:
-        """Add hooks to the state dict of an optimizer, and take back what ``leave`` has put into its state."""
+        """Become the copies of an optimizer: add hooks to its state dict, and take back what ``leave`` has left."""
+        _copies[optimizer] = self
         self.stale |= bool(optimizer.state) and is_marked(optimizer.param_groups)
-        for p, state in list(optimizer.state.items()):
-            if isinstance(state, dict) and DIRECTION in state:
-                self.tensors[p] = state.pop(DIRECTION)
-                if not state:
-                    del optimizer.state[p]
+        for p in list(optimizer.state):
+            self._take(optimizer.state, p, p)
         self._handles = [
             optimizer.register_state_dict_post_hook(self._save),
             optimizer.register_load_state_dict_pre_hook(self._load),
@@ -89,13 +87,17 @@ class Copies:
         self.tensors.clear()
         state = dict(state_dict["state"])
         for name, p in zip(_names(state_dict), parameters_of(optimizer), strict=False):  # torch checks the counts
-            saved = state.get(name)
-            if isinstance(saved, dict) and isinstance(saved.get(DIRECTION), Tensor):
-                self.tensors[p] = _placed(saved[DIRECTION], p)
-                state[name] = {key: value for key, value in saved.items() if key != DIRECTION}
-                if not state[name]:
-                    del state[name]
+            self._take(state, name, p)
         return {**state_dict, "state": state}
+
+    def _take(self, states: dict[Any, Any], name: Any, p: Tensor) -> None:
+        """Take the copy of a parameter out of the state of this name."""
+        saved = states.get(name)
+        if isinstance(saved, dict) and isinstance(saved.get(DIRECTION), Tensor):
+            self.tensors[p] = _placed(saved[DIRECTION], p)
+            states[name] = {key: value for key, value in saved.items() if key != DIRECTION}
+            if not states[name]:
+                del states[name]
 
 
 _copies: "weakref.WeakKeyDictionary[Optimizer, Copies]" = weakref.WeakKeyDictionary()
@@ -104,27 +106,14 @@ _copies: "weakref.WeakKeyDictionary[Optimizer, Copies]" = weakref.WeakKeyDiction
 def copies_of(optimizer: Optimizer) -> Copies:
     """The copies of an optimizer's parameters, empty at first."""
     if optimizer not in _copies:
-        keep_copies(optimizer, Copies())
+        Copies().follow(optimizer)
     return _copies[optimizer]
 
 
-def keep_copies(optimizer: Optimizer, copies: Copies) -> None:
-    """Make these the copies of an optimizer."""
-    copies.follow(optimizer)
-    _copies[optimizer] = copies
-
-
-def drop_copies(optimizer: Optimizer, copies: Copies, keep: bool = False) -> None:
-    """Take these copies from an optimizer; see ``Copies.leave``."""
-    copies.leave(optimizer, keep)
-    if _copies.get(optimizer) is copies:
-        del _copies[optimizer]
-
-
-def leave_copies(optimizer: Optimizer) -> None:
-    """Put the copies of an optimizer, if it has any, into its state, and remove the hooks."""
+def leave_copies(optimizer: Optimizer, keep: bool = True) -> None:
+    """Take the copies from an optimizer, if it has any; see ``Copies.leave``."""
     if optimizer in _copies:
-        drop_copies(optimizer, _copies[optimizer], keep=True)
+        _copies.pop(optimizer).leave(optimizer, keep)
 
 
 def load_copies(model: nn.Module, optimizer: Optimizer, prefix: str, folder: Path) -> None:

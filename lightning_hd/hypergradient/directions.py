@@ -39,15 +39,16 @@ State = Callable[[str], Tensor | None]
 class Direction(ABC):
     """How ``d_t`` of one parameter group is computed, for the hyperparameters of the current step."""
 
-    needs_copy: ClassVar[bool] = False
-    """Whether a copy of the parameter's size is kept, because the optimizer's own state does not hold ``d_t``."""
     counts: ClassVar[bool] = False
     """Whether the direction depends on how many steps the optimizer has taken."""
 
     @property
     @abstractmethod
     def needs(self) -> tuple[str, ...]:
-        """The names of the quantities that ``read`` needs of each parameter."""
+        """The names of the tensors that ``read`` needs of each parameter, and that are in memory after the step.
+
+        ``COPY`` is among them where the optimizer's own state does not hold ``d_t``.
+        """
 
     @abstractmethod
     def read(self, get: Quantities, step: int) -> Tensor:
@@ -83,7 +84,6 @@ class Gradient(Direction):
     direction is taken with respect to ``η_t``, which equals the learning rate while ``λ lr t`` is small.
     """
 
-    needs_copy: ClassVar[bool] = True
     nesterov: float = 0.0
     decay: float = 0.0
 
@@ -179,7 +179,6 @@ class Measured(Direction):
     no direction.
     """
 
-    needs_copy: ClassVar[bool] = True
     lr: float
 
     @property
@@ -192,9 +191,7 @@ class Measured(Direction):
         return get(COPY) / self.lr if self.lr else get(COPY)
 
 
-_FAMILIES: dict[str, type[Direction]] = {
-    family.__name__: family for family in (Gradient, HeavyBall, AdaptiveMoments, Measured)
-}
+_FAMILIES: dict[str, type[Direction]] = {cls.__name__: cls for cls in (Gradient, HeavyBall, AdaptiveMoments, Measured)}
 
 
 def direction_of(optimizer: Optimizer, group: dict[str, Any], lr: float) -> Direction:
@@ -213,15 +210,10 @@ def direction_of(optimizer: Optimizer, group: dict[str, Any], lr: float) -> Dire
     if family is ASGD:
         return Gradient(decay=float(group["lambd"]))
     if family in (Adam, AdamW):
-        return AdaptiveMoments(
-            lr=lr,
-            beta1=float(group["betas"][0]),
-            beta2=float(group["betas"][1]),
-            eps=float(group["eps"]),
-            decoupled=0.0 if is_coupled(optimizer, group) else float(group["weight_decay"]),
-            amsgrad=bool(group["amsgrad"]),
-        )
-    return Measured(lr=lr)
+        beta1, beta2 = map(float, group["betas"])
+        decoupled = 0.0 if is_coupled(optimizer, group) else float(group["weight_decay"])
+        return AdaptiveMoments(lr, beta1, beta2, float(group["eps"]), decoupled, bool(group["amsgrad"]))
+    return Measured(lr)
 
 
 def direction_from_dict(saved: dict[str, Any]) -> Direction:

@@ -252,9 +252,9 @@ class Displacement(View):
 
     def wakes(self) -> bool:
         """Whether a parameter is new, or needs a gradient now, or has its first one. Processes may differ in that."""
-        new = not are_same(self._everything, list(parameters_of(self._optimizer)))
-        new |= any(p.requires_grad for p in self._asleep)
-        return new or (self._ranks.count == 1 and any(p.grad is not None for p in self._unused))
+        others = not are_same(self._everything, list(parameters_of(self._optimizer)))
+        awake = any(p.requires_grad for p in self._asleep)
+        return others or awake or (self._ranks.count == 1 and any(p.grad is not None for p in self._unused))
 
     # ------------------------------------------------------------------ which parameters there are
 

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, NamedTuple
@@ -58,7 +59,7 @@ class Last:
     """The last step of one parameter group."""
 
     weight: float = 0.0  # derivative of the group's rate with respect to the scope's
-    direction: Direction | None = None
+    direction: Direction = field(default_factory=Gradient)  # of no parameter, before a first step
     moved: list[Tensor] = field(default_factory=list)  # the parameters that were updated, while d is known
 
 
@@ -82,9 +83,9 @@ class LastStep(View):
         self._copies = copies
         self._last = [Last() for _ in optimizer.param_groups]  # of each group
         self._next: list[Last] = []  # filled during a step
-        self._steps: dict[int, int] = {}  # steps taken with each parameter, by its id, if its direction depends on them
         self._loads = copies.loads
         self._layout: Any = None  # what the buckets are made for
+        self._age = 0  # the number of steps since the buckets were made
         self._buckets: list[Bucket] = []
         self._flags: list[tuple[bool, bool]] = []  # of each scope: whether there is a gradient, and a known direction
         self._measured: set[int] = set()  # scopes whose last step was measured, and moved them
@@ -95,7 +96,7 @@ class LastStep(View):
         """The numbers of ``_Sums`` for each scope; see ``View.observe``."""
         self._last += [Last() for _ in self._optimizer.param_groups[len(self._last) :]]
         if self._loads != self._copies.loads:
-            self._loads, self._steps, self._layout = self._copies.loads, {}, None
+            self._loads, self._layout = self._copies.loads, None
         try:
             return self._sum(scopes)
         except _LostError:
@@ -112,11 +113,9 @@ class LastStep(View):
         flats: dict[tuple[str, int], Tensor] = {}
         rows, factors = [], []
         for bucket in self._buckets:
-            group, twin = bucket.key
+            group, steps = bucket.key
             last, get = self._last[group], partial(self._quantity, bucket, flats)
-            d = None
-            if twin is not None and last.direction is not None:
-                d = last.direction.read(get, self._steps_of(last, twin))
+            d = None if steps is None else last.direction.read(get, steps + self._age)
             rows.append(products(self._gradient(bucket, get), d, bucket.weights, self._wide))
             share = 1 / bucket.replicas
             factors.append((scopes[group], -last.weight * share, share, last.weight**2 * share))
@@ -131,9 +130,12 @@ class LastStep(View):
         return widen(gather(bucket.views({place: flats[name, place] for place in bucket.parts})))
 
     def _get(self, name: str, p: Tensor) -> Tensor:
+        """The tensor of this name for a parameter: one of its own, the copy, or one of the optimizer's state."""
         if name == _GRADIENT:
             return gradient_of(p)
-        found = p.detach() if name == PARAMETER else self._find(name, p)
+        if name == PARAMETER:
+            return p.detach()
+        found = self._copies.tensors.get(p) if name == COPY else self._optimizer.state.get(p, {}).get(name)
         if found is None:
             raise _LostError
         return found
@@ -152,40 +154,32 @@ class LastStep(View):
 
     def sights(self, sums: Sequence[Sequence[float]]) -> list[Sight]:
         """What the step shows of each scope."""
-        found = []
+        found, squares = [], list[float]()
         for scope, row in enumerate(map(_Sums._make, sums)):
             observation = Observation(row.derivative, math.sqrt(row.g_squared), math.sqrt(row.d_squared))
             vanished = scope in self._measured and row.d_squared == 0 < row.g_squared
             found.append(Sight(row.has_gradient > 0, row.known > 0, observation, vanished=vanished))
-        squares = [x for row in map(_Sums._make, sums) for x in (row.g_squared, *[row.d_squared] * (row.known > 0))]
+            squares += [row.g_squared, row.d_squared] if row.known else [row.g_squared]
         self._wide = not are_safe(squares) if squares else self._wide
         return found
 
     def _lay_out(self, scopes: Sequence[int]) -> None:
         """Lay out the parameters that have a gradient, unless the last layout still holds."""
         alike, groups = self._alike(scopes), self._optimizer.param_groups
-        present = [p for group in groups for p in group["params"] if p.grad is not None]
-        moves = [id(p) for last in self._last for p in last.moved]
-        sizes, ids = [len(group["params"]) for group in groups], list(map(id, present))
-        layout = alike, sizes, ids, list(map(Tensor.numel, present)), moves
-        if layout == self._layout:
-            return
         places = ((i, j, p) for i, group in enumerate(groups) for j, p in enumerate(group["params"]))
         seen = [(i, j, p) for i, j, p in places if p.grad is not None]
         moved = [set(map(id, last.moved)) for last in self._last]
+        layout = alike, [(i, j, id(p), p.numel()) for i, j, p in seen], moved
+        if layout == self._layout:
+            return
         had = [(i, p) for i, _, p in seen if id(p) in moved[i]]
-        known = {id(p) for i, p in had if self._is_there(self._last[i], p)}
-        twins: dict[int, Tensor] = {}  # for each parameter, the first whose direction is computed with the same numbers
-        first: dict[tuple[int, int], Tensor] = {}
-        for i, _, p in seen:
-            if id(p) in known:
-                twins[id(p)] = first.setdefault((alike[i], self._steps_of(self._last[i], p)), p)
+        steps = {id(p): self._steps_of(self._last[i], p) for i, p in had if self._is_there(self._last[i], p)}
         self.slots = look(seen, self._budget, self._ranks, {})
-        self._buckets = pack(self.slots, lambda slot: (alike[slot.group], twins.get(id(slot.p))), _CACHED)
+        self._buckets = pack(self.slots, lambda slot: (alike[slot.group], steps.get(id(slot.p))), _CACHED)
         with_gradient = {scopes[i] for i, _, _ in seen}
-        with_direction = {scopes[i] for i, _, p in seen if id(p) in known}
+        with_direction = {scopes[i] for i, _, p in seen if id(p) in steps}
         self._flags = [(scope in with_gradient, scope in with_direction) for scope in range(max(scopes) + 1)]
-        self._layout = layout if len(known) == len(had) else None
+        self._layout, self._age = layout if len(steps) == len(had) else None, 0
 
     def _alike(self, scopes: Sequence[int]) -> list[int]:
         """For each group, the first group whose directions and gradients are computed with the same numbers."""
@@ -198,9 +192,9 @@ class LastStep(View):
 
     def _is_there(self, last: Last, p: Tensor) -> bool:
         """Whether all tensors are there from which the direction of a parameter is computed; warns otherwise."""
-        found = [self._find(name, p) for name in (last.direction.needs if last.direction is not None else ())]
-        if all(tensor is not None and tensor.shape == p.shape for tensor in found):
-            return True
+        with suppress(_LostError):
+            if all(self._get(name, p).shape == p.shape for name in last.direction.needs):
+                return True
         self._notices.warn(
             "lost direction",
             "the optimizer's state has lost the last direction, so the learning rate stays as it is for one step. Was "
@@ -208,20 +202,9 @@ class LastStep(View):
         )
         return False
 
-    def _find(self, name: str, p: Tensor) -> Tensor | None:
-        """The tensor of this name for a parameter: the copy, or one of the optimizer's state."""
-        if name == COPY:
-            return self._copies.tensors.get(p)
-        found: Tensor | None = self._optimizer.state[p].get(name) if p in self._optimizer.state else None
-        return found
-
     def _steps_of(self, last: Last, p: Tensor) -> int:
-        """How many steps the optimizer has taken with a parameter. It is read once, and counted from then on."""
-        if last.direction is None or not last.direction.counts:
-            return 0
-        if id(p) not in self._steps:
-            self._steps[id(p)] = int(self._optimizer.state[p]["step"])
-        return self._steps[id(p)]
+        """How many steps the optimizer has taken with a parameter, if its direction depends on them."""
+        return int(self._optimizer.state[p]["step"]) if last.direction.counts else 0
 
     # ------------------------------------------------------------------ around the update
 
@@ -237,7 +220,7 @@ class LastStep(View):
 
     def _copy(self, group: dict[str, Any], coming: Last) -> None:
         """Write what the direction of a group will need into the copies."""
-        if coming.direction is None or not coming.direction.needs_copy:
+        if COPY not in coming.direction.needs:
             return
         copies = [local(self._copies.place_for(p)) for p in coming.moved]
         decay = coming.direction.decay if isinstance(coming.direction, Gradient) else 0.0
@@ -256,11 +239,8 @@ class LastStep(View):
             if isinstance(last.direction, Measured) and last.moved:
                 copies = [local(self._copies.tensors[p]) for p in last.moved]
                 torch._foreach_sub_(copies, [local(p.detach()) for p in last.moved])
-            if last.direction is not None and last.direction.counts:
-                for key in map(id, last.moved):
-                    if key in self._steps:
-                        self._steps[key] += 1
         self._last, self._next = self._next, []
+        self._age += 1
 
     def abandon(self) -> None:
         """Drop what was prepared for a step that was not taken. The copies of the step before may be overwritten."""
@@ -282,28 +262,23 @@ class LastStep(View):
 
     def pause(self) -> None:
         """Forget the directions, because the steps that follow may change them unseen."""
-        for last in self._last:
-            last.moved = []
+        self.relocate()
 
     def make_room(self) -> None:
         """Make empty copies, so that a checkpoint can be loaded into them."""
         for group in self._optimizer.param_groups:
-            if direction_of(self._optimizer, group, 0.0).needs_copy:
+            if COPY in direction_of(self._optimizer, group, 0.0).needs:
                 for p in group["params"]:
                     if p.grad is not None:
                         self._copies.place_for(p)
 
     def state_dict(self) -> dict[str, Any]:
         """Which parameters were moved, and how. The tensors are in the optimizer's state dict."""
-        moved = [set(map(id, last.moved)) for last in self._last]
-        groups = [
-            {
-                "weight": last.weight,
-                "direction": None if last.direction is None else last.direction.to_dict(),
-                "moved": [i for i, p in enumerate(group["params"]) if id(p) in own],
-            }
-            for last, own, group in zip(self._last, moved, self._optimizer.param_groups, strict=False)
-        ]
+        groups = []
+        for last, group in zip(self._last, self._optimizer.param_groups, strict=False):
+            own = set(map(id, last.moved))
+            moved = [i for i, p in enumerate(group["params"]) if id(p) in own]
+            groups.append({"weight": last.weight, "direction": last.direction.to_dict(), "moved": moved})
         return {"groups": groups, "wide": self._wide}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -317,9 +292,9 @@ class LastStep(View):
             check_fields(
                 Last,
                 saved,
-                direction=None if saved["direction"] is None else direction_from_dict(saved["direction"]),
+                direction=direction_from_dict(saved["direction"]),
                 moved=[group["params"][check_count("moved", i)] for i in saved["moved"]],
             )
             for saved, group in zip(state_dict["groups"], self._optimizer.param_groups, strict=False)
         ]
-        self._steps, self._layout, self._wide = {}, None, wide
+        self._layout, self._wide = None, wide

@@ -43,14 +43,14 @@ class Recorder:
     ) -> None:
         self.engine = engine
         self.name = name
-        self.stats = engine.stats  # after the last step
         self.untuned = 0  # steps of the optimizer that the engine did not tune
         self._optimizer = optimizer
         self._by_group = scope == "group"
         self._configured = list(configured)
         self._names: list[str] = []
-        self._lrs: list[array[float]] = []  # of each group; those of groups that were added later are shorter
-        self._scales: list[array[float]] = []  # of each scope, like the next two, which are NaN where nothing is known
+        # one number for each step, which is NaN where nothing is known, as before a group was added
+        self._lrs: list[array[float]] = []  # of each group
+        self._scales: list[array[float]] = []  # of each scope, like the next two
         self._cosines: list[array[float]] = []
         self._hypergradients: list[array[float]] = []
         self._losses = array("d")
@@ -82,12 +82,18 @@ class Recorder:
             self.untuned += not engine.paused
             return
         seen = [found if found and all(map(math.isfinite, found)) else None for found in engine.last]
-        _append(self._lrs, engine.lrs)
-        _append(self._scales, engine.scales)
-        _append(self._cosines, [found.cosine if found else math.nan for found in seen])
-        _append(self._hypergradients, [found.hypergradient if found else math.nan for found in seen])
-        self.stats = engine.stats
-        self._losses.append(math.nan if self.stats.loss is None else self.stats.loss)
+        self._append(self._lrs, engine.lrs)
+        self._append(self._scales, engine.scales)
+        self._append(self._cosines, [found.cosine if found else math.nan for found in seen])
+        self._append(self._hypergradients, [found.hypergradient if found else math.nan for found in seen])
+        loss = engine.stats.loss
+        self._losses.append(math.nan if loss is None else loss)
+
+    def _append(self, histories: "list[array[float]]", numbers: Sequence[float]) -> None:
+        """Append a number to each history, the first ones of this step. New histories begin with NaN."""
+        histories.extend(array("d", [math.nan] * self.steps) for _ in numbers[len(histories) :])
+        for history, number in zip(histories, numbers, strict=True):
+            history.append(number)
 
     # ------------------------------------------------------------------ names
 
@@ -155,10 +161,10 @@ class Recorder:
         """Scales, counts of back-offs, and means over the steps from ``since`` on."""
         names, engine = self._scopes(), self.engine
         metrics = {tag("scale", name): scale for name, scale in zip(names, engine.scales, strict=False)}
-        metrics |= {tag("backoffs", name): float(n) for name, n in zip(names, self.stats.backoffs, strict=False)}
+        metrics |= {tag("backoffs", name): float(n) for name, n in zip(names, engine.stats.backoffs, strict=False)}
         for quantity, histories in (("hypergradient", self._hypergradients), ("cosine", self._cosines)):
             for name, history in zip(names, histories, strict=False):
-                if new := _known(history[max(since - self._late(history), 0) :]):
+                if new := _known(history[since:]):
                     metrics[tag(quantity, name)] = fmean(new)
         return metrics
 
@@ -176,7 +182,7 @@ class Recorder:
 
     def history(self) -> list[tuple[str, list[float]]]:
         """The name of each group, and the effective rate of every step."""
-        return [(name, lrs.tolist()) for name, lrs in zip(self.names(), self._lrs, strict=False)]
+        return [(name, _known(lrs)) for name, lrs in zip(self.names(), self._lrs, strict=False)]
 
     def configured(self, group: int) -> float:
         """The rate that a group was configured with; NaN if it was added between two steps of one batch."""
@@ -185,8 +191,8 @@ class Recorder:
     def courses(self) -> list[Course]:
         """The course of each scope."""
         found = []
-        for i, (name, scales, cosines) in enumerate(zip(self._scopes(), self._scales, self._cosines, strict=False)):
-            lrs = self._lrs[i][-len(scales) :]
+        columns = zip(self._scopes(), self._lrs, self._scales, self._cosines, strict=False)
+        for name, lrs, scales, cosines in columns:
             schedule = [lr / scale if scale else math.nan for lr, scale in zip(lrs, scales, strict=True)]
             known = [cosine for cosine in _known(cosines) if cosine]  # 0: there was no gradient
             found.append(Course(name, scales.tolist(), known, schedule if self.engine.scheduled else []))
@@ -202,24 +208,12 @@ class Recorder:
         cosines = named(self._scopes(), self._cosines)
         return Curves(self.name, named(self.names(), self._lrs), self._points(self._losses), cosines)
 
-    def _late(self, history: Sequence[float]) -> int:
-        """The number of steps before a history began."""
-        return self.steps - len(history)
-
     def _points(self, numbers: Sequence[float], start: int = 0) -> tuple[list[int], list[float]]:
         """Steps on the axis of loggers, from place ``start`` on, and the last number in each, if there is one."""
-        late, axis = self._late(numbers), self._axis
-        places = range(max(start, late), len(axis))
-        last = [i for i in places if i + 1 == len(axis) or axis[i + 1] != axis[i]]
-        known = [i for i in last if not math.isnan(numbers[i - late])]
-        return [axis[i] for i in known], [numbers[i - late] for i in known]
-
-
-def _append(histories: "list[array[float]]", numbers: Sequence[float]) -> None:
-    """Append a number to each history. Histories of groups that were added begin here."""
-    histories.extend(array("d") for _ in numbers[len(histories) :])
-    for history, number in zip(histories, numbers, strict=True):
-        history.append(number)
+        axis = self._axis
+        last = [i for i in range(start, len(axis)) if i + 1 == len(axis) or axis[i + 1] != axis[i]]
+        known = [i for i in last if not math.isnan(numbers[i])]
+        return [axis[i] for i in known], [numbers[i] for i in known]
 
 
 def _known(numbers: Iterable[float]) -> list[float]:

@@ -72,7 +72,7 @@ def announce(recorders: Sequence[Recorder], rule: Rule | str, max_lr: float | No
     """Report what is tuned, by which rule, and how much of each model is looked at. Call it after a first step."""
     parts = []
     for recorder in recorders:
-        seen, count = recorder.stats.coordinates
+        seen, count = recorder.engine.stats.coordinates
         part = f"{seen:,} of {count:,}" if seen < count else f"all {count:,}"
         parts.append(f"{recorder.name} (looks at {part} numbers)" if recorder.steps else recorder.name)
     rank_zero_info(f"HypergradientDescent tunes {', '.join(parts)} with the rule {rule!r}.")
@@ -99,7 +99,7 @@ def rows(recorders: Sequence[Recorder], seconds: float) -> list[tuple[str, ...]]
     """For each parameter group its rates, the numbers of back-offs and of steps that were not finite, and the time."""
     found = []
     for recorder in recorders:
-        stats = recorder.stats
+        stats = recorder.engine.stats
         percent = f"{100 * stats.seconds / seconds:.1f}" if seconds else ""
         for i, (name, lrs) in enumerate(recorder.history()):
             if lrs:
@@ -116,7 +116,7 @@ def remarks(recorders: Sequence[Recorder]) -> list[str]:
 
 
 def _remarks(recorder: Recorder) -> Iterator[str]:
-    name, steps, stats = recorder.name, recorder.steps, recorder.stats
+    name, steps, stats = recorder.name, recorder.steps, recorder.engine.stats
     taken = recorder.engine.step_count  # with those of former fits, for a warm start
     if taken < _SHORT:
         yield (
@@ -152,7 +152,7 @@ def _remarks(recorder: Recorder) -> Iterator[str]:
 def _held(recorder: Recorder) -> Iterator[str]:
     """What is to be said of groups whose rates were at a clamp."""
     for name, lrs in recorder.history():
-        for argument, bound in zip(("min_lr", "max_lr"), recorder.stats.limits, strict=True):
+        for argument, bound in zip(("min_lr", "max_lr"), recorder.engine.stats.limits, strict=True):
             if bound and lrs.count(bound) >= _PINNED * len(lrs):
                 yield f"{name}: the rate was held by {argument}={bound:g} in most steps."
 
@@ -175,11 +175,12 @@ def _fights(scales: Sequence[float], schedule: Sequence[float]) -> bool:
 
     A scale of exactly 1 has not: SWALR's rates are used as they are.
     """
-    pairs = [(math.log(a), math.log(b)) for a, b in zip(scales, schedule, strict=False) if a > 0 < b and a != 1]
-    ours, theirs = (list(numbers)[len(pairs) // 2 :] for numbers in zip(*pairs, strict=True)) if pairs else ([], [])
-    if not theirs or max(theirs) - min(theirs) < math.log(_VARIED):
+    pairs = [(math.log(a), math.log(b)) for a, b in zip(schedule, scales, strict=False) if a > 0 < b and b != 1]
+    late = pairs[len(pairs) // 2 :]
+    if not late:
         return False
-    return linear_regression(theirs, ours).slope < -_UNDONE
+    theirs, ours = zip(*late, strict=True)
+    return max(theirs) - min(theirs) >= math.log(_VARIED) and linear_regression(theirs, ours).slope < -_UNDONE
 
 
 def _table(body: Sequence[tuple[str, ...]]) -> str:

@@ -113,7 +113,7 @@ class Attachment:
         own: Any = trainer.lightning_module.optimizers()  # schedulers may be built on these, which are wrappers
         wrappers = {id(unwrap(wrapper)): wrapper for wrapper in (own if isinstance(own, list) else [own])}
         for optimizer, name in zip(everyone, optimizer_names(everyone), strict=True):
-            if not any(optimizer is other for other in optimizers):
+            if optimizer not in optimizers:
                 continue
             # Lightning's tuner removes all callbacks while it searches. Its steps are no part of the training.
             self._handles.append(optimizer.register_step_pre_hook(partial(self._pause, trainer)))
@@ -128,7 +128,7 @@ class Attachment:
         if batch_idx == 0:
             self.expect(trainer, whole_epochs=True)
         for config in trainer.lr_scheduler_configs:
-            swapped = not any(config.scheduler is scheduler for scheduler in self._schedulers)
+            swapped = config.scheduler not in self._schedulers
             for engine in self.engines:
                 if swapped and isinstance(config.scheduler, SWALR) and config.scheduler.optimizer is engine.optimizer:
                     engine.hand_over()
@@ -183,8 +183,7 @@ class Attachment:
 
     def is_stale(self, trainer: Trainer) -> bool:
         """Whether the Trainer has other optimizers now."""
-        now = [unwrap(optimizer) for optimizer in with_groups(trainer)]
-        return list(map(id, now)) != list(map(id, self._optimizers))
+        return list(map(unwrap, with_groups(trainer))) != self._optimizers
 
     def detach(self) -> None:
         """Detach all engines. Their state stays, for checkpoints that are written later."""
@@ -205,7 +204,7 @@ class Attachment:
         self.engines, self.recorders, self._optimizers = [], [], []
 
     def _pause(self, trainer: Trainer, *_: Any) -> None:
-        searching = not any(callback is self._callback for callback in trainer.callbacks)  # type: ignore[attr-defined]
+        searching = self._callback not in trainer.callbacks  # type: ignore[attr-defined]
         if searching and self._paused is None:
             self._paused = [engine.paused for engine in self.engines]
             for engine in self.engines:
