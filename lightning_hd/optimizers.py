@@ -3,7 +3,7 @@
 import inspect
 import math
 import operator
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from itertools import chain
 from typing import Any
 
@@ -109,9 +109,9 @@ def is_normalized(optimizer: Optimizer) -> bool:
     return not isinstance(optimizer, (SGD, ASGD))
 
 
-def parameters_of(optimizer: Optimizer) -> Iterator[Tensor]:
+def parameters_of(optimizer: Optimizer) -> list[Tensor]:
     """The parameters of all groups."""
-    return chain.from_iterable(group["params"] for group in optimizer.param_groups)
+    return list(chain.from_iterable(group["params"] for group in optimizer.param_groups))
 
 
 def are_same(some: Sequence[Tensor], others: Sequence[Tensor]) -> bool:

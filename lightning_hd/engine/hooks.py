@@ -98,7 +98,7 @@ class StepHooks:
 
     def _wrap(self, closure: Callable[[], Any]) -> Callable[[], Any]:
         """A closure that prepares the step when it has computed the gradients."""
-        parameters, caller = list(parameters_of(self._optimizer)), self._caller
+        parameters, caller = parameters_of(self._optimizer), self._caller
         before = versions(self._optimizer)
         originals = [] if self.proven else [p.detach().clone() for p in parameters]
         done = False

@@ -166,8 +166,9 @@ class Tuning:
 
     def _tune(self) -> bool:
         """Set the rates; ``False`` if no rank has a gradient, or a GradScaler makes the optimizer skip the step."""
-        has_gradient = any(p.grad is not None for p in parameters_of(self.optimizer))
-        if not has_gradient and (self.ranks.count == 1 or not any(True for _ in parameters_of(self.optimizer))):
+        parameters = parameters_of(self.optimizer)
+        has_gradient = any(p.grad is not None for p in parameters)
+        if not has_gradient and (self.ranks.count == 1 or not parameters):
             return False
         self._sync()
         look = self.looks.look(self.step_count + 1)

@@ -71,10 +71,11 @@ class Bucket:
         self.size += run[1] - run[0]
         self.spans[slot.group] = (begin, self.size)
 
-    def weigh(self, vector: Tensor) -> None:
-        """Scale a vector so that dot products are estimates of those over all coordinates."""
+    def weigh(self, *vectors: Tensor) -> None:
+        """Scale vectors so that dot products are estimates of those over all coordinates."""
         if self.roots is not None:
-            vector.mul_(self.roots)
+            for vector in vectors:
+                vector.mul_(self.roots)
 
     def views(self, flats: Sequence[Tensor] | Mapping[int, Tensor]) -> list[Tensor]:
         """The pieces of the bucket, as views of the flat tensors of all slots."""

@@ -1,9 +1,8 @@
 """Displacement, the view of rules with a long horizon: where the parameters are, and where they were on average.
 
 Let ``θ_t`` be the parameters before step ``t``. The sum of the moves is ``E_t = φ_{t-1} E_{t-1} + (θ_t - θ_{t-1})``.
-Then ``θ_t - E_t`` is a running mean of the iterates. So the optimizer need not be known. Four vectors are kept, at the
-coordinates of the probe: ``E``, its running mean ``Ē``, the last gradient and the last parameters. Source: this
-project.
+So the optimizer need not be known. Four vectors are kept, at the coordinates of the probe: ``E``, its running mean
+``Ē``, the last gradient and the last parameters. Source: this project.
 """
 
 import math
@@ -130,8 +129,7 @@ class Displacement(View):
         for group, (start, stop) in bucket.spans.items():
             param_group = self._optimizer.param_groups[group]
             to_objective(self._optimizer, param_group, [now.g[start:stop]], [now.theta[start:stop]])
-        bucket.weigh(now.g)
-        bucket.weigh(now.theta)
+        bucket.weigh(now.g, now.theta)
         mask = self._mask(bucket, missing) if missing & bucket.parts.keys() else None
         if mask is not None:
             now.g.mul_(mask)
@@ -246,15 +244,15 @@ class Displacement(View):
 
     def _count(self) -> list[Tensor]:
         """Note which parameters there are, and which of them need no gradient. Return the others."""
-        self._everything = list(parameters_of(self._optimizer))
+        self._everything = parameters_of(self._optimizer)
         self._asleep = [p for p in self._everything if not p.requires_grad]
         return [p for p in self._everything if p.requires_grad]
 
     def wakes(self) -> bool:
         """Whether a parameter is new, or needs a gradient now, or has its first one. Processes may differ in that."""
-        others = not are_same(self._everything, list(parameters_of(self._optimizer)))
+        others = not are_same(self._everything, parameters_of(self._optimizer))
         awake = any(p.requires_grad for p in self._asleep)
-        return others or awake or (self._ranks.count == 1 and any(p.grad is not None for p in self._unused))
+        return others or awake or (any(p.grad is not None for p in self._unused) and self._ranks.count == 1)
 
     # ------------------------------------------------------------------ which parameters there are
 
@@ -263,7 +261,7 @@ class Displacement(View):
         parameters = self._count()
         tensors = [local(p) for p in parameters] if self._sharded else parameters
         places, sizes = list(map(Tensor.data_ptr, tensors)), list(map(Tensor.numel, tensors))
-        if self.slots and sizes == self._sizes and are_same(parameters, self._parameters):
+        if self.slots and sizes == self._sizes and list(map(id, parameters)) == list(map(id, self._parameters)):
             if places != self._places:
                 self._places, self._pieces = places, self._views()
             return
