@@ -1,6 +1,7 @@
 """Looks: which steps are looked at, when their numbers are read, and what makes each step be looked at again."""
 
 import copy
+import math
 from collections.abc import Callable, Iterator
 from itertools import pairwise
 from unittest import mock
@@ -9,7 +10,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.optim import Adam, Optimizer
+from torch.optim import SGD, Adam, Optimizer
 
 from lightning_hd import HypergradientLR
 from lightning_hd.hypergradient import Displacement
@@ -104,6 +105,32 @@ def test_between_looks_nothing_is_computed_or_read(calm: Loop) -> None:
     assert own[look + 1 : look + 7] == [0] * 6, "else, only the optimizer works"
     assert sum(reads) == 4
     assert reads[look : look + 2] == [0, 1], "the numbers are read in the step after the look"
+
+
+@pytest.fixture(scope="module")
+def calm_sgd() -> Loop:
+    """The same with an optimizer that has no state."""
+    loop = Loop(optimizer=SGD)
+    loop.steps(APART + 20)
+    return loop
+
+
+@pytest.mark.parametrize("what", ["gradient", "parameters"])
+@pytest.mark.parametrize("phase", range(8))
+def test_what_was_not_finite_is_overcome_wherever_looks_are(calm_sgd: Loop, phase: int, what: str) -> None:
+    loop = copy.deepcopy(calm_sgd)
+    loop.steps(phase)
+    before = [p.detach().clone() for p in loop.network.parameters()]
+    if what == "parameters":
+        loop.body.weight.data[0, 0] = math.nan
+    loop.step(math.inf)
+    for p, value in zip(loop.network.parameters(), before, strict=True):
+        p.data.copy_(value)  # so that nothing is known of the write
+    loop.steps(20)
+    assert loop.hd.stats.nonfinite_steps <= 2
+    (seen,) = loop.hd.last
+    assert seen is not None
+    assert all(map(math.isfinite, seen))
 
 
 @pytest.mark.parametrize("event", ["write", "group", "backoff", "not finite"])

@@ -154,10 +154,9 @@ class Memory:
 
     def repair(self) -> None:
         """Drop what is not finite, which would stay for ever."""
-        last = self.last
-        last.moved.nan_to_num_(0.0, 0.0, 0.0)
-        last.g.nan_to_num_(0.0, 0.0, 0.0)
-        last.theta.copy_(torch.where(last.theta.isfinite(), last.theta, self.now.theta))
+        for row in self.rows[:3]:
+            row.nan_to_num_(0.0, 0.0, 0.0)
+        self.last.theta.copy_(torch.where(self.last.theta.isfinite(), self.last.theta, self.now.theta))
 
 
 def flatten(slots: Sequence[Slot], tensors: Sequence[Tensor]) -> list[Tensor]:

@@ -121,8 +121,8 @@ class Auto(Rule):
     ``log α`` changes by ``k`` times as much, and memories forget as much as in ``k`` steps.
 
     Source: this project. The constants come from experiments on small networks (``tests/benchmarks``). What is kept are
-    four numbers in float64 for each coordinate of the probe: the running mean of the parameters ``θ_t - E_t``, ``Ē``,
-    the last gradient and the last parameters.
+    four numbers for each coordinate of the probe: ``E``, ``Ē``, the last gradient and the last parameters. They have
+    the precision of the parameters, float32 at least.
 
     Args:
         start: ``"automatic"``: the rule picks the first rate. ``"configured"``: it starts from the rate that the
