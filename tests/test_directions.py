@@ -235,7 +235,9 @@ def test_hypergradient_is_the_finite_difference_of_the_next_loss(cls: Any, setti
             assert torch.equal(p, initial)
 
 
-def test_steps_that_are_not_tuned_count_for_adam() -> None:
+@pytest.mark.filterwarnings("ignore:.*has lost the last direction")
+@pytest.mark.parametrize("reset", [False, True])
+def test_adams_own_count_of_its_steps_counts(reset: bool) -> None:
     optimizer = Adam(parameters(), lr=LR)
     hd = HypergradientLR(optimizer, rule="additive", hypergrad_lr=0)
 
@@ -248,4 +250,6 @@ def test_steps_that_are_not_tuned_count_for_adam() -> None:
         backward(optimizer.param_groups[0]["params"], step)
         optimizer.step()
     hd.paused = False
+    if reset:
+        optimizer.state.clear()
     check_hypergradients(optimizer, hd, 4, derivative, 1e-6)
