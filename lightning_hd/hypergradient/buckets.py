@@ -166,7 +166,7 @@ def flatten(slots: Sequence[Slot], tensors: Sequence[Tensor]) -> list[Tensor]:
         if not slot.is_plain:
             tensor = as_real(local(tensor))
             tensor = tensor if slot.order is None else tensor.permute(slot.order)
-        flats.append(tensor.reshape(-1))
+        flats.append(tensor if tensor.dim() == 1 else tensor.reshape(-1))
     return flats
 
 
