@@ -44,7 +44,7 @@ def main(
     ] = None,
     out: Annotated[Path, typer.Option(file_okay=False, help="Where figures, tables and runs go.")] = Path("runs/paper"),
     quick: Annotated[bool, typer.Option("--quick", help="Two minutes: few images, few epochs, a narrow VGG.")] = False,
-    small: Annotated[bool, typer.Option("--small", help="What the README shows: fewer epochs of MLP, less of the VGG.")] = False,
+    small: Annotated[bool, typer.Option("--small", help="What the README shows: less of MLP and VGG.")] = False,
     epochs: Annotated[int | None, typer.Option(min=1, help="Of each experiment.  [default: the paper's]")] = None,
     images: Annotated[int | None, typer.Option(min=1, help="How many to train with, and to validate.")] = None,
     width: Annotated[
