@@ -31,7 +31,7 @@ class Size:
 ALPHAS = (1e-6, 1e-5, 1e-4, 1e-3, 1e-2, 1e-1)
 FACTORS = (0.01, 0.1, 1, 10)
 PAPER = Size({name: experiment.epochs for name, experiment in EXPERIMENTS.items()}, {}, 1.0, 10, ALPHAS, FACTORS)
-SMALL = Size({"logreg": 10, "mlp": 10, "vgg": 8}, {"mlp": 20_000, "vgg": 6_400}, 1 / 8, 4, ALPHAS, FACTORS)
+SMALL = Size({"logreg": 10, "mlp": 10, "vgg": 8}, {"vgg": 6_400}, 1 / 8, 4, ALPHAS, FACTORS)
 QUICK = Size(
     {"logreg": 6, "mlp": 3, "vgg": 2},
     {"logreg": 6_400, "mlp": 2_560, "vgg": 1_280},

@@ -37,6 +37,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # for those who run the file by its path
 
 from lightning_hd import HypergradientLR
+from tests.benchmarks.training import switch_mode
 
 OPTIMIZERS: dict[str, Callable[..., Optimizer]] = {
     "SGD": functools.partial(SGD, lr=1e-3),
@@ -281,11 +282,12 @@ def tuners() -> None:
     from dadaptation import DAdaptAdam
     from mechanic_pytorch import mechanize
     from prodigyopt import Prodigy
+    from prodigyplus.prodigy_plus_schedulefree import ProdigyPlusScheduleFree
     from schedulefree import AdamWScheduleFree
 
-    def schedule_free(p: Sequence[Tensor]) -> Optimizer:
-        optimizer: Optimizer = AdamWScheduleFree(p)
-        optimizer.train()  # type: ignore[attr-defined]
+    def averaging(kind: Callable[[Any], Any], p: Sequence[Tensor]) -> Optimizer:
+        optimizer: Optimizer = kind(p)
+        switch_mode(optimizer, "train")
         return optimizer
 
     makers: dict[str, Callable[[Any], Optimizer]] = {
@@ -293,7 +295,8 @@ def tuners() -> None:
         "Prodigy, slice_p=11": functools.partial(Prodigy, slice_p=11),
         "D-Adaptation": functools.partial(DAdaptAdam, lr=1.0),
         "Mechanic": lambda p: mechanize(Adam)(p, lr=1.0),  # type: ignore[no-any-return]
-        "Schedule-Free": schedule_free,
+        "Schedule-Free": functools.partial(averaging, AdamWScheduleFree),
+        "Prodigy + Schedule-Free": functools.partial(averaging, ProdigyPlusScheduleFree),
         "rule auto": lambda p: HypergradientLR(Adam(p, fused=True))._optimizer,
     }
     torch.set_num_threads(1)

@@ -20,7 +20,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # for those who run the file by its path
 
 from tests.benchmarks import tasks, tuners
-from tests.benchmarks.results import Losses, Measure, Results, load
+from tests.benchmarks.results import MEASURES, Losses, Measure, Results, load
 from tests.benchmarks.table import VANISHING, mean_ratio, ratio
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -29,8 +29,6 @@ PAGES = (ROOT / "README.md", ROOT / "docs" / "benchmarks.md")
 
 TUNED = "auto+cooldown"
 """The method that stands for the callback in a Trainer."""
-
-MEASURES: dict[Measure, str] = {"train_loss": "training", "val_loss": "validation"}
 
 KINDS = {
     "images: Fashion-MNIST, MLP and CNN, noisy and changed labels": (

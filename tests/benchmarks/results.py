@@ -10,6 +10,9 @@ from typing import Literal
 
 Measure = Literal["train_loss", "val_loss", "final_lr"]
 
+MEASURES: dict[Measure, str] = {"train_loss": "training", "val_loss": "validation"}
+"""The losses, and what tables call them."""
+
 
 @dataclass(frozen=True, order=True)
 class Run:

@@ -7,11 +7,28 @@ from dataclasses import dataclass, replace
 from statistics import geometric_mean
 
 from tests.benchmarks.quadratic import best_constant
-from tests.benchmarks.results import Losses, Measure, Results
+from tests.benchmarks.results import MEASURES, Losses, Measure, Results
 from tests.benchmarks.tuners import PAPER_RATES, RULE_RATE
 
 PAPER_RULES = ("additive", "multiplicative")
 MIDDLE_RATE = PAPER_RATES[1]
+
+OTHERS = {
+    "Prodigy": "prodigy",
+    "Prodigy+cos / cos": "prodigy+cosine",
+    "Prodigy-plus": "prodigy-plus",
+    "Mechanic": "mechanic",
+    "Mechanic+cos / cos": "mechanic+cosine",
+    "D-Adapt.": "d-adaptation",
+    "D-Adapt.+cos / cos": "d-adaptation+cosine",
+    "DoG": "dog",
+    "Sched.-Free": "schedule-free",
+    "Sched.-Free, tuned": "schedule-free tuned",
+    "GreedyLR": "greedy",
+    "OSGM": "osgm",
+    "GALA": "gala",
+}
+"""The tuners of others: their columns, and their names as methods."""
 
 VANISHING = "digits-"
 """How the names of tasks begin whose training loss goes to 0."""
@@ -67,15 +84,10 @@ def make_row(losses: Losses, task: str, optimizer: str, rule: str, constant: tup
         f"spread {rule}": losses.spread(task, optimizer, rule, RULE_RATE),
         "paper": ratio(better[middle], constant[1]),
         "paper, worst": ratio(max((loss for loss in better if not math.isnan(loss)), default=math.nan), constant[1]),
-        "Prodigy": ratio(only("prodigy"), constant[1]),
-        "Prodigy+cos / cos": ratio(only("prodigy+cosine"), cosine[1]),
-        "Mechanic": ratio(only("mechanic"), constant[1]),
-        "Mechanic+cos / cos": ratio(only("mechanic+cosine"), cosine[1]),
-        "D-Adapt.": ratio(only("d-adaptation"), constant[1]),
-        "DoG": ratio(only("dog"), constant[1]),
-        "Sched.-Free": ratio(only("schedule-free"), constant[1]),
-        "OSGM": ratio(only("osgm"), constant[1]),
-        "GALA": ratio(only("gala"), constant[1]),
+        **{
+            column: ratio(only(method), (cosine if column.endswith("/ cos") else constant)[1])
+            for column, method in OTHERS.items()
+        },
     }
     return Row(task, optimizer, constant, cosine, ratios)
 
@@ -102,18 +114,17 @@ def mean_ratio(ratios: Sequence[float]) -> tuple[float, int]:
     return geometric_mean(kept) if kept else math.nan, len(left_out)
 
 
-def duels(results: Results, rule: str) -> dict[str, tuple[float, int]]:
+def duels(results: Results, rule: str, measure: Measure = "train_loss") -> dict[str, tuple[float, int]]:
     """The rule against other tuners of Adam, one against one: geometric means over the tasks."""
-    losses = Losses(results, "train_loss")
+    losses = Losses(results, measure)
     tasks = dict.fromkeys(run.task for run in results)
-    found = {}
-    for suffix in ("", "+cosine"):
-        for other in ("prodigy", "mechanic", *(() if suffix else ("schedule-free",))):
-            mine, its = rule + suffix, other + suffix
-            found[f"{mine} / {its}"] = mean_ratio(
-                [ratio(losses.at(task, "Adam", mine, RULE_RATE), losses.best(task, "Adam", its)[1]) for task in tasks]
-            )
-    return found
+    return {
+        f"{mine} / {its}": mean_ratio(
+            [ratio(losses.at(task, "Adam", mine, RULE_RATE), losses.best(task, "Adam", its)[1]) for task in tasks]
+        )
+        for mine in (rule, f"{rule}+cooldown", f"{rule}+cosine")
+        for its in OTHERS.values()
+    }
 
 
 def sensitive(results: Results, rule: str) -> tuple[int, int]:
@@ -132,7 +143,10 @@ def report(results: Results, rule: str) -> str:
     diverged = Counter(run.method for run, outcome in results.items() if math.isinf(outcome.train_loss))
     different, pairs = sensitive(results, rule)
     facts = [
-        f"{name}, base Adam: {_mean(mean)}" for name, mean in duels(results, rule).items() if not math.isnan(mean[0])
+        f"{name}, base Adam, {MEASURES[measure]}: {_mean(mean)}"
+        for measure in MEASURES
+        for name, mean in duels(results, rule, measure).items()
+        if not math.isnan(mean[0])
     ]
     if pairs:
         facts.append(f"{rule} configured with another rate than {RULE_RATE:g}: {different} of {pairs} losses differ")

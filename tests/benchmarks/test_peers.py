@@ -1,4 +1,4 @@
-"""OSGM and GALA against NumPy transcriptions of their formulas and against autograd; how evaluations are counted."""
+"""OSGM and GALA against NumPy and autograd; the tuners of packages take steps; how evaluations are counted."""
 
 import functools
 import itertools
@@ -245,6 +245,30 @@ def test_a_run_of_the_benchmark(name: str, base: str) -> None:
     outcome = training.train(problem, method, base, rate, 0.0, 60)
     assert outcome.train_loss < 1.5 < make().train_loss().item()
     assert outcome.final_lr > 0
+
+
+PACKAGED = [name for name, method in tuners.methods("auto").items() if method.package and "Adam" in method.optimizers]
+
+
+@pytest.mark.parametrize("name", PACKAGED)
+def test_a_tuner_of_a_package_lowers_the_loss_and_tells_its_rate(name: str) -> None:
+    method = tuners.methods("auto")[name]
+    if method.missing():
+        pytest.skip(f"{method.package} is not installed: pip install -e '.[bench]'")
+    rates = (method.rates or {})["Adam"]
+    problem = tasks.build("logistic", 0, fashion.FASHION)
+    before = problem.train_loss().item()
+    outcome = training.train(problem, method, "Adam", rates[-1], 0.0, 200)
+    assert outcome.train_loss < before
+    assert outcome.final_lr > 0
+
+
+def test_greedy_raises_the_rate_while_the_loss_improves() -> None:
+    method = tuners.methods("auto")["greedy"]
+    if method.missing():
+        pytest.skip("transformers is not installed: pip install -e '.[bench]'")
+    outcome = training.train(tasks.build("logistic", 0, fashion.FASHION), method, "Adam", 1e-3, 0.0, 60)
+    assert outcome.final_lr == pytest.approx(1e-3 / 0.99**5)
 
 
 class Small(convex.Convex):

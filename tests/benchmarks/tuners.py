@@ -1,9 +1,9 @@
-"""The methods: grids of rates, the rules of lightning_hd, and tuners from packages of others, at their own defaults."""
+"""The methods: grids of rates, the rules of lightning_hd, and tuners from packages of others, used as they advise."""
 
 import functools
 import importlib.util
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -38,6 +38,10 @@ GRID = {"SGD": (-5, 2), "Nesterov": (-7, 0), "Adam": (-7, -2)}
 def grid_rate(index: int) -> float:
     """Rates a factor of √10 apart."""
     return float(10 ** (index / 2))
+
+
+FREE_RATES = tuple(map(grid_rate, range(-7, -1)))
+"""Those that Schedule-Free is tuned over: up to ten times as high as Adam's, as its authors recommend."""
 
 
 @dataclass
@@ -103,12 +107,33 @@ def hypergradient(
     return Tuning(optimizer, lambda: engine.lrs[0], observe=engine.observe)
 
 
-def prodigy(network: nn.Module, base: str, rate: float, decay: float, steps: int) -> Tuning:
+def prodigy(
+    network: nn.Module, base: str, rate: float, decay: float, steps: int, safeguard_warmup: bool = False
+) -> Tuning:
+    """Its authors ask for the safeguard under a warm-up."""
     from prodigyopt import Prodigy
 
-    optimizer: Optimizer = Prodigy(trainable(network), lr=rate, weight_decay=decay)
+    optimizer: Optimizer = Prodigy(trainable(network), lr=rate, weight_decay=decay, safeguard_warmup=safeguard_warmup)
     (group,) = optimizer.param_groups
     return Tuning(optimizer, lambda: float(group["d"] * group["lr"]))
+
+
+def prodigy_plus(network: nn.Module, base: str, rate: float, decay: float, steps: int) -> Tuning:
+    """Prodigy's estimate, Schedule-Free's average."""
+    from prodigyplus.prodigy_plus_schedulefree import ProdigyPlusScheduleFree
+
+    optimizer: Optimizer = ProdigyPlusScheduleFree(trainable(network), lr=rate, weight_decay=decay)
+    (group,) = optimizer.param_groups
+    return Tuning(optimizer, lambda: float(group["d"] * group["effective_lr"]))
+
+
+def greedy(network: nn.Module, base: str, rate: float, decay: float, steps: int) -> Tuning:
+    """GreedyLR, as in its authors' example for a loop, but told the loss of each step."""
+    from transformers.optimization import GreedyLR
+
+    tuning = constant(network, base, rate, decay, steps)
+    scheduler = GreedyLR(tuning.optimizer, factor=0.99, patience=10, min_lr=1e-5, smooth=True, window_size=50)
+    return replace(tuning, observe=lambda loss: scheduler.step(loss.item()))
 
 
 def d_adaptation(network: nn.Module, base: str, rate: float, decay: float, steps: int) -> Tuning:
@@ -149,11 +174,12 @@ def dog(network: nn.Module, base: str, rate: float, decay: float, steps: int) ->
     return Tuning(optimizer, lambda: float(group["eta"][0]), averager.step, evaluated=averager.averaged_model)
 
 
-def schedule_free(network: nn.Module, base: str, rate: float, decay: float, steps: int) -> Tuning:
+def schedule_free(network: nn.Module, base: str, rate: float, decay: float, steps: int, warm_up: float = 0.0) -> Tuning:
+    """Its authors recommend a warm-up, over a part of the steps."""
     from schedulefree import AdamWScheduleFree, SGDScheduleFree
 
     makers: dict[str, Callable[..., Optimizer]] = {"SGD": SGDScheduleFree, "Adam": AdamWScheduleFree}
-    optimizer = makers[base](trainable(network), lr=rate, weight_decay=decay)
+    optimizer = makers[base](trainable(network), lr=rate, weight_decay=decay, warmup_steps=round(warm_up * steps))
     (group,) = optimizer.param_groups
     return Tuning(optimizer, lambda: float(group["scheduled_lr"]))
 
@@ -219,12 +245,18 @@ def methods(rule: str, make: Callable[[], Problem] | None = None) -> dict[str, M
         "additive": rule_method("additive", PAPER_RATES),
         "multiplicative": rule_method("multiplicative", PAPER_RATES),
         "prodigy": Method(prodigy, adam, "prodigyopt"),
-        "prodigy+cosine": Method(prodigy, adam, "prodigyopt", cosine=True),
+        "prodigy+cosine": Method(functools.partial(prodigy, safeguard_warmup=True), adam, "prodigyopt", cosine=True),
+        "prodigy-plus": Method(prodigy_plus, adam, "prodigyplus"),
         "mechanic": Method(mechanic, one, "mechanic_pytorch"),
         "mechanic+cosine": Method(mechanic, one, "mechanic_pytorch", cosine=True),
         "d-adaptation": Method(d_adaptation, one, "dadaptation"),
+        "d-adaptation+cosine": Method(d_adaptation, one, "dadaptation", cosine=True),
         "dog": Method(dog, sgd, "dog"),
         "schedule-free": Method(schedule_free, {"SGD": (1.0,), "Adam": (0.0025,)}, "schedulefree"),
+        "schedule-free tuned": Method(
+            functools.partial(schedule_free, warm_up=0.05), {"Adam": FREE_RATES}, "schedulefree"
+        ),
+        "greedy": Method(greedy, {"Adam": (RULE_RATE,)}, "transformers"),
         "osgm": Method(functools.partial(osgm, make=make), {"SGD": (ETA,), "Nesterov": (ETA,)}),
         "gala": Method(functools.partial(gala, make=make), {"SGD": (FIRST_RATE,)}),
         **({} if rule in ("additive", "multiplicative") else {rule: rule_method(rule, (RULE_RATE,))}),
