@@ -3,8 +3,8 @@
     python tests/benchmarks/pages.py                                    # from the results that are there
     python tests/benchmarks/pages.py runs/learning_quality/runs.csv     # takes the results from these runs first
 
-The results are medians over the seeds, at the best rate of each grid. A table stands between two comments of the page,
-``<!-- table: NAME -->`` and ``<!-- end of table -->``.
+Methods that were not run keep the results that they have. The results are medians over the seeds, at the best rate of
+each grid. A table stands between two comments of the page, ``<!-- table: NAME -->`` and ``<!-- end of table -->``.
 """
 
 import argparse
@@ -82,15 +82,28 @@ def save(path: Path, found: Iterable[Figure]) -> None:
         writer.writerows(map(astuple, found))
 
 
+def read(path: Path) -> list[Figure]:
+    """The figures in a file that ``save`` has written."""
+    names: dict[str, Measure] = {name: name for name in MEASURES}
+    with path.open(newline="") as file:
+        return [
+            Figure(task, optimizer, method, names[measure], float(rate), float(loss), int(seeds))
+            for task, optimizer, method, measure, rate, loss, seeds in list(csv.reader(file))[1:]
+        ]
+
+
+def updated(before: Iterable[Figure], found: Sequence[Figure]) -> list[Figure]:
+    """The figures after some methods were run again."""
+    again = {(figure.task, figure.optimizer, figure.method) for figure in found}
+    kept = [figure for figure in before if (figure.task, figure.optimizer, figure.method) not in again]
+    return sorted([*kept, *found], key=astuple)
+
+
 class Ratios:
     """What a method's loss is over another's at its best rate."""
 
     def __init__(self, path: Path) -> None:
-        with path.open(newline="") as file:
-            self._losses = {
-                (row["task"], row["optimizer"], row["method"], row["measure"]): float(row["loss"])
-                for row in csv.DictReader(file)
-            }
+        self._losses = {(own.task, own.optimizer, own.method, own.measure): own.loss for own in read(path)}
         present = {(task, optimizer) for task, optimizer, _, _ in self._losses}
         self.cases = [(task, name) for task in tasks.TASKS for name in tuners.BASES if (task, name) in present]
 
@@ -145,6 +158,7 @@ def variants(ratios: Ratios) -> list[list[str]]:
     """The means of the rule without its cooldown, with it, and under a schedule."""
     rows = [["what is known", "loss", "over the best constant rate", "over the best warm-up and cosine"]]
     names = {TUNED: "loss and length, as in a Trainer", "auto": "the loss alone", "auto+cosine": "a cosine schedule"}
+    names["auto+untold"] = "neither, as in a plain loop that reports nothing"
     for method, name in names.items():
         for measure, word in MEASURES.items():
             means = [ratios.mean(ratios.lasting, other, measure, method) for other in ("constant", "cosine")]
@@ -187,7 +201,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("runs", nargs="*", type=Path, help="files of runs, from which the results are taken first")
     runs: list[Path] = parser.parse_args(argv).runs
     if runs:
-        save(RESULTS, figures({run: outcome for path in runs for run, outcome in load(path).items()}))
+        found = figures({run: outcome for path in runs for run, outcome in load(path).items()})
+        save(RESULTS, updated(read(RESULTS), found))
     ratios = Ratios(RESULTS)
     for page in PAGES:
         page.write_text(filled(page.read_text("utf8"), ratios), "utf8")

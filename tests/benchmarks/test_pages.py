@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from tests.benchmarks import pages, tasks
-from tests.benchmarks.results import Outcome, Run
+from tests.benchmarks.results import MEASURES, Outcome, Run
 
 
 @pytest.mark.parametrize("page", pages.PAGES, ids=lambda page: page.name)
@@ -38,3 +38,16 @@ def test_results_are_medians_at_the_best_rate_and_tables_their_ratios(tmp_path: 
     assert math.isnan(ratios.one(("text", "SGD"), "constant", "val_loss"))
     assert "| 0.50 / 1.00 |" in pages.filled("<!-- table: quality --><!-- end of table -->", ratios)
     assert pages.kinds(ratios)[1] == ["**all but the digits**", "1", "0.50", "1.00"]
+
+
+def test_methods_that_were_not_run_again_keep_their_results(tmp_path: Path) -> None:
+    path = tmp_path / "results.csv"
+    before = [
+        pages.Figure("text", "SGD", method, measure, 0.1, loss, 3)
+        for method, loss in [("constant", 2.0), (pages.TUNED, 1.0)]
+        for measure in MEASURES
+    ]
+    pages.save(path, before)
+    again = [pages.Figure("text", "SGD", pages.TUNED, "train_loss", 1e-3, 0.5, 3)]
+    found = pages.updated(pages.read(path), again)
+    assert set(found) == {*before[:2], *again}

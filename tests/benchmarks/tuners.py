@@ -100,11 +100,20 @@ def constant(network: nn.Module, base: str, rate: float, decay: float, steps: in
 
 
 def hypergradient(
-    network: nn.Module, base: str, rate: float, decay: float, steps: int, rule: Any, cooldown: bool = False
+    network: nn.Module,
+    base: str,
+    rate: float,
+    decay: float,
+    steps: int,
+    rule: Any,
+    cooldown: bool = False,
+    told: bool = True,
 ) -> Tuning:
+    """One of lightning_hd's rules. It knows the length of the run if it has a cooldown, and the loss if it is told."""
     optimizer = plain(network, base, rate, decay)
     engine = HypergradientLR(optimizer, rule=rule, total_steps=steps if cooldown else None)
-    return Tuning(optimizer, lambda: engine.lrs[0], observe=engine.observe)
+    tuning = Tuning(optimizer, lambda: engine.lrs[0])
+    return replace(tuning, observe=engine.observe) if told else tuning
 
 
 def prodigy(
@@ -264,6 +273,9 @@ def methods(rule: str, make: Callable[[], Problem] | None = None) -> dict[str, M
             functools.partial(hypergradient, rule=rule, cooldown=True), dict.fromkeys(BASES, (RULE_RATE,))
         ),
         f"{rule}+cosine": rule_method(rule, (RULE_RATE,), cosine=True),
+        f"{rule}+untold": Method(
+            functools.partial(hypergradient, rule=rule, told=False), dict.fromkeys(BASES, (RULE_RATE,))
+        ),
     }
 
 
