@@ -1,7 +1,9 @@
 """HypergradientDescent: the Lightning callback. Its hooks are in the order in which the Trainer calls them."""
 
+import functools
 import inspect
 import time
+from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, overload
 
@@ -10,7 +12,6 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 from torch.optim import Optimizer
-from torch.utils.hooks import RemovableHandle
 
 from lightning_hd.engine import HypergradientLR, check_arguments, common_rate, make_cooldown
 from lightning_hd.hypergradient import copies_of, leave_copies, load_copies
@@ -129,7 +130,7 @@ class HypergradientDescent(Callback):
         self._attachment = Attachment(self, self._make)
         self._restored: dict[str, Any] | None = None  # the state of a checkpoint, until training starts
         self._learned: dict[str, Any] = {}  # the state at the end of the last fit, for a warm start
-        self._guards: list[RemovableHandle] = []  # they stay until the optimizers have loaded their states
+        self._guards = ExitStack()  # they stay until the optimizers have loaded their states
         self._configured: dict[int, list[float]] = {}  # the rates of each optimizer before a checkpoint was loaded
         self._since: float | None = None  # when the first step was over, in seconds
         self._began = False  # whether a batch of this training has begun
@@ -234,7 +235,7 @@ class HypergradientDescent(Callback):
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Attach to every optimizer."""
-        self._drop_guards()
+        self._guards.close()
         check_strategy(trainer)
         self._attachment.attach(trainer, self.scope, self._configured)
         summary.say_what_is_missing(trainer, self._recorders, self._restored or self._learned or None)
@@ -297,7 +298,7 @@ class HypergradientDescent(Callback):
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Remove the hooks from the optimizers, in case training did not start."""
-        self._drop_guards()
+        self._guards.close()
         for optimizer in trainer.optimizers:
             if isinstance(optimizer, Optimizer):
                 leave_copies(optimizer)
@@ -313,7 +314,7 @@ class HypergradientDescent(Callback):
         return {name: value for name, value in vars(self).items() if name not in without}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        vars(self).update(state, _guards=[], _learned={})
+        vars(self).update(state, _guards=ExitStack(), _learned={})
         self._attachment = Attachment(self, self._make)
 
     def _make(
@@ -336,14 +337,14 @@ class HypergradientDescent(Callback):
         engine.expect(steps)
         return engine
 
-    def _drop_guards(self) -> None:
-        for handle in self._guards:
-            handle.remove()
-        self._guards = []
-
     def _restore(self) -> None:
         if self._restored is not None:
             saved, self._restored = self._restored, None
             restore(self._attachment, saved, self._configured, restart=self.on_mismatch == "restart")
         elif self._learned:
             restore(self._attachment, self._learned, self._configured, restart=True, warm_start=True)
+
+
+# A Trainer's constructor refuses two callbacks that override ``state_dict``, and asks for another ``state_key``. What
+# wraps the method of ``Callback`` is no override to it, and is saved all the same. So ``setup`` can say what to do.
+functools.update_wrapper(HypergradientDescent.state_dict, Callback.state_dict, assigned=(), updated=())

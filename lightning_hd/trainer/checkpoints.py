@@ -7,7 +7,6 @@ from typing import Any
 
 from lightning.pytorch.utilities import rank_zero_warn
 from torch.optim import Optimizer
-from torch.utils.hooks import RemovableHandle
 
 from lightning_hd.optimizers import get_lrs, set_lr, unwrap
 from lightning_hd.trainer.attachment import Attachment
@@ -24,7 +23,7 @@ def configured_rates(optimizers: Sequence[Optimizer]) -> dict[int, list[float]]:
     return rates
 
 
-def guard_states(optimizers: Sequence[Optimizer], classes: Sequence[str], restart: bool) -> list[RemovableHandle]:
+def guard_states(optimizers: Sequence[Optimizer], classes: Sequence[str], restart: bool) -> contextlib.ExitStack:
     """Check that states belong to their optimizers when these load them from a checkpoint.
 
     Args:
@@ -34,7 +33,7 @@ def guard_states(optimizers: Sequence[Optimizer], classes: Sequence[str], restar
             raised.
 
     Returns:
-        Handles that remove the checks.
+        What removes the checks when it is closed.
     """
 
     def check(saved_class: str, optimizer: Optimizer, state_dict: dict[str, Any]) -> dict[str, Any] | None:
@@ -50,11 +49,12 @@ def guard_states(optimizers: Sequence[Optimizer], classes: Sequence[str], restar
         rank_zero_warn(f"HypergradientDescent: the saved state has {found}, so this optimizer starts anew.")
         return fresh
 
-    return [
-        optimizer.register_load_state_dict_pre_hook(partial(check, saved_class), prepend=True)
-        for optimizer, saved_class in zip(optimizers, classes, strict=False)
-        if isinstance(optimizer, Optimizer)
-    ]
+    guards = contextlib.ExitStack()
+    for optimizer, saved_class in zip(optimizers, classes, strict=False):
+        if isinstance(optimizer, Optimizer):
+            hook = partial(check, saved_class)
+            guards.enter_context(optimizer.register_load_state_dict_pre_hook(hook, prepend=True))
+    return guards
 
 
 def restore(

@@ -40,9 +40,12 @@ def check_own_arguments(
 
 def check_alone(kind: type[Callback], trainer: Trainer) -> None:
     """Raise ``RuntimeError`` if the Trainer has several such callbacks."""
-    count = sum(isinstance(callback, kind) for callback in trainer.callbacks)  # type: ignore[attr-defined]
-    if count > 1:
-        raise RuntimeError(f"the Trainer has {count} {kind.__name__} callbacks: use one, which tunes all optimizers")
+    found = [type(callback).__name__ for callback in trainer.callbacks if isinstance(callback, kind)]  # type: ignore[attr-defined]
+    if len(found) > 1:
+        raise RuntimeError(
+            f"the Trainer has {len(found)} {kind.__name__} callbacks ({', '.join(found)}): keep one of them, which "
+            "tunes all optimizers"
+        )
 
 
 def strategies(trainer: Trainer) -> set[str]:
