@@ -205,7 +205,8 @@ class Auto(Rule):
         own.peak, own.largest_norm = max(own.peak, lr), max(own.largest_norm, seen.grad_norm)
         if own.norm < resolved * math.sqrt(own.norm_weight):
             return lr
-        cap = _CAP if lr < _CAREFUL_FROM * own.first_lr else _CAREFUL_CAP * min(1.0, _EARLY / context.step)
+        cap = _CAP if own.peak < _CAREFUL_FROM * own.first_lr else _CAREFUL_CAP
+        cap *= min(1.0, _EARLY / context.step)
         sigmas = self._greedy.sigmas
         back = sigmas > _SURE and lr < own.peak and math.log(lr) < self._brake.limit
         if back or own.turn > _STRAIGHT:
