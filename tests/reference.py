@@ -285,7 +285,7 @@ class AutoRule:
         self._seen_lrs.append(lr)
         if usual_norm < resolved:
             return lr
-        cap = 0.5 if lr < 30 * self.first else 0.05 * min(1.0, 100 / t)
+        cap = (0.5 if max(self._seen_lrs) < 30 * self.first else 0.05) * min(1.0, 100 / t)
         if self.turn > 0.8:
             cap = max(cap, 0.1)
         if self.sigmas() > 2 and lr < min(self._fast_to, max(self._seen_lrs)):

@@ -373,6 +373,20 @@ def noise(steps: int, sigma: float = 0.5, seed: int = 0) -> list[Observation]:
     return [Observation(-float(n * c), float(n), 1.0) for n, c in zip(norms, cosines, strict=True)]
 
 
+def test_a_rate_that_was_high_never_falls_as_fast_as_it_climbed_at_the_start() -> None:
+    rule = Auto()
+    first = rule.first_lr(1.0, 1.0)
+    up, down = (Observation(sign, 1.0, 1.0) for sign in (-0.5, 0.5))
+    climbed = feed(rule, [up] * 60, first)
+    assert climbed[0] == pytest.approx(first * math.exp(0.5)), "the large cap of the start"
+    assert climbed[-1] > 60 * first
+    fallen = feed(rule, [down] * 4000, climbed[-1], start=62)
+    assert fallen[-1] < 3 * first, "the test needs a rate that comes back to the first ones"
+    falls = -np.diff(np.log(fallen))
+    steps = np.arange(63, 63 + len(falls))
+    assert np.all(falls <= 0.05 * np.minimum(1, 100 / steps) + 1e-12)
+
+
 def test_its_state_is_saved_and_loaded_bit_for_bit(tmp_path: Path) -> None:
     rule = Auto()
     lr = rule.first_lr(3.0, 7.0)

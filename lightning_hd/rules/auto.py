@@ -36,15 +36,15 @@ to turn round, and have turned round. Above the last one they do not turn."""
 
 _OPTIMISM, _EARLY = 0.3, 100.0
 """``r``, the additional weight of cosines that ask for a larger rate: early, a longer step is useful beyond the
-horizon. After ``n`` steps, optimism and the careful cap fade as ``1 / t``."""
+horizon. After ``n`` steps, optimism and the cap fade as ``1 / t``."""
 
 _FIRST_STEP = 1e-4
 """``ρ``, the length of the first step over the norm of the parameters."""
 
 _CAP, _CAREFUL_FROM, _CAREFUL_CAP = 0.5, 30.0, 0.05
-"""The largest change of ``log α`` per step at the start; from this multiple of ``α_1`` on, it is the careful one. There
-steps are long enough to do harm, so the rate must rise slowly enough for the harm to show. With 0.1, units of networks
-with clipped or normalized weights die under SGD, and the loss ends at 1.3 times as much. With 0.03, short runs lose."""
+"""The largest change of ``log α`` per step at the start. Once ``α`` was at this multiple of ``α_1``, it is the careful
+one: steps are long enough to do harm, which must have time to show. With 0.1, units of networks with clipped or
+normalized weights die under SGD, and the loss ends at 1.3 times as much. With 0.03, short runs lose."""
 
 _SURE, _RAMP = 2.0, 8.0
 """Standard errors above 0 beyond which the greedy mean is positive, and over which the fast rise grows."""
