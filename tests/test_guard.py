@@ -49,6 +49,30 @@ def test_a_cut_that_has_not_helped_is_undone_and_asks_for_more_next_time() -> No
     assert guard.ceiling == math.inf
 
 
+def fits(losses: list[list[float]]) -> tuple[LossGuard, list[float]]:
+    """A guard that compares whole fits, and the logarithms of the rates that it makes of 0 at the start of each."""
+    guard, found = LossGuard(whole=True), []
+    for i, own in enumerate(losses):
+        found.append(watch(guard, own, start=1 + 30 * i)[0])
+        guard.over = True
+    return guard, found
+
+
+def test_whole_fits_are_compared_if_they_have_some_steps() -> None:
+    falling = [list(np.linspace(2.0, 0.1, 30) + loss) for loss in (0.0, 0.0, 1.0, 0.0)]
+    _, found = fits(falling)
+    assert found == [0.0, 0.0, 0.0, pytest.approx(-math.log(2), abs=0.02)], "the loss may fall and rise in a fit"
+    _, found = fits([noisy(1.0, 5), noisy(1.0, 5), noisy(2.0, 5), noisy(2.0, 5), noisy(2.0, 5)])
+    assert found[:4] == [0.0] * 4
+    assert found[4] < -0.5, "two of them make a block"
+
+
+def test_fits_that_go_on_badly_are_not_taken_for_the_fault_of_the_rate() -> None:
+    _, found = fits([noisy(1.0, 30)] + [noisy(2.0, 30, seed) for seed in range(6)])
+    assert found[2] < -0.5
+    assert found[3:] == [0.0] * 4, "the cut has not helped"
+
+
 def test_a_cut_that_has_helped_stays() -> None:
     guard = LossGuard()
     watch(guard, noisy(1.0, 10) + noisy(2.0, 10))

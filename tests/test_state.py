@@ -76,6 +76,11 @@ def test_many_short_fits_arrive(optimizer: Any, one: bool, tmp_path: Path) -> No
     assert anew > 2 * best
 
 
+def test_the_rate_does_not_rise_from_fit_to_fit_until_they_end_badly(tmp_path: Path) -> None:
+    loss = rounds(tmp_path, True, partial(Shuffled, SGD), HypergradientDescent(warm_start=True))
+    assert loss < 0.2, "it is 0.13 at a constant rate of 0.3"
+
+
 def fit(path: Path, hd: HypergradientDescent, configure: Callable[[Any], Any], **settings: Any) -> list[float]:
     """The rates of the first group in a fit of the reference problem with a new model."""
     make_trainer(path, hd, **{"limit_train_batches": 40, **settings}).fit(Reference(configure))

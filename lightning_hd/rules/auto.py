@@ -146,6 +146,7 @@ class Auto(Rule):
         self.backoffs = 0
         self._normalized = True
         self._own, self._greedy, self._brake, self._guard = Learned(), Greedy(), Brake(), LossGuard()
+        self._fits = LossGuard(whole=True)
         self._slope = 0.0  # g_t · (θ_t - θ_{t-1}), from update to watch
 
     def bind(self, normalized: bool) -> "Auto":
@@ -214,7 +215,8 @@ class Auto(Rule):
         if back:
             if self._brake.left < _QUIET:
                 change = max(change, _FAST * min(1.0, (sigmas - _SURE) / _RAMP))
-            self._guard.lift(math.log(lr))
+            for guard in (self._guard, self._fits):
+                guard.lift(math.log(lr))
         if context.nonlinear:
             cap = min(cap, _NONLINEAR_CAP)
         return lr * math.exp(context.stride * min(max(change, -cap), cap))
@@ -225,8 +227,10 @@ class Auto(Rule):
             return lr
         before = math.log(lr)
         after = self._guard.limit(before, loss, self._slope, context)
-        self._own.fresh |= self._guard.cut
-        self.backoffs += self._guard.cut and self._guard.tries
+        after = self._fits.limit(after, loss, self._slope, context)
+        for guard in (self._guard, self._fits):
+            self._own.fresh |= guard.cut
+            self.backoffs += guard.cut and guard.tries
         return lr if after == before else math.exp(min(after, _LARGEST_LOG))
 
     def used(self, lr: float, context: Context) -> float:
@@ -264,11 +268,14 @@ class Auto(Rule):
         return min(derivative, 0.0) if straight else derivative
 
     def begin(self, anew: bool) -> None:
-        """Forget what the last steps have shown. What a new model or new data made worse is not the rate's fault."""
+        """Forget what the last steps have shown. What a new model or new data made worse is not the rate's fault.
+
+        Whole fits can be compared, so the losses of former fits stay known.
+        """
         own, brake = self._own, self._brake
         own.fresh, own.anew = own.fresh or anew, own.anew or anew
         own.turns, own.cosine, own.norm, own.norm_weight, own.turn = 0, 0.0, 0.0, 0.0, 0.0
-        self._greedy, self._guard = Greedy(), LossGuard()
+        self._greedy, self._guard, self._fits.over = Greedy(), LossGuard(), True
         self._brake = Brake(variance=brake.variance, limit=brake.limit)
 
     def check_start(self, lr: float) -> None:
@@ -281,7 +288,8 @@ class Auto(Rule):
 
     def state_dict(self) -> dict[str, Any]:
         """What the rule has learned, as plain numbers."""
-        parts = {"own_": self._own, "greedy_": self._greedy, "brake_": self._brake, "guard_": self._guard}
+        parts = {"own_": self._own, "greedy_": self._greedy, "brake_": self._brake}
+        parts |= {"guard_": self._guard, "fits_": self._fits}
         learned = {prefix + name: value for prefix, part in parts.items() for name, value in vars(part).items()}
         return {"backoffs": self.backoffs, **learned}
 
@@ -294,5 +302,6 @@ class Auto(Rule):
         backoffs = check_count("backoffs", state_dict["backoffs"])
         own, greedy = check_fields(Learned, state_dict, "own_"), check_fields(Greedy, state_dict, "greedy_")
         brake, guard = check_fields(Brake, state_dict, "brake_"), check_fields(LossGuard, state_dict, "guard_")
+        fits = check_fields(LossGuard, state_dict, "fits_")
         self.backoffs = backoffs
-        self._own, self._greedy, self._brake, self._guard = own, greedy, brake, guard
+        self._own, self._greedy, self._brake, self._guard, self._fits = own, greedy, brake, guard, fits

@@ -30,7 +30,10 @@ class LossGuard:
     The loss may also rise for other reasons: its weights, the data or an opponent have changed. So there is no cut
     while the moves of the block lower the loss at their ends, which for a convex loss means that they have not raised
     it. And a cut is an experiment. If the next block is not better than the one that caused the cut, the cut is undone,
-    and twice the evidence is asked from then on. Source: this project.
+    and twice the evidence is asked from then on.
+
+    In many short fits, a fit is over before a block is. So whole fits are compared as well (``whole``), each with the
+    best one so far. A fit of a few steps is counted with the next. Source: this project.
     """
 
     count: int = 0  # how many losses are in the block, or means of some
@@ -51,6 +54,8 @@ class LossGuard:
     demand: float = not_negative(1.0)  # the factor of the evidence that is asked for
     ceiling: float = math.inf  # the upper limit of log α since the last cut
     cut: bool = False  # whether this step has cut the rate, or has undone a cut
+    whole: bool = False  # whether blocks are whole fits
+    over: bool = False  # whether a fit is over, and the next one begins
 
     def limit(self, log_lr: float, loss: float, slope: float, context: Context) -> float:
         """``log α_t``, which is lower or higher than it was if a block is complete.
@@ -62,6 +67,8 @@ class LossGuard:
             context: What is known of the run.
         """
         self.cut = False
+        if self.over:
+            log_lr, self.over = self._close(log_lr, _SHORTEST), False
         self.ceiling += context.stride * math.log1p(1 / context.step)
         self.count += 1
         self.steps += context.stride
@@ -71,15 +78,21 @@ class LossGuard:
         self.logs += log_lr
         self.slopes += slope
         self.squares += slope**2
-        if self.count >= _FEWEST and self.steps >= max(_SHORTEST, _PART * context.step):
-            log_lr = self._judge(log_lr)
-            self.count = self.steps = 0
-            self.mean = self.deviations = self.logs = self.slopes = self.squares = 0.0
+        if not self.whole:
+            log_lr = self._close(log_lr, max(_SHORTEST, _PART * context.step))
         return min(log_lr, self.ceiling)
 
     def lift(self, log_lr: float) -> None:
         """Let the rate rise again: at least to twice what it is."""
         self.ceiling = max(self.ceiling, log_lr + _RETREAT)
+
+    def _close(self, log_lr: float, shortest: float) -> float:
+        """``log α_t`` after the block, if it is complete."""
+        if self.count >= _FEWEST and self.steps >= shortest:
+            log_lr = self._judge(log_lr)
+            self.count = self.steps = 0
+            self.mean = self.deviations = self.logs = self.slopes = self.squares = 0.0
+        return log_lr
 
     def _judge(self, log_lr: float) -> float:
         """``log α_t`` at the end of a block."""
