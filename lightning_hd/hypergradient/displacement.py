@@ -189,7 +189,8 @@ class Displacement(View):
     def sights(self, sums: Sequence[Sequence[float]]) -> list[Sight]:
         """What the step shows of each scope."""
         table = [_Sums(*row) for row in sums]
-        squares = [x for row in table for x in (row.g_squared, *row[-3:][: 3 * (row.known > 0)])]
+        squares = [row.g_squared for row in table]
+        squares += [x for row in table if row.known for x in (row.last_squared, row.sum_squared, row.move_squared)]
         self._wide = not are_safe(squares) if squares else self._wide
         return [self._sight(row) for row in table]
 
