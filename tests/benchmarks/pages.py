@@ -155,10 +155,14 @@ def quality(ratios: Ratios) -> list[list[str]]:
 
 
 def variants(ratios: Ratios) -> list[list[str]]:
-    """The means of the rule without its cooldown, with it, and under a schedule."""
+    """The means of the rule by what it knows of the run."""
     rows = [["what is known", "loss", "over the best constant rate", "over the best warm-up and cosine"]]
-    names = {TUNED: "loss and length, as in a Trainer", "auto": "the loss alone", "auto+cosine": "a cosine schedule"}
-    names["auto+untold"] = "neither, as in a plain loop that reports nothing"
+    names = {
+        TUNED: "loss and length, as in a Trainer",
+        "auto": "the loss alone",
+        "auto+cosine": "a cosine schedule",
+        "auto+untold": "neither, as in a plain loop that reports nothing",
+    }
     for method, name in names.items():
         for measure, word in MEASURES.items():
             means = [ratios.mean(ratios.lasting, other, measure, method) for other in ("constant", "cosine")]

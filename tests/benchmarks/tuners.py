@@ -234,9 +234,12 @@ def gala(
     return Tuning(optimizer, lambda: tuner.rate)
 
 
-def rule_method(rule: str, rates: Sequence[float], cosine: bool = False) -> Method:
-    """One of lightning_hd's rules, for all base optimizers."""
-    return Method(functools.partial(hypergradient, rule=rule), dict.fromkeys(BASES, rates), cosine=cosine)
+def rule_method(
+    rule: str, rates: Sequence[float], cosine: bool = False, cooldown: bool = False, told: bool = True
+) -> Method:
+    """One of lightning_hd's rules, for all base optimizers; see ``hypergradient``."""
+    start = functools.partial(hypergradient, rule=rule, cooldown=cooldown, told=told)
+    return Method(start, dict.fromkeys(BASES, rates), cosine=cosine)
 
 
 def methods(rule: str, make: Callable[[], Problem] | None = None) -> dict[str, Method]:
@@ -269,13 +272,9 @@ def methods(rule: str, make: Callable[[], Problem] | None = None) -> dict[str, M
         "osgm": Method(functools.partial(osgm, make=make), {"SGD": (ETA,), "Nesterov": (ETA,)}),
         "gala": Method(functools.partial(gala, make=make), {"SGD": (FIRST_RATE,)}),
         **({} if rule in ("additive", "multiplicative") else {rule: rule_method(rule, (RULE_RATE,))}),
-        f"{rule}+cooldown": Method(
-            functools.partial(hypergradient, rule=rule, cooldown=True), dict.fromkeys(BASES, (RULE_RATE,))
-        ),
+        f"{rule}+cooldown": rule_method(rule, (RULE_RATE,), cooldown=True),
         f"{rule}+cosine": rule_method(rule, (RULE_RATE,), cosine=True),
-        f"{rule}+untold": Method(
-            functools.partial(hypergradient, rule=rule, told=False), dict.fromkeys(BASES, (RULE_RATE,))
-        ),
+        f"{rule}+untold": rule_method(rule, (RULE_RATE,), told=False),
     }
 
 
