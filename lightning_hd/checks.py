@@ -80,7 +80,7 @@ def check_fields(cls: type[_Fields], saved: Mapping[str, Any], prefix: str = "",
     Args:
         cls: The dataclass. Its annotations say what is allowed.
         saved: What was saved.
-        prefix: What the names of the fields begin with.
+        prefix: What the names of the fields begin with in error messages.
         others: Fields that were not saved in this way.
 
     Raises:
@@ -89,11 +89,11 @@ def check_fields(cls: type[_Fields], saved: Mapping[str, Any], prefix: str = "",
         ValueError: A value is out of range.
     """
     wanted = [own for own in fields(cls) if own.name not in others]  # type: ignore[arg-type]
-    return cls(**{own.name: _check_field(own, prefix + own.name, saved) for own in wanted}, **others)
+    return cls(**{own.name: _check_field(own, prefix + own.name, saved[own.name]) for own in wanted}, **others)
 
 
-def _check_field(own: "Field[Any]", name: str, saved: Mapping[str, Any]) -> Any:
-    value, minimum = saved[name], own.metadata.get("minimum", -math.inf)
+def _check_field(own: "Field[Any]", name: str, value: Any) -> Any:
+    minimum = own.metadata.get("minimum", -math.inf)
     if own.type == list[float]:
         return [check_number(name, item) for item in value]
     if own.type is bool:

@@ -88,6 +88,23 @@ def test_positions_and_pieces_agree_in_every_layout(layout: str) -> None:
     assert torch.equal(*flatten([slot, slot], [gradient, p.detach()]))
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("limit", [300, 5_000, 2**18])
+def test_small_tensors_are_gathered_as_wholes_and_give_the_same_numbers(dtype: torch.dtype, limit: int) -> None:
+    sizes = [*(20 * [1_000]), 40_000, 3, 2_048, 2_049]
+    parameters = [nn.Parameter(torch.randn(size).to(dtype)) for size in sizes]
+    slots = slots_of(parameters, 20_000)
+    flats = flatten(slots, [p.detach() for p in parameters])
+    buckets = pack(slots, lambda _: 0, cached=limit)
+    for bucket in buckets:
+        out = torch.empty(bucket.size)
+        bucket.gather(flats, out)
+        assert torch.equal(out, gather(bucket.views(flats)).float())
+        assert all(stretch.copied < limit + 20_000 for stretch in bucket.stretches)
+    copied = sum(stretch.copied for bucket in buckets for stretch in bucket.stretches)
+    assert copied > sum(slot.count for slot in slots), "some are wholes of which a part is looked at"
+
+
 def train(budget: Any, rule: Any, cls: Any, steps: int = 60) -> list[float]:
     torch.manual_seed(0)
     network = nn.Sequential(nn.Linear(20, 200), nn.Tanh(), nn.Linear(200, 200), nn.Tanh(), nn.Linear(200, 1)).double()

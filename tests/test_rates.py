@@ -234,9 +234,9 @@ DAMAGED: list[tuple[str, Any]] = [
     ("rates.scopes.0.tuned", 0),
     ("rates.scopes.0.moved", None),
     ("rates.scopes.0.vanished", -1),
-    ("rates.scopes.0.rule.brake_left", math.inf),
-    ("rates.scopes.0.rule.brake_variance", -1.0),
-    ("rates.scopes.0.rule.brake_mean", math.nan),
+    ("rates.scopes.0.rule.brake.left", math.inf),
+    ("rates.scopes.0.rule.brake.variance", -1.0),
+    ("rates.scopes.0.rule.brake.mean", math.nan),
     ("rates.scopes.0.rule.backoffs", 1.5),
     ("rates.groups.0.lr", 10**400),
     ("rates.groups.0.join", 0.0),
@@ -289,9 +289,9 @@ def test_a_damaged_rule_of_one_group_leaves_those_of_the_others() -> None:
     hd = HypergradientLR(SGD([{"params": [q]} for q in p], lr=0.1), scope="group")
     before = hd.state_dict()
     saved = copy.deepcopy(before)
-    saved["rates"]["scopes"][0]["rule"]["brake_count"] = 7
-    saved["rates"]["scopes"][1]["rule"]["brake_count"] = -1
-    with pytest.raises(ValueError, match="brake_count must not be negative"):
+    saved["rates"]["scopes"][0]["rule"]["brake"]["count"] = 7
+    saved["rates"]["scopes"][1]["rule"]["brake"]["count"] = -1
+    with pytest.raises(ValueError, match=r"brake\.count must not be negative"):
         hd.load_state_dict(saved)
     assert differences(hd.state_dict(), before) == 0
 

@@ -69,7 +69,7 @@ class HypergradientLR:
             that the additive rule may go below zero.
         max_lr: Upper clamp; ``None``: unclamped.
         probe: How many coordinates to look at. They are chosen once, by a fixed seed; ``None``: all. ``"default"``:
-            2^18 at most with the default rule, all with the paper's.
+            2^16 at most with the default rule, all with the paper's.
         process_group: The processes that train this model together, each with a copy (DDP) or with shards (DTensor
             parameters, as of ``fully_shard`` and tensor parallelism). Hypergradients are summed over them by one
             ``all_reduce`` per step, and the rates are equal bit for bit. ``None``: the default group if

@@ -21,8 +21,54 @@ have to grow or shrink by a million times."""
 ROWS = 4
 """The number of vectors that are remembered: ``E_t``, ``Ē``, ``g_{t-1}`` and ``θ_{t-1}``."""
 
+_SHORT = 2**11
+"""A tensor of at most so many numbers is copied as a whole, because a view of some of them takes as long to make."""
+
 _CONSTANTS = 16
 """How many constants stay on the device. A step needs a few, which seldom change."""
+
+
+@dataclass
+class Stretch:
+    """Coordinates of a bucket that are gathered at once.
+
+    Args:
+        start: Where they begin in the bucket.
+        stop: Where they end.
+        pieces: The place of the slot of each tensor, and the ranges to cut out of it; none: it is copied as a whole.
+        wanted: The ranges of what was copied that the bucket has.
+        copied: How many numbers are copied.
+    """
+
+    start: int
+    stop: int
+    pieces: list[tuple[int, Sequence[Range]]] = field(default_factory=list)
+    wanted: list[Range] = field(default_factory=list)
+    copied: int = 0
+    _places: Tensor | None = None  # ``wanted``, one by one
+
+    def add(self, place: int, runs: Sequence[Range], numel: int) -> None:
+        """Add ranges of a tensor that has ``numel`` numbers."""
+        length = sum(stop - start for start, stop in runs)
+        whole = numel <= max(_SHORT, length)
+        self.pieces.append((place, () if whole else runs))
+        ranges = runs if whole else [(0, length)]
+        self.wanted += [(self.copied + start, self.copied + stop) for start, stop in ranges]
+        self.copied += numel if whole else length
+        self.stop += length
+
+    def gather(self, flats: Sequence[Tensor], out: Tensor) -> None:
+        """Write the numbers into the vector of the bucket."""
+        pieces: list[Tensor] = []
+        for place, runs in self.pieces:
+            pieces += cut(flats[place], runs) if runs else [flats[place]]
+        own = out[self.start : self.stop]
+        if self.copied == self.stop - self.start:
+            torch.cat(pieces, out=own)
+            return
+        if self._places is None:
+            self._places = torch.cat([torch.arange(*run) for run in self.wanted]).to(out.device)
+        torch.index_select(torch.cat(pieces).to(out.dtype), 0, self._places, out=own)
 
 
 @dataclass
@@ -39,6 +85,7 @@ class Bucket:
         spans: The range of the coordinates of each parameter group.
         roots: The square roots of the numbers of coordinates for which each one stands; ``None``: all are 1.
         dtype: That of the parameters, float32 at least.
+        stretches: The coordinates in the order of ``parts``, by what is gathered at once.
     """
 
     key: Any
@@ -50,6 +97,7 @@ class Bucket:
     spans: dict[int, Range] = field(default_factory=dict)
     roots: Tensor | None = None
     dtype: torch.dtype = torch.float32
+    stretches: list[Stretch] = field(default_factory=list)
 
     @property
     def lengths(self) -> list[int]:
@@ -81,15 +129,13 @@ class Bucket:
         """The pieces of the bucket, as views of the flat tensors of all slots."""
         pieces: list[Tensor] = []
         for place, runs in self.parts.items():
-            if place in self.wholes:
-                pieces.append(flats[place])
-            elif len(runs) == 1:
-                pieces.append(flats[place][slice(*runs[0])])
-            else:  # one operation for all runs: they are every second part, between the gaps
-                edges = [0, *chain(*runs)]
-                sizes = [stop - start for start, stop in pairwise(edges)]
-                pieces += flats[place][: edges[-1]].split_with_sizes(sizes)[1::2]
+            pieces += [flats[place]] if place in self.wholes else cut(flats[place], runs)
         return pieces
+
+    def gather(self, flats: Sequence[Tensor], out: Tensor) -> None:
+        """Write the numbers of the bucket into a vector of its size."""
+        for stretch in self.stretches:
+            stretch.gather(flats, out)
 
 
 class Point(NamedTuple):
@@ -170,6 +216,15 @@ def flatten(slots: Sequence[Slot], tensors: Sequence[Tensor]) -> list[Tensor]:
     return flats
 
 
+def cut(flat: Tensor, runs: Sequence[Range]) -> list[Tensor]:
+    """Views of ascending ranges of a flat tensor."""
+    if len(runs) == 1:
+        return [flat[slice(*runs[0])]]
+    edges = [0, *chain(*runs)]  # one operation for all: they are every second part, between the gaps
+    sizes = [stop - start for start, stop in pairwise(edges)]
+    return list(flat[: edges[-1]].split_with_sizes(sizes)[1::2])
+
+
 def gather(pieces: Sequence[Tensor]) -> Tensor:
     """The pieces of a bucket as one vector; a view if there is only one piece."""
     return pieces[0] if len(pieces) == 1 else torch.cat(list(pieces))
@@ -203,23 +258,33 @@ def pack(slots: Sequence[Slot], key: Callable[[Slot], Hashable], cached: int = _
             lengths = torch.tensor([length for _, length in each])
             weights = torch.tensor([weight for weight, _ in each], dtype=bucket.dtype)
             bucket.roots = weights.sqrt().repeat_interleave(lengths).to(bucket.device)
+        _stretch(bucket, slots, cached if bucket.device.type == "cpu" else _LAUNCHED)
     return buckets
 
 
-def products(g: Tensor, d: Tensor | None, weights: Tensor | None = None, wide: bool = True) -> Tensor:
-    """``g·d``, ``‖g‖²`` and ``‖d‖²``, as one tensor of shape (3,) in float64 (float32 on devices without it).
+def _stretch(bucket: Bucket, slots: Sequence[Slot], limit: int) -> None:
+    """Divide what a bucket gathers, so that no more than about ``limit`` numbers are copied at once."""
+    stretches = [Stretch(0, 0)]
+    for place, runs in bucket.parts.items():
+        if stretches[-1].copied >= limit:
+            stretches.append(Stretch(stretches[-1].stop, stretches[-1].stop))
+        stretches[-1].add(place, runs, slots[place].numel)
+    bucket.stretches = stretches
+
+
+def products(g: Tensor, d: Tensor | None, weights: Tensor | None = None, wide: bool = True) -> list[Tensor]:
+    """``g·d``, ``‖g‖²`` and ``‖d‖²``, as three 0-dim tensors.
 
     Args:
         g: The gradient, of shape (n,).
         d: The direction, of shape (n,); ``None``: zero.
         weights: The weight of each number, of shape (n,); ``None``: all weights are 1.
-        wide: Whether numbers are multiplied in float64, too, so that no square is lost to underflow or overflow.
+        wide: Whether to multiply in float64 (float32 on devices without it), so that no square underflows or overflows.
     """
-    exact = exact_dtype(g.device)
-    g = g.to(exact) if wide else g
+    g = g.to(exact_dtype(g.device)) if wide else g
     d = torch.zeros_like(g) if d is None else d.to(g.dtype)
     weighted = (g, d) if weights is None else (g * weights.to(g.dtype), d * weights.to(g.dtype))
-    return torch.stack([torch.dot(weighted[0], d), torch.dot(weighted[0], g), torch.dot(weighted[1], d)]).to(exact)
+    return [torch.dot(weighted[0], d), torch.dot(weighted[0], g), torch.dot(weighted[1], d)]
 
 
 def are_safe(squares: Iterable[float]) -> bool:
@@ -250,7 +315,7 @@ class Sums:
 
     def by_scope(
         self,
-        rows: Sequence[Tensor],
+        rows: Sequence[Sequence[Tensor]],
         factors: Sequence[tuple[float, ...]],
         flags: Sequence[tuple[bool, ...]],
         device: torch.device,
@@ -259,7 +324,7 @@ class Sums:
         """Sum the numbers of the buckets by scope.
 
         Args:
-            rows: The numbers of each bucket, of shape (width,). A process without elements has no bucket.
+            rows: The numbers of each bucket, as 0-dim tensors. A process without elements has no bucket.
             factors: The scope of each bucket, and the factors of its numbers.
             flags: Some flags of each scope.
             device: The device for the sums.
@@ -274,5 +339,6 @@ class Sums:
         places = range(len(flags))
         own = self.constant([scope == place for place in places for scope, *_ in factors], device)
         factor = self.constant([*chain(*(numbers for _, *numbers in factors))], device).view(-1, width)
-        sums = own.view(len(flags), -1, 1) * factor * torch.stack([row.to(device) for row in rows])
+        numbers = torch.stack([number.to(device) for row in rows for number in row]).view(-1, width)
+        sums = own.view(len(flags), -1, 1) * factor * numbers
         return torch.cat([flagged, sums.sum(1)], dim=1)

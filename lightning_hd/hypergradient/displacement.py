@@ -17,7 +17,7 @@ from torch.optim import Optimizer
 from lightning_hd.checks import check_count, check_fields, check_flag, save_fields
 from lightning_hd.hypergradient.buckets import ROWS, Bucket, Memory, are_safe, flatten, pack
 from lightning_hd.hypergradient.memory import Remembered, Saved, by_bucket, by_parameter, whole
-from lightning_hd.hypergradient.probe import Key, Range, look
+from lightning_hd.hypergradient.probe import Key, look
 from lightning_hd.hypergradient.view import Retained, Sight, View
 from lightning_hd.optimizers import are_same, device_of, parameters_of, to_objective
 from lightning_hd.processes import Notices, Ranks, exact_dtype, flat_offsets, gradient_of, local
@@ -124,7 +124,7 @@ class Displacement(View):
     def _gather(self, i: int, flats: Sequence[Tensor], missing: frozenset[int]) -> Tensor | None:
         """Gather the parameters and the gradient of a bucket. Return which coordinates have one; ``None``: all."""
         bucket, now = self._buckets[i], self._memory[i].now
-        torch.cat(bucket.views(flats), out=now.g)
+        bucket.gather(flats, now.g)
         self._gather_parameters(i)
         for group, (start, stop) in bucket.spans.items():
             param_group = self._optimizer.param_groups[group]
@@ -136,28 +136,32 @@ class Displacement(View):
         return mask
 
     def _gather_parameters(self, i: int) -> None:
-        bucket = self._buckets[i]
-        torch.cat(self._pieces[i] or bucket.views(self._flats()), out=self._memory[i].now.theta)
+        theta, pieces = self._memory[i].now.theta, self._pieces[i]
+        if pieces:
+            torch.cat(pieces, out=theta)
+        else:
+            self._buckets[i].gather(self._flats(), theta)
 
     def _locate(self, i: int) -> None:
         """Gather the parameters of a bucket, outside of a step."""
         self._gather_parameters(i)
         self._buckets[i].weigh(self._memory[i].now.theta)
 
-    def _look(self, i: int, flats: Sequence[Tensor], missing: frozenset[int]) -> Tensor:
+    def _look(self, i: int, flats: Sequence[Tensor], missing: frozenset[int]) -> list[Tensor]:
         """The eight sums of a bucket."""
         memory, mask = self._memory[i], self._gather(i, flats, missing)
         if not memory.known:
             memory.begin()
         memory.arrive()
-        for vector in (memory.now.moved, memory.move, memory.late):
-            for start, stop in self._spans_apart(self._buckets[i]):  # nothing of E counts there
+        spans = self._buckets[i].spans
+        for start, stop in [spans[group] for group in self._apart & spans.keys()]:  # nothing of E counts there
+            for vector in (memory.now.moved, memory.move, memory.late):
                 vector[start:stop] = 0
         g, moved, move = memory.now.g, memory.now.moved, memory.move
         if mask is not None:
             moved, move = moved * mask, move * mask
         along = [self._dot(g, vector) for vector in (moved, memory.late, memory.last.g, move)]
-        return torch.stack([*along, *(self._dot(vector, vector) for vector in (g, memory.last.g, moved, move))])
+        return along + [self._dot(vector, vector) for vector in (g, memory.last.g, moved, move)]
 
     def _dot(self, a: Tensor, b: Tensor) -> Tensor:
         if self._wide:
@@ -169,11 +173,7 @@ class Displacement(View):
         """1 at the coordinates of parameters with a gradient, 0 at the others."""
         flags = self._sums.constant([place not in missing for place in bucket.parts], bucket.device)
         lengths = self._sums.constant(bucket.lengths, bucket.device).long()
-        # The known size saves a wait for the device.
-        return flags.to(bucket.dtype).repeat_interleave(lengths, output_size=bucket.size)
-
-    def _spans_apart(self, bucket: Bucket) -> list[Range]:
-        return [bucket.spans[group] for group in self._apart & bucket.spans.keys()]
+        return flags.to(bucket.dtype).repeat_interleave(lengths, output_size=bucket.size)  # the size saves a wait
 
     def _joining(self, scopes: Sequence[int]) -> set[int]:
         """Scopes in which a large part of the parameters has its first gradient, while others had one before."""

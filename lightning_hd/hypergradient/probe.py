@@ -17,8 +17,9 @@ from torch.distributed.tensor import DTensor
 
 from lightning_hd.processes import Ranks, as_real, local
 
-PROBE = 2**18
-"""The number of coordinates of a probe by default. More do not change what is learned; fewer than some thousands do."""
+PROBE = 2**16
+"""The number of coordinates of a probe by default. With four times as many, the mean loss over the benchmark is the
+same within 0.1 %; with fewer than some thousands, it is not."""
 
 _BLOCK = 2**12
 """The number of coordinates in a block. Its size is some kilobytes, so that reads of the memory are few and long."""

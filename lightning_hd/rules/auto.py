@@ -288,10 +288,7 @@ class Auto(Rule):
 
     def state_dict(self) -> dict[str, Any]:
         """What the rule has learned, as plain numbers."""
-        parts = {"own_": self._own, "greedy_": self._greedy, "brake_": self._brake}
-        parts |= {"guard_": self._guard, "fits_": self._fits}
-        learned = {prefix + name: value for prefix, part in parts.items() for name, value in vars(part).items()}
-        return {"backoffs": self.backoffs, **learned}
+        return {"backoffs": self.backoffs, **{name: dict(vars(part)) for name, part in self._parts().items()}}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load what ``state_dict`` returned.
@@ -300,8 +297,11 @@ class Auto(Rule):
             KeyError, TypeError, ValueError: The state is damaged.
         """
         backoffs = check_count("backoffs", state_dict["backoffs"])
-        own, greedy = check_fields(Learned, state_dict, "own_"), check_fields(Greedy, state_dict, "greedy_")
-        brake, guard = check_fields(Brake, state_dict, "brake_"), check_fields(LossGuard, state_dict, "guard_")
-        fits = check_fields(LossGuard, state_dict, "fits_")
+        parts = [check_fields(type(part), state_dict[name], f"{name}.") for name, part in self._parts().items()]
         self.backoffs = backoffs
-        self._own, self._greedy, self._brake, self._guard, self._fits = own, greedy, brake, guard, fits
+        self._own, self._greedy, self._brake, self._guard, self._fits = parts
+
+    def _parts(self) -> dict[str, Any]:
+        """The parts that hold numbers, by their names."""
+        own, greedy, brake, guard, fits = self._own, self._greedy, self._brake, self._guard, self._fits
+        return {"own": own, "greedy": greedy, "brake": brake, "guard": guard, "fits": fits}

@@ -62,7 +62,7 @@ class HypergradientDescent(Callback):
             ``"group"``: one scale for each group.
         min_lr: Lower clamp on the effective learning rate; ``None``: unclamped, as in the paper.
         max_lr: Upper clamp; ``None``: unclamped.
-        probe: How many coordinates of the parameters to look at; ``None``: all. ``"default"``: 2^18 at most with the
+        probe: How many coordinates of the parameters to look at; ``None``: all. ``"default"``: 2^16 at most with the
             default rule, all with the paper's.
         log_every_n_steps: Logging interval in steps; ``None``: the Trainer's. 0: loggers get nothing.
         prog_bar: Whether to show the learning rates in the progress bar.
