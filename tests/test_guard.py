@@ -11,7 +11,7 @@ from sklearn.datasets import load_digits
 from torch import Tensor, nn
 from torch.optim import SGD, Adam
 
-from lightning_hd import Context, HypergradientLR
+from lightning_hd import Auto, Context, HypergradientLR
 from lightning_hd.rules.guard import LossGuard
 
 
@@ -71,6 +71,13 @@ def test_fits_that_go_on_badly_are_not_taken_for_the_fault_of_the_rate() -> None
     _, found = fits([noisy(1.0, 30)] + [noisy(2.0, 30, seed) for seed in range(6)])
     assert found[2] < -0.5
     assert found[3:] == [0.0] * 4, "the cut has not helped"
+
+
+@pytest.mark.parametrize(("event", "ends"), [("rewritten", False), ("replaced", False), ("fit", True)])
+def test_only_a_warm_start_ends_a_fit(event: Any, ends: bool) -> None:
+    rule = Auto()
+    rule.begin(event)
+    assert rule.state_dict()["fits"]["over"] is ends
 
 
 def test_a_cut_that_has_helped_stays() -> None:

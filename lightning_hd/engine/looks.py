@@ -206,7 +206,7 @@ class Looks:
             self.wake()
         if rewritten:
             for scope in self.rates.scopes:
-                scope.rule.begin(anew=False)
+                scope.rule.begin("rewritten")
         width = self.view.width
         table = [] if skipped else [numbers[i : i + width] for i in range(0, len(numbers), width)]
         return Seen(self.view.sights(table), loss / known if known and math.isfinite(loss) else None)

@@ -81,7 +81,7 @@ def begin_from(tuning: Tuning, state_dict: dict[str, Any]) -> None:
         bases = [abs(rates.groups[j].base) for j in rates.members(i)]
         risen = scope.reference / (max(bases) or 1.0) if scheduled and rates.under_schedule else 1.0
         scope.reference, scope.from_zero, scope.moved = own.reference * risen, own.from_zero, False
-        scope.rule.begin(anew=False)
+        scope.rule.begin("fit")
         rates.trajectories[i] = Trajectory()
     rates.groups, rates.under_schedule = groups, scheduled
     tuning.lost_schedule = False

@@ -179,7 +179,7 @@ class Tuning:
             if sight.joined:
                 self._restart(i)
             elif self.rates.scopes[i].tuned and sight.lost:
-                self.rates.scopes[i].rule.begin(anew=True)
+                self.rates.scopes[i].rule.begin("replaced")
         if self.linearity.due and self.step_count >= self.linearity.due[0]:
             self.linearity.test(self.step_count, [group.lr for group in self.rates.groups])
         self._step = step

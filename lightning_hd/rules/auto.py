@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from lightning_hd.checks import check_count, check_fields
-from lightning_hd.rules.base import Context, Observation, Rule
+from lightning_hd.rules.base import Context, Event, Observation, Rule
 from lightning_hd.rules.brake import Brake
 from lightning_hd.rules.greedy import Greedy
 from lightning_hd.rules.guard import LossGuard
@@ -267,15 +267,17 @@ class Auto(Rule):
         straight = own.turn > _STRAIGHT or self._greedy.sigmas > _SURE
         return min(derivative, 0.0) if straight else derivative
 
-    def begin(self, anew: bool) -> None:
+    def begin(self, event: Event) -> None:
         """Forget what the last steps have shown. What a new model or new data made worse is not the rate's fault.
 
         Whole fits can be compared, so the losses of former fits stay known.
         """
         own, brake = self._own, self._brake
-        own.fresh, own.anew = own.fresh or anew, own.anew or anew
+        if event == "replaced":
+            own.fresh = own.anew = True
         own.turns, own.cosine, own.norm, own.norm_weight, own.turn = 0, 0.0, 0.0, 0.0, 0.0
-        self._greedy, self._guard, self._fits.over = Greedy(), LossGuard(), True
+        self._greedy, self._guard = Greedy(), LossGuard()
+        self._fits.over |= event == "fit"
         self._brake = Brake(variance=brake.variance, limit=brake.limit)
 
     def check_start(self, lr: float) -> None:

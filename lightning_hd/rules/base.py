@@ -2,7 +2,7 @@
 
 import copy
 from abc import ABC, abstractmethod
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple, TypeAlias
 
 from torch import Tensor
 
@@ -58,6 +58,10 @@ class Context(NamedTuple):
     rounding: float = 2.0**-23
     nonlinear: bool = False
     stride: int = 1
+
+
+Event: TypeAlias = Literal["fit", "rewritten", "replaced"]
+"""What makes a rule begin with a new model or new data."""
 
 
 class Rule(ABC):
@@ -155,13 +159,13 @@ class Rule(ABC):
         """
         return copy.deepcopy(self)
 
-    def begin(self, anew: bool) -> None:  # noqa: B027
+    def begin(self, event: Event) -> None:  # noqa: B027
         """Forget what does not hold for a new model or new data. All else that was learned stays.
 
-        It is called at a warm start, and where parameters were replaced or, once in a while, rewritten by others.
-
         Args:
-            anew: Whether the moves are forgotten, too, because all parameters are new.
+            event: What has happened. ``"fit"``: a warm start, so another fit begins. ``"rewritten"``: others have
+                rewritten parameters, and do so once in a while only. ``"replaced"``: all parameters are other ones, so
+                the moves are forgotten as well.
         """
 
     def state_dict(self) -> dict[str, Any]:
