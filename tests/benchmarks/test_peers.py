@@ -253,8 +253,8 @@ PACKAGED = [name for name, method in tuners.methods("auto").items() if method.pa
 @pytest.mark.parametrize("name", PACKAGED)
 def test_a_tuner_of_a_package_lowers_the_loss_and_tells_its_rate(name: str) -> None:
     method = tuners.methods("auto")[name]
-    if method.missing():
-        pytest.skip(f"{method.package} is not installed: pip install -e '.[bench]'")
+    if missing := method.missing():
+        pytest.skip(f"{missing[0]} is not installed: pip install -e '.[bench]'")
     rates = (method.rates or {})["Adam"]
     problem = tasks.build("logistic", 0, fashion.FASHION)
     before = problem.train_loss().item()
@@ -265,8 +265,8 @@ def test_a_tuner_of_a_package_lowers_the_loss_and_tells_its_rate(name: str) -> N
 
 def test_greedy_raises_the_rate_while_the_loss_improves() -> None:
     method = tuners.methods("auto")["greedy"]
-    if method.missing():
-        pytest.skip("transformers is not installed: pip install -e '.[bench]'")
+    if missing := method.missing():
+        pytest.skip(f"{missing[0]} is not installed: pip install -e '.[bench]'")
     outcome = training.train(tasks.build("logistic", 0, fashion.FASHION), method, "Adam", 1e-3, 0.0, 60)
     assert outcome.final_lr == pytest.approx(1e-3 / 0.99**5)
 

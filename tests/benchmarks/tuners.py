@@ -4,9 +4,11 @@ import functools
 import importlib.util
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from importlib.metadata import version
 from typing import Any
 
 import torch
+from packaging.version import Version
 from torch import Tensor, nn
 from torch.nn.utils import vector_to_parameters
 from torch.optim import SGD, Adam, AdamW, Optimizer
@@ -64,12 +66,14 @@ class Method:
             number of steps.
         rates: The rates to try for each base optimizer it is for; ``None``: the grid.
         package: Of the ``bench`` extra; by the name it is imported with.
+        oldest: The first version of the package that has the method; ``None``: all have it.
         cosine: Whether torch's cosine annealing goes on top.
     """
 
     start: Callable[[nn.Module, str, float, float, int], Tuning]
     rates: Mapping[str, Sequence[float]] | None
     package: str | None = None
+    oldest: str | None = None
     cosine: bool = False
 
     @property
@@ -78,8 +82,13 @@ class Method:
         return list(BASES) if self.rates is None else list(self.rates)
 
     def missing(self) -> list[str]:
-        """Its package, if it is not installed."""
-        return [self.package] if self.package and importlib.util.find_spec(self.package) is None else []
+        """Its package, if it is not installed or too old."""
+        if self.package is None:
+            return []
+        there = importlib.util.find_spec(self.package) is not None
+        if there and (self.oldest is None or Version(version(self.package)) >= Version(self.oldest)):
+            return []
+        return [self.package + (f">={self.oldest}" if self.oldest else "")]
 
 
 def trainable(network: nn.Module) -> list[nn.Parameter]:
@@ -268,7 +277,7 @@ def methods(rule: str, make: Callable[[], Problem] | None = None) -> dict[str, M
         "schedule-free tuned": Method(
             functools.partial(schedule_free, warm_up=0.05), {"Adam": FREE_RATES}, "schedulefree"
         ),
-        "greedy": Method(greedy, {"Adam": (RULE_RATE,)}, "transformers"),
+        "greedy": Method(greedy, {"Adam": (RULE_RATE,)}, "transformers", oldest="5.24"),
         "osgm": Method(functools.partial(osgm, make=make), {"SGD": (ETA,), "Nesterov": (ETA,)}),
         "gala": Method(functools.partial(gala, make=make), {"SGD": (FIRST_RATE,)}),
         **({} if rule in ("additive", "multiplicative") else {rule: rule_method(rule, (RULE_RATE,))}),
