@@ -114,14 +114,9 @@ def parameters_of(optimizer: Optimizer) -> list[Tensor]:
     return list(chain.from_iterable(group["params"] for group in optimizer.param_groups))
 
 
-def are_same(some: Sequence[Tensor], others: Sequence[Tensor]) -> bool:
-    """Whether these are the same objects, in the same order."""
-    return len(some) == len(others) and all(map(operator.is_, some, others))
-
-
-def versions(optimizer: Optimizer) -> list[int]:
+def versions(parameters: Sequence[Tensor]) -> list[int]:
     """How often each parameter was written to. torch has no public name for the counter that autograd keeps."""
-    return list(map(operator.attrgetter("_version"), parameters_of(optimizer)))
+    return list(map(operator.attrgetter("_version"), parameters))
 
 
 def group_names(optimizer_name: str, optimizer: Optimizer) -> list[str]:
@@ -167,15 +162,19 @@ def read_lrs(optimizer: Optimizer, minimum: float) -> list[float]:
         TypeError: One is not a rate.
         ValueError: One is not finite, or below ``minimum``.
     """
-    names = [f"lr of {type(optimizer).__name__} param_groups[{i}]" for i in range(len(optimizer.param_groups))]
-    for name, group in zip(names, optimizer.param_groups, strict=True):
-        _check_kind(name, group["lr"])
+    for i, group in enumerate(optimizer.param_groups):
+        if type(group["lr"]) is not float:  # which is what most hold, in every step
+            _check_kind(_name(optimizer, i), group["lr"])
     lrs = get_lrs(optimizer.param_groups)
-    for name, lr in zip(names, lrs, strict=True):
+    for i, lr in enumerate(lrs):
         if not math.isfinite(lr) or lr < minimum:
             allowed = "a finite number" + ("" if minimum < 0 else " of at least 0 (or pass min_lr=None)")
-            raise ValueError(f"{name} must be {allowed}, got {lr}")
+            raise ValueError(f"{_name(optimizer, i)} must be {allowed}, got {lr}")
     return lrs
+
+
+def _name(optimizer: Optimizer, group: int) -> str:
+    return f"lr of {type(optimizer).__name__} param_groups[{group}]"
 
 
 def _check_kind(name: str, lr: Any) -> None:
@@ -258,7 +257,7 @@ def apply_lr(optimizer: Optimizer, index: int, lr: float, held: float) -> float:
 
 def follow_rate(optimizer: Optimizer, group: dict[str, Any], lr: float) -> None:
     """Make the next step use ``lr``, also in ASGD, which has derived its rate at the end of the step before."""
-    if torch_class(type(optimizer)) is ASGD:
+    if isinstance(optimizer, ASGD) and torch_class(type(optimizer)) is ASGD:
         for p in group["params"]:
             state = optimizer.state.get(p, {})
             if "eta" in state:

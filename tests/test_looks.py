@@ -4,6 +4,7 @@ import copy
 import math
 from collections.abc import Callable, Iterator
 from itertools import pairwise
+from typing import Any
 from unittest import mock
 
 import pytest
@@ -13,6 +14,8 @@ from torch import Tensor, nn
 from torch.optim import SGD, Adam, Optimizer
 
 from lightning_hd import HypergradientLR
+from lightning_hd.engine.rates import Rates
+from lightning_hd.engine.step import Tuning
 from lightning_hd.hypergradient import Displacement
 from tests.benchmarks.cost import counted
 from tests.distributed.processes import run
@@ -24,13 +27,16 @@ APART = 1000
 class Loop:
     """A regression with noise, whose rate is tuned. In full batches, so no gradient leaps."""
 
-    def __init__(self, seed: int = 0, freeze: bool = False, optimizer: Callable[..., Optimizer] = Adam) -> None:
+    def __init__(
+        self, seed: int = 0, freeze: bool = False, optimizer: Callable[..., Optimizer] = Adam, **arguments: Any
+    ) -> None:
         torch.manual_seed(seed)
         self.body = nn.Linear(5, 16)
         self.network = nn.Sequential(self.body, nn.Tanh(), nn.Linear(16, 1)).double()
         self.body.requires_grad_(not freeze)
         self.optimizer = optimizer(self.network.parameters(), lr=1e-3)
-        self.hd = HypergradientLR(self.optimizer, max_lr=1e-5)  # so that gradients neither leap nor vanish
+        # The clamp is so low that gradients neither leap nor vanish.
+        self.hd = HypergradientLR(self.optimizer, max_lr=1e-5, **arguments)
         self.step_count = 0
 
     def step(self, scale: float = 1.0) -> list[float]:
@@ -44,6 +50,16 @@ class Loop:
 
     def steps(self, count: int) -> list[list[float]]:
         return [self.step() for _ in range(count)]
+
+    def resumed(self, **arguments: Any) -> "Loop":
+        """Another run that goes on from here."""
+        saved = copy.deepcopy((self.network.state_dict(), self.optimizer.state_dict(), self.hd.state_dict()))
+        again = Loop(seed=1, optimizer=type(self.optimizer), **arguments)
+        again.network.load_state_dict(saved[0])
+        again.optimizer.load_state_dict(saved[1])
+        again.hd.load_state_dict(saved[2])
+        again.step_count = self.step_count
+        return again
 
 
 @pytest.fixture(scope="module")
@@ -179,13 +195,63 @@ def test_parameters_that_come_to_life_are_not_moved_at_the_old_rate(way: str) ->
 def test_a_run_resumes_exactly_between_looks(calm: Loop, phase: int) -> None:
     loop = copy.deepcopy(calm)
     loop.steps(phase)
-    saved = copy.deepcopy((loop.network.state_dict(), loop.optimizer.state_dict(), loop.hd.state_dict()))
-    again = Loop(seed=1)
-    again.network.load_state_dict(saved[0])
-    again.optimizer.load_state_dict(saved[1])
-    again.hd.load_state_dict(saved[2])
-    again.step_count = loop.step_count
+    again = loop.resumed()
     assert loop.steps(30) == again.steps(30)
+
+
+def write_a_rate(loop: Loop) -> None:
+    loop.optimizer.param_groups[0]["lr"] *= 0.5
+
+
+def write_it_back(loop: Loop) -> None:
+    write_a_rate(loop)
+    loop.step()
+    loop.optimizer.param_groups[0]["lr"] = 1e-5
+
+
+def add_a_group(loop: Loop) -> None:
+    loop.optimizer.add_param_group({"params": [nn.Parameter(torch.ones(1))], "lr": 1e-6})
+
+
+def load_another_rate(loop: Loop) -> None:
+    """The clamp hides it, so the groups hold what they held."""
+    state = copy.deepcopy(loop.hd.state_dict())
+    scopes = state["rates"]["scopes"]
+    scopes[0]["lr"] *= 0.99
+    scopes[0]["used"] *= 0.99
+    loop.hd.load_state_dict(state)
+
+
+def build_a_scheduler(loop: Loop) -> None:
+    torch.optim.lr_scheduler.LambdaLR(loop.optimizer, lambda _: 0.7)
+
+
+@pytest.mark.parametrize(
+    ("event", "arguments"),
+    [
+        *((event, {}) for event in (write_a_rate, write_it_back, add_a_group, load_another_rate, build_a_scheduler)),
+        (lambda _: None, {"total_steps": APART + 75, "cooldown": 0.02}),
+        (lambda _: None, {"stop_after": APART + 33}),
+    ],
+)
+def test_steps_in_which_nothing_is_new_repeat_the_last_one_bit_for_bit(
+    calm: Loop, event: Callable[[Loop], None], arguments: dict[str, Any]
+) -> None:
+    repeating, deciding = calm.resumed(**arguments), calm.resumed(**arguments)
+    decided: list[list[float]] = []
+    with mock.patch.object(Rates, "decide", autospec=True, side_effect=Rates.decide) as decide:
+        found = repeating.steps(12)
+        assert decide.call_count <= 6, "the others repeat the last step"
+        event(repeating)
+        found += repeating.steps(50)
+    with mock.patch.object(Tuning, "_repeated", return_value=None):
+        decided += deciding.steps(12)
+        event(deciding)
+        decided += deciding.steps(50)
+    assert found == decided
+    states = repeating.hd.state_dict(), deciding.hd.state_dict()
+    torch.testing.assert_close(*(state.pop("view")["memory"] for state in states), rtol=0, atol=0)
+    assert states[0] == states[1]
 
 
 def test_a_step_that_fails_leaves_no_trace_between_looks(calm: Loop) -> None:

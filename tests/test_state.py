@@ -39,9 +39,10 @@ class Shuffled(Digits):
 
 
 def rounds(path: Path, one: bool, make: Callable[[], Shuffled], *hd: HypergradientDescent, seed: int = 0) -> float:
-    """The loss after 12 fits of 29 steps, each with a new Trainer and a new optimizer.
+    """The geometric mean of the losses after the last four of 12 fits of one model, or the last six of new models.
 
-    It is that of one model after the last fit, or the geometric mean over those of the last six, one for each fit.
+    A fit takes 29 steps. Each has a new Trainer and a new optimizer. After one fit, the loss varies by a factor of three
+    with the seed and the processor.
     """
     torch.manual_seed(seed)
     module, losses = make(), []
@@ -50,7 +51,7 @@ def rounds(path: Path, one: bool, make: Callable[[], Shuffled], *hd: Hypergradie
         torch.manual_seed(seed + i)
         make_trainer(path, *hd).fit(module)
         losses.append(module.loss())
-    return losses[-1] if one else float(np.exp(np.mean(np.log(losses[6:]))))
+    return float(np.exp(np.mean(np.log(losses[-4 if one else -6 :]))))
 
 
 @pytest.mark.parametrize("one", [True, False], ids=["one model", "new models"])
@@ -60,7 +61,7 @@ def test_many_short_fits_arrive(optimizer: Any, one: bool, tmp_path: Path) -> No
     cooldown: Any = "default" if one else 0.2
 
     def mean(lr: float = 1e-3, **arguments: Any) -> float:
-        """Over two seeds: where one model goes on, the loss of the last fit varies by a factor of two."""
+        """Over two seeds."""
         losses = []
         for seed in (0, 100):
             hd = [HypergradientDescent(**arguments)] if arguments else []
@@ -71,14 +72,13 @@ def test_many_short_fits_arrive(optimizer: Any, one: bool, tmp_path: Path) -> No
 
     best = min(mean(middle * factor) for factor in (1 / 3, 1, 3))
     ours, anew = mean(warm_start=True, cooldown=cooldown), mean(warm_start=False)
-    varies = one and optimizer is Adam  # its last loss, by a factor of three with the seed
-    assert ours < (2.5 if varies else 1.5 if one else 1.1) * best
+    assert ours < (1.5 if one else 1.1) * best
     assert anew > 2 * best
 
 
 def test_the_rate_does_not_rise_from_fit_to_fit_until_they_end_badly(tmp_path: Path) -> None:
-    loss = rounds(tmp_path, True, partial(Shuffled, SGD), HypergradientDescent(warm_start=True))
-    assert loss < 0.2, "it is 0.13 at a constant rate of 0.3"
+    constant = rounds(tmp_path, True, partial(Shuffled, SGD, 0.3))
+    assert rounds(tmp_path, True, partial(Shuffled, SGD), HypergradientDescent(warm_start=True)) < 1.5 * constant
 
 
 def fit(path: Path, hd: HypergradientDescent, configure: Callable[[Any], Any], **settings: Any) -> list[float]:

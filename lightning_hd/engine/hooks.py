@@ -99,7 +99,7 @@ class StepHooks:
     def _wrap(self, closure: Callable[[], Any]) -> Callable[[], Any]:
         """A closure that prepares the step when it has computed the gradients."""
         parameters, caller = parameters_of(self._optimizer), self._caller
-        before = versions(self._optimizer)
+        before = versions(parameters)
         originals = [] if self.proven else [p.detach().clone() for p in parameters]
         done = False
 
@@ -107,7 +107,7 @@ class StepHooks:
             nonlocal done
             if done or self._caller is not caller:  # the step has failed, or the hooks were removed
                 return closure()
-            if versions(self._optimizer) != before:
+            if versions(parameters) != before:
                 if originals:
                     self._refuse(parameters, originals)
                 done = True

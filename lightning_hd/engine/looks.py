@@ -1,6 +1,7 @@
 """Looks: in which steps the model is looked at, and when the numbers that it shows are read on the host."""
 
 import math
+import operator
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
@@ -12,7 +13,7 @@ from torch.optim import Optimizer
 from lightning_hd.checks import check_fields, not_zero, save_fields
 from lightning_hd.engine.rates import Rates, waits
 from lightning_hd.hypergradient import Sight, View
-from lightning_hd.optimizers import check_gradients, versions
+from lightning_hd.optimizers import check_gradients, parameters_of, versions
 from lightning_hd.processes import Ranks, Sum
 
 _OTHERS = 5
@@ -50,6 +51,11 @@ def check_loss(value: Any) -> Tensor | float:
     if isinstance(value, (bool, str, Tensor)) or not hasattr(value, "__float__"):
         raise TypeError(f"loss must be a real number or a tensor of one, got {value!r}")
     return float(value)
+
+
+def _are_same(some: Sequence[Tensor], others: Sequence[Tensor]) -> bool:
+    """Whether these are the same objects, in the same order."""
+    return len(some) == len(others) and all(map(operator.is_, some, others))
 
 
 class Seen(NamedTuple):
@@ -108,11 +114,21 @@ class Looks:
     _next: Plan = Plan()  # after the present step
     _event: bool = False  # whether there was an event on this process only
     _rewritten: bool = False  # whether others have rewritten parameters on this process
-    _versions: list[int] | None = None  # of the parameters after the last step, where they are known
+    _versions: list[int] | None = None  # how often each was written to when it ended, where that is known
 
-    def look(self, step: int) -> Look:
-        """Look at the step of this number, read what was seen before, or do neither."""
-        joined = self.view.wakes()  # parameters, which must not move at a rate that was found without them
+    def __post_init__(self) -> None:
+        self._parameters: Sequence[Tensor] = parameters_of(self.optimizer)  # those of the last step
+
+    def look(self, step: int, parameters: Sequence[Tensor]) -> Look:
+        """Look at the step of this number, read what was seen before, or do neither.
+
+        Args:
+            step: The number of the step.
+            parameters: Those of the optimizer.
+        """
+        # those that are new, or come to life, must not move at a rate that was found without them
+        joined = not _are_same(parameters, self._parameters) or self.view.wakes()
+        self._parameters = parameters
         if joined:
             self.wake()
         untouched = self._see_writes(joined)
@@ -138,7 +154,7 @@ class Looks:
 
         A write to ``p.data`` is not seen, because torch does not count it.
         """
-        if joined or self._versions in (None, versions(self.optimizer)):
+        if joined or self._versions in (None, versions(self._parameters)):
             return self.plan.untouched + 1
         if self.plan.untouched >= _RARE:
             self.view.relocate()
@@ -171,7 +187,7 @@ class Looks:
 
     def leave(self) -> None:
         """A step has ended: from here on, others write to the parameters."""
-        self._versions = versions(self.optimizer)
+        self._versions = versions(self._parameters)
 
     def pause(self) -> None:
         """Steps come that are not seen, so who writes to the parameters is not known."""

@@ -55,6 +55,7 @@ class Tuning:
     _checked: bool = False  # whether the checks before the first step were passed
     _dry: bool = False
     _step: Step | None = None
+    _last: Step | None = None  # the last step, if nothing new was known in it
     _passed: tuple[list[float], list[float]] | None = None  # rates during and before a step that is not tuned
 
     def __post_init__(self) -> None:
@@ -120,6 +121,7 @@ class Tuning:
             self._passed = None
         elif self._step is not None:
             self._remember(self._step)
+            self._last = None if self._step.looked or self._step.informed or self._step.trial else self._step
             self._step = None
         elif self._dry:
             self.view.make_room()
@@ -171,10 +173,31 @@ class Tuning:
         if not has_gradient and (self.ranks.count == 1 or not parameters):
             return False
         self._sync()
-        look = self.looks.look(self.step_count + 1)
+        look = self.looks.look(self.step_count + 1, parameters)
         if look.seen is not None and not any(sight.has_gradient for sight in look.seen.sights):
             return False
-        step = self._new_step(look)
+        repeated = self._repeated(look)
+        step = self._step = repeated or self._new_step(look)
+        if repeated is None:
+            self._decide(step)
+        self.view.prepare(step.lrs, step.weights)
+        return True
+
+    def _repeated(self, look: Look) -> Step | None:
+        """The last step once more, if nothing is new and its rates stay; otherwise ``None``."""
+        step, rates, number = self._last, self.rates, self.step_count + 1
+        if step is None or look.taken or look.seen is not None:
+            return None
+        held = not rates.under_schedule and rates.held == step.lrs
+        learned = [(decision.lr, decision.used) for decision in step.decisions]
+        same = held and step.stopped == self._stopped and learned == [(scope.lr, scope.used) for scope in rates.scopes]
+        if not same or min(step.factor, self.cooldown.factor(number)) < 1:
+            return None
+        step.number, step.held = number, step.lrs
+        return step
+
+    def _decide(self, step: Step) -> None:
+        """Take in what is new, and set the rates."""
         for i, sight in enumerate(step.sights):
             if sight.joined:
                 self._restart(i)
@@ -182,7 +205,6 @@ class Tuning:
                 self.rates.scopes[i].rule.begin("replaced")
         if self.linearity.due and self.step_count >= self.linearity.due[0]:
             self.linearity.test(self.step_count, [group.lr for group in self.rates.groups])
-        self._step = step
         step.seen = [self._take_in(scope, sight) for scope, sight in zip(self.rates.scopes, step.sights, strict=True)]
         if step.looked or step.informed:
             step.rules = [scope.rule.state_dict() for scope in self.rates.scopes]
@@ -192,8 +214,6 @@ class Tuning:
         if step.looked:
             self.rates.retain(step)
         self.rates.apply(step)
-        self.view.prepare(step.lrs, step.weights)
-        return True
 
     def _sync(self) -> None:
         """Take over changes of the rates and groups since the last step."""
@@ -222,6 +242,10 @@ class Tuning:
                 f"step {self.step_count + 1}: new parameters have gradients, so the learning rate starts anew"
             )
 
+    @property
+    def _stopped(self) -> bool:
+        return self.rates.handed_over or (self.stop_after is not None and self.step_count >= self.stop_after)
+
     def _new_step(self, look: Look) -> Step:
         sights, loss = look.seen or ([UNSEEN] * len(self.rates.scopes), None)
         number, left, factor = self.step_count + 1, 0.0, 1.0
@@ -242,7 +266,7 @@ class Tuning:
             loss=loss,
             cooldown=left,
             factor=factor,
-            stopped=self.rates.handed_over or (self.stop_after is not None and self.step_count >= self.stop_after),
+            stopped=self._stopped,
             nonlinear=self.linearity.failed,
             held=list(self.rates.held),
         )

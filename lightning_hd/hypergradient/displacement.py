@@ -19,7 +19,7 @@ from lightning_hd.hypergradient.buckets import ROWS, Bucket, Memory, are_safe, f
 from lightning_hd.hypergradient.memory import Remembered, Saved, by_bucket, by_parameter, whole
 from lightning_hd.hypergradient.probe import Key, look
 from lightning_hd.hypergradient.view import Retained, Sight, View
-from lightning_hd.optimizers import are_same, device_of, parameters_of, to_objective
+from lightning_hd.optimizers import device_of, parameters_of, to_objective
 from lightning_hd.processes import Notices, Ranks, exact_dtype, flat_offsets, gradient_of, local
 from lightning_hd.rules import Observation
 
@@ -245,15 +245,14 @@ class Displacement(View):
 
     def _count(self) -> list[Tensor]:
         """Note which parameters there are, and which of them need no gradient. Return the others."""
-        self._everything = parameters_of(self._optimizer)
-        self._asleep = [p for p in self._everything if not p.requires_grad]
-        return [p for p in self._everything if p.requires_grad]
+        parameters = parameters_of(self._optimizer)
+        self._asleep = [p for p in parameters if not p.requires_grad]
+        return [p for p in parameters if p.requires_grad]
 
     def wakes(self) -> bool:
-        """Whether a parameter is new, or needs a gradient now, or has its first one. Processes may differ in that."""
-        others = not are_same(self._everything, parameters_of(self._optimizer))
+        """Whether a parameter needs a gradient now, or has its first one. Processes may differ in that."""
         awake = any(p.requires_grad for p in self._asleep)
-        return others or awake or (any(p.grad is not None for p in self._unused) and self._ranks.count == 1)
+        return awake or (any(p.grad is not None for p in self._unused) and self._ranks.count == 1)
 
     # ------------------------------------------------------------------ which parameters there are
 
@@ -272,7 +271,7 @@ class Displacement(View):
         self._device = device_of(self._optimizer)
         groups = enumerate(self._optimizer.param_groups)
         found = [(i, j, p) for i, group in groups for j, p in enumerate(group["params"]) if p.requires_grad]
-        self.slots = look(found, self._budget, self._ranks, flat_offsets(parameters, self._ranks))
+        self._choose(look(found, self._budget, self._ranks, flat_offsets(parameters, self._ranks)))
         self._buckets = pack(self.slots, lambda slot: scopes[slot.group])
         self._pieces = self._views()
         self._memory = [Memory(bucket.size, bucket.dtype, bucket.device) for bucket in self._buckets]
@@ -340,7 +339,8 @@ class Displacement(View):
         counts, rows = [own.count for own in saved], state_dict["memory"]
         if not isinstance(rows, Tensor) or rows.shape != (ROWS, sum(counts)) or not bool(rows.isfinite().all()):
             raise ValueError(f"memory must be {ROWS} times {sum(counts)} finite numbers")
-        self._parameters, self.slots, self._buckets, self._memory = [], [], [], []
+        self._choose([])
+        self._parameters, self._buckets, self._memory = [], [], []
         self._apart, self._coming, self._elsewhere, self._wide = apart, set(), False, wide
         parts = torch.split(rows, counts, 1) if counts else ()
         self._loaded = {

@@ -55,12 +55,12 @@ class View(ABC):
         self._notices = notices
         self._sums = Sums()
         self._wide = True  # whether numbers are multiplied in float64
-        self.slots: list[Slot] = []
+        self._choose([])
 
-    @property
-    def share(self) -> tuple[int, int]:
-        """How many coordinates are looked at, and how many there are."""
-        return sum(slot.count for slot in self.slots), sum(slot.size for slot in self.slots)
+    def _choose(self, slots: list[Slot]) -> None:
+        """Look at these coordinates."""
+        self.slots = slots
+        self.share = sum(slot.count for slot in slots), sum(slot.size for slot in slots)  # looked at, and of all
 
     @abstractmethod
     def observe(self, scopes: Sequence[int]) -> Tensor:

@@ -19,7 +19,8 @@ _DISPLAY = {"log_every_n_steps", "prog_bar", "on_mismatch", "summary"}
 def show(trainer: Trainer, pl_module: LightningModule, recorders: Sequence[Recorder], prog_bar: bool) -> None:
     """Give other callbacks the numbers of the last step, and the progress bar the rates."""
     for recorder in recorders:
-        trainer.callback_metrics.update({key: torch.tensor(value) for key, value in recorder.current().items()})
+        if news := recorder.news():  # Lightning forgets none of them, and puts its own together at each access
+            trainer.callback_metrics.update(zip(news, torch.tensor([*news.values()]).unbind(), strict=True))
     if prog_bar:
         pl_module.log_dict(_rates(recorders), on_step=True, on_epoch=False, prog_bar=True, logger=False)
 

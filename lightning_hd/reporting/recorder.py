@@ -57,6 +57,7 @@ class Recorder:
         self._axis = array("q")  # the place of each step on the axis of loggers
         self._logged = 0  # how many steps are in the means that were logged
         self._drawn = 0  # how many steps are in event files
+        self._shown: Any = None  # the numbers that others were given
         self._step_count = engine.step_count
         self._handles: list[RemovableHandle] = [
             optimizer.register_step_pre_hook(self._begin),
@@ -140,8 +141,13 @@ class Recorder:
         """The tags and the effective rates of all groups."""
         return {tag("lr", name): lr for name, lr in zip(self.names(), self.engine.lrs, strict=True)}
 
-    def current(self) -> dict[str, float]:
-        """The numbers of the last step."""
+    def news(self) -> dict[str, float]:
+        """The numbers of the last step; none if they are as they were at the last call."""
+        engine = self.engine
+        numbers = engine.lrs, engine.scales, engine.last, engine.stats.backoffs
+        if numbers == self._shown:
+            return {}
+        self._shown = numbers
         return self.lr_metrics() | self._metrics(self.steps - 1)
 
     def collect(self) -> dict[str, float]:

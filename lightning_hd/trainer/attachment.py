@@ -148,7 +148,9 @@ class Attachment:
             trainer: The Trainer.
             loss: What is backpropagated: the loss over the number of accumulated batches, times a GradScaler's scale.
         """
-        loss = loss.detach() * trainer.accumulate_grad_batches
+        loss = loss.detach()
+        if trainer.accumulate_grad_batches > 1:
+            loss = loss * trainer.accumulate_grad_batches
         if trainer.scaler is not None:
             loss = loss / trainer.scaler.scale(torch.ones((), device=loss.device))
         for engine in self.engines:

@@ -30,8 +30,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # for those who ru
 
 from lightning_hd import HypergradientLR
 from tests.benchmarks.cost import counted_reads, measure, parameters, rows, timed
+from tests.benchmarks.schedules import warm_cosine
 from tests.benchmarks.text import Block, module_text
-from tests.benchmarks.training import warm_cosine
 
 RATES = (3e-4, 1e-3)
 """Two common rates of AdamW."""

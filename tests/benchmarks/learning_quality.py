@@ -6,10 +6,11 @@
 
 It trains networks on 31 tasks with up to three optimizers, three seeds each: at a grid of constant rates a factor of
 √10 apart (extended until the best is not at its edge; the first seed finds the best rate, the others try it and its
-neighbours), at the same grid under 5 % of warm-up and cosine annealing, with the rules of lightning_hd, with Prodigy,
-Prodigy + Schedule-Free, Mechanic, D-Adaptation, DoG, Schedule-Free and GreedyLR as their authors recommend, and with
-OSGM (``osgm.py``: heavy ball in the place of Nesterov's momentum) and GALA (``gala.py``), which take two gradients per
-step. A finished run is kept in ``DIR/runs.csv``; started again, only those that are missing are made.
+neighbours), at the same grid under 5 % of warm-up and cosine annealing or the callback's cooldown, with the rules of
+lightning_hd, with Prodigy, Prodigy + Schedule-Free, Mechanic, D-Adaptation, DoG, Schedule-Free and GreedyLR as their
+authors recommend, and with OSGM (``osgm.py``: heavy ball in the place of Nesterov's momentum) and GALA (``gala.py``),
+which take two gradients per step. A finished run is kept in ``DIR/runs.csv``; started again, only those that are
+missing are made.
 
 The tables (``DIR/table.md``) have a row for each task and optimizer. The first holds the training loss, averaged over
 the last eighth of the steps, the second the validation loss after the last step. All are medians over the seeds.

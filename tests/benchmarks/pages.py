@@ -127,10 +127,15 @@ class Ratios:
 
 def kinds(ratios: Ratios) -> list[list[str]]:
     """The table of the README: a row for each kind of task."""
-    rows = [["kind of task", "cases", "over the best constant rate", "over the best warm-up and cosine"]]
+    others = {
+        "constant": "over the best constant rate",
+        "cooldown": "over the best rate with the same cooldown",
+        "cosine": "over the best warm-up and cosine",
+    }
+    rows = [["kind of task", "cases", *others.values()]]
 
     def add(name: str, cases: Sequence[tuple[str, str]], measure: Measure = "train_loss") -> None:
-        means = [ratios.mean(cases, other, measure) for other in ("constant", "cosine")]
+        means = [ratios.mean(cases, other, measure) for other in others]
         if any(means):
             rows.append([name, str(len(cases)), *means])
 

@@ -27,6 +27,7 @@ def test_results_are_medians_at_the_best_rate_and_tables_their_ratios(tmp_path: 
         ("constant", 0.1, (3.0, 4.0, 8.0)),
         ("constant", 1.0, (5.0, 5.0, 5.0)),
         ("cosine", 0.1, (2.0, 2.0, 2.0)),
+        ("cooldown", 0.1, (1.6, 1.6, 1.6)),
         (pages.TUNED, 1e-3, (1.0, 2.0, 9.0)),
     ]:
         for seed, loss in enumerate(losses):
@@ -37,7 +38,7 @@ def test_results_are_medians_at_the_best_rate_and_tables_their_ratios(tmp_path: 
     assert [ratios.one(("text", "SGD"), other) for other in ("constant", "cosine")] == [0.5, 1.0]
     assert math.isnan(ratios.one(("text", "SGD"), "constant", "val_loss"))
     assert "| 0.50 / 1.00 |" in pages.filled("<!-- table: quality --><!-- end of table -->", ratios)
-    assert pages.kinds(ratios)[1] == ["**all but the digits**", "1", "0.50", "1.00"]
+    assert pages.kinds(ratios)[1] == ["**all but the digits**", "1", "0.50", "1.25", "1.00"]
 
 
 def test_methods_that_were_not_run_again_keep_their_results(tmp_path: Path) -> None:

@@ -6,31 +6,17 @@ from statistics import fmean
 
 import torch
 from torch.optim import Optimizer
-from torch.optim.lr_scheduler import LambdaLR
 
 from tests.benchmarks.problems import Problem
 from tests.benchmarks.results import Outcome
 from tests.benchmarks.tuners import Method
-
-WARM_UP = 0.05
-"""The part of the steps over which a schedule rises, before its cosine."""
-
-
-def warm_cosine(optimizer: Optimizer, steps: int) -> LambdaLR:
-    """The usual schedule of experts: a linear warm-up, then a cosine to 0."""
-    warm = max(1, round(WARM_UP * steps))
-
-    def factor(done: int) -> float:
-        return (done + 1) / warm if done < warm else (1 + math.cos(math.pi * (done - warm) / (steps - warm))) / 2
-
-    return LambdaLR(optimizer, factor)
 
 
 def train(problem: Problem, method: Method, base: str, rate: float, decay: float, steps: int) -> Outcome:
     """Train for that many steps, or until the loss is not finite."""
     players = problem.players or [(problem.network, problem.train_loss)]
     tunings = [method.start(network, base, rate, decay, steps) for network, _ in players]
-    schedulers = [warm_cosine(tuning.optimizer, steps) for tuning in tunings if method.cosine]
+    schedulers = [method.schedule(tuning.optimizer, steps) for tuning in tunings if method.schedule]
     for tuning in tunings:
         switch_mode(tuning.optimizer, "train")
     losses: list[float] = []

@@ -12,11 +12,13 @@ from packaging.version import Version
 from torch import Tensor, nn
 from torch.nn.utils import vector_to_parameters
 from torch.optim import SGD, Adam, AdamW, Optimizer
+from torch.optim.lr_scheduler import LRScheduler
 
 from lightning_hd import HypergradientLR
 from tests.benchmarks.gala import FIRST_RATE, GALA
 from tests.benchmarks.osgm import ETA, ETA_BETA, OSGM, Oracle, flat_gradient
 from tests.benchmarks.problems import Problem
+from tests.benchmarks.schedules import warm_cooldown, warm_cosine
 
 BASES: dict[str, Callable[..., Optimizer]] = {
     "SGD": SGD,
@@ -67,14 +69,14 @@ class Method:
         rates: The rates to try for each base optimizer it is for; ``None``: the grid.
         package: Of the ``bench`` extra; by the name it is imported with.
         oldest: The first version of the package that has the method; ``None``: all have it.
-        cosine: Whether torch's cosine annealing goes on top.
+        schedule: The schedule that goes on top, for an optimizer and a number of steps.
     """
 
     start: Callable[[nn.Module, str, float, float, int], Tuning]
     rates: Mapping[str, Sequence[float]] | None
     package: str | None = None
     oldest: str | None = None
-    cosine: bool = False
+    schedule: Callable[[Optimizer, int], LRScheduler] | None = None
 
     @property
     def optimizers(self) -> Sequence[str]:
@@ -244,11 +246,15 @@ def gala(
 
 
 def rule_method(
-    rule: str, rates: Sequence[float], cosine: bool = False, cooldown: bool = False, told: bool = True
+    rule: str,
+    rates: Sequence[float],
+    schedule: Callable[[Optimizer, int], LRScheduler] | None = None,
+    cooldown: bool = False,
+    told: bool = True,
 ) -> Method:
     """One of lightning_hd's rules, for all base optimizers; see ``hypergradient``."""
     start = functools.partial(hypergradient, rule=rule, cooldown=cooldown, told=told)
-    return Method(start, dict.fromkeys(BASES, rates), cosine=cosine)
+    return Method(start, dict.fromkeys(BASES, rates), schedule=schedule)
 
 
 def methods(rule: str, make: Callable[[], Problem] | None = None) -> dict[str, Method]:
@@ -262,16 +268,19 @@ def methods(rule: str, make: Callable[[], Problem] | None = None) -> dict[str, M
     adam, sgd = {"Adam": (1.0,)}, {"SGD": (1.0,)}
     return {
         "constant": Method(constant, None),
-        "cosine": Method(constant, None, cosine=True),
+        "cosine": Method(constant, None, schedule=warm_cosine),
+        "cooldown": Method(constant, None, schedule=warm_cooldown),
         "additive": rule_method("additive", PAPER_RATES),
         "multiplicative": rule_method("multiplicative", PAPER_RATES),
         "prodigy": Method(prodigy, adam, "prodigyopt"),
-        "prodigy+cosine": Method(functools.partial(prodigy, safeguard_warmup=True), adam, "prodigyopt", cosine=True),
+        "prodigy+cosine": Method(
+            functools.partial(prodigy, safeguard_warmup=True), adam, "prodigyopt", schedule=warm_cosine
+        ),
         "prodigy-plus": Method(prodigy_plus, adam, "prodigyplus"),
         "mechanic": Method(mechanic, one, "mechanic_pytorch"),
-        "mechanic+cosine": Method(mechanic, one, "mechanic_pytorch", cosine=True),
+        "mechanic+cosine": Method(mechanic, one, "mechanic_pytorch", schedule=warm_cosine),
         "d-adaptation": Method(d_adaptation, one, "dadaptation"),
-        "d-adaptation+cosine": Method(d_adaptation, one, "dadaptation", cosine=True),
+        "d-adaptation+cosine": Method(d_adaptation, one, "dadaptation", schedule=warm_cosine),
         "dog": Method(dog, sgd, "dog"),
         "schedule-free": Method(schedule_free, {"SGD": (1.0,), "Adam": (0.0025,)}, "schedulefree"),
         "schedule-free tuned": Method(
@@ -282,7 +291,7 @@ def methods(rule: str, make: Callable[[], Problem] | None = None) -> dict[str, M
         "gala": Method(functools.partial(gala, make=make), {"SGD": (FIRST_RATE,)}),
         **({} if rule in ("additive", "multiplicative") else {rule: rule_method(rule, (RULE_RATE,))}),
         f"{rule}+cooldown": rule_method(rule, (RULE_RATE,), cooldown=True),
-        f"{rule}+cosine": rule_method(rule, (RULE_RATE,), cosine=True),
+        f"{rule}+cosine": rule_method(rule, (RULE_RATE,), schedule=warm_cosine),
         f"{rule}+untold": rule_method(rule, (RULE_RATE,), told=False),
     }
 
