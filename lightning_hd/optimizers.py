@@ -42,8 +42,10 @@ def is_coupled(optimizer: Optimizer, group: dict[str, Any]) -> bool:
 
     In classes with a ``step`` of their own it counts as a part of the step, as it is in most recent optimizers.
     """
+    if group.get("decoupled_weight_decay", False):
+        return False
     known = torch_class(type(optimizer))
-    return known is not None and known.__name__ in _COUPLED and not group.get("decoupled_weight_decay", False)
+    return known is not None and known.__name__ in _COUPLED
 
 
 def coupled_decay(optimizer: Optimizer, group: dict[str, Any]) -> float:

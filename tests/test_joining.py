@@ -156,7 +156,7 @@ def fit_points(lr: float | None, whole: bool, seed: int, steps: int = 1500) -> t
     return sum(losses[-200:]) / 200 - 0.05**2, lrs
 
 
-@pytest.mark.parametrize("whole", [True, False])
+@pytest.mark.parametrize("whole", [True, pytest.param(False, marks=pytest.mark.slow)])
 def test_the_rate_outlives_parameters_that_are_all_replaced(whole: bool) -> None:
     ratios = []
     for seed in (0, 1, 2):
@@ -252,7 +252,7 @@ def encode(lr: float | None, how: str, seed: int, steps: int = 1000) -> float:
     return sum(losses[-200:]) / 200
 
 
-@pytest.mark.parametrize("how", ["anew", "shrunk"])
+@pytest.mark.parametrize("how", ["anew", pytest.param("shrunk", marks=pytest.mark.slow)])
 def test_parameters_that_are_rewritten_do_not_lower_the_rate(how: str) -> None:
     ratios = []
     for seed in (0, 1, 2, 3):

@@ -41,8 +41,8 @@ class Shuffled(Digits):
 def rounds(path: Path, one: bool, make: Callable[[], Shuffled], *hd: HypergradientDescent, seed: int = 0) -> float:
     """The geometric mean of the losses after the last four of 12 fits of one model, or the last six of new models.
 
-    A fit takes 29 steps. Each has a new Trainer and a new optimizer. After one fit, the loss varies by a factor of three
-    with the seed and the processor.
+    A fit takes 29 steps. Each has a new Trainer and a new optimizer. After one fit, the loss varies by a factor of
+    three with the seed and the processor.
     """
     torch.manual_seed(seed)
     module, losses = make(), []
@@ -54,7 +54,7 @@ def rounds(path: Path, one: bool, make: Callable[[], Shuffled], *hd: Hypergradie
     return float(np.exp(np.mean(np.log(losses[-4 if one else -6 :]))))
 
 
-@pytest.mark.parametrize("one", [True, False], ids=["one model", "new models"])
+@pytest.mark.parametrize("one", [True, pytest.param(False, marks=pytest.mark.slow)], ids=["one model", "new models"])
 @pytest.mark.parametrize("optimizer", [Adam, partial(SGD, momentum=0.9)], ids=["Adam", "SGD"])
 def test_many_short_fits_arrive(optimizer: Any, one: bool, tmp_path: Path) -> None:
     middle = (0.01 if one else 0.05) if optimizer is Adam else 0.2  # the best rate is within a factor of 3

@@ -69,7 +69,7 @@ def train_ways(ways: list[Way]) -> list[dict[Case, Trained]]:
     return [train(way.kind, way.cases, STEPS, way.width) for way in ways]
 
 
-@pytest.mark.parametrize("processes", [2, 4])
+@pytest.mark.parametrize("processes", [2, pytest.param(4, marks=pytest.mark.slow)])
 def test_many_processes_tune_as_one_does(processes: int) -> None:
     """The processes are started once for all ways to train."""
     ways = [way for way in WAYS if way.processes == processes]

@@ -81,14 +81,16 @@ def start(processes: int, path: Path, *what: str) -> tuple[int, str]:
         text=True,
     )
     try:
-        output, _ = script.communicate(timeout=120)
+        output, _ = script.communicate(timeout=240)
     finally:
         with suppress(ProcessLookupError):
             os.killpg(script.pid, signal.SIGKILL)
     return script.returncode, output
 
 
-@pytest.mark.parametrize(("processes", "killed_at", "saved"), [(1, 37, 32), (2, 22, 15)])
+@pytest.mark.parametrize(
+    ("processes", "killed_at", "saved"), [pytest.param(1, 37, 32, marks=pytest.mark.slow), (2, 22, 15)]
+)
 def test_a_killed_run_ends_and_goes_on_bit_for_bit(processes: int, killed_at: int, saved: int, tmp_path: Path) -> None:
     returncode, output = start(processes, tmp_path, "--kill-at", str(killed_at))
     assert time.time() - (tmp_path / "death").stat().st_mtime < TIMEOUT_S
