@@ -137,6 +137,7 @@ class AutoRule:
 
     def __init__(self, normalized: bool = True) -> None:
         self.longest_brake = 2.0 if normalized else np.inf
+        self.far = np.inf if normalized else float(np.log(20))
         self.first = 0.0
         self.brake = 0.0
         self.leap = 0.0
@@ -269,7 +270,8 @@ class AutoRule:
             rise = log_norm - faded_mean(self._logs, [0.9] * len(self._logs))
             usual = max(np.log(2.5), 3 * np.sqrt(self._variance))
             self._variance = 0.995 * self._variance + 0.005 * min(max(rise, 0.0), 1.5 * usual) ** 2
-            excess = max(rise - usual, 0.0)
+            far = log_norm - faded_mean(self._logs, [0.99] * len(self._logs)) - self.far
+            excess = max(rise - usual, far, 0.0)
         fell = self.leap * min(excess, 1.0) * (log_norm > (self._logs[-1] if self._logs else 0.0))
         self._logs.append(log_norm)
         self.brake = max(0.95 * self.brake, min(excess, self.longest_brake))

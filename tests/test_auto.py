@@ -96,6 +96,16 @@ def trained(
 
 
 @pytest.mark.parametrize("method", METHODS)
+def test_a_leap_that_lasts_brakes_for_longer_where_steps_follow_the_gradient(method: str) -> None:
+    leaps = dict.fromkeys(range(100, 118), 80.0)
+    expected, _, rule = transcribed(method, steps=118, leaps=leaps)
+    mine, _, hd = trained(method, 0.3, Auto(), 118, leaps)
+    assert (116 in rule.braked) == (method in ("sgd", "sgdn", "heavy_ball"))
+    np.testing.assert_allclose(mine, expected, rtol=1e-7)  # these steps are so short that rounding shows
+    assert hd.stats.backoffs == (len(rule.braked),)
+
+
+@pytest.mark.parametrize("method", METHODS)
 def test_the_trajectory_is_that_of_the_formula(method: str) -> None:
     # the horizon grows from step 900 on, and looks are up to 8 steps apart then
     leaps = {41: 20.0, 42: 20.0, 150: 6.0, **dict.fromkeys(range(1100, 1108), 6.0)}

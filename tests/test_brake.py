@@ -2,6 +2,7 @@
 
 import math
 
+import numpy as np
 import pytest
 
 from lightning_hd.rules.brake import Brake
@@ -12,6 +13,23 @@ def test_two_norms_show_what_is_usual(before: int, leaps: bool) -> None:
     brake = Brake()
     assert [brake.see(1.0, 0.0, normalized=True, stride=1) for _ in range(before)] == [None] * before
     assert (brake.see(100.0, 0.0, normalized=True, stride=1) is not None) == leaps
+
+
+@pytest.mark.parametrize("normalized", [True, False])
+def test_growth_that_seems_usual_is_a_leap_only_where_steps_follow_the_gradient(normalized: bool) -> None:
+    """Norms of a step grow by 30 %, after a series of leaps that were far larger."""
+    brake = Brake(variance=1.0)
+    norms = [1.0] * 60 + [1.3**i for i in range(1, 21)]
+    falls = [brake.see(norm, 0.0, normalized=normalized, stride=1) for norm in norms]
+    logs = np.log(norms)
+    far = [math.nan, math.nan] + [
+        logs[i] - np.average(logs[:i], weights=0.99 ** np.arange(i)[::-1]) - math.log(20) for i in range(2, len(norms))
+    ]
+    leaps = [not normalized and one > 0 for one in far]
+    assert [fall is not None for fall in falls] == leaps
+    assert sum(leaps) == (0 if normalized else 8)
+    assert falls[-1] == (None if normalized else 1.0)
+    assert brake.left == pytest.approx(0.0 if normalized else far[-1], rel=1e-12)
 
 
 @pytest.mark.parametrize(("quiet", "limit"), [(19, 0.5), (20, 0.25)])

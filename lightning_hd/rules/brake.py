@@ -13,6 +13,10 @@ _MEMORY, _RISE_MEMORY = 0.9, 0.995
 """What is left of the mean and of the variance after a step. An overshoot grows within some ten steps. The variance is
 slow, so that a series of leaps does not soon seem usual."""
 
+_LONG_MEMORY, _FAR = 0.99, math.log(20)
+"""Where steps follow the gradient, a norm of 20 times the mean over a hundred looks is a leap, too. The loss of another
+task, or its weight, may change the norm by ten times."""
+
 _RELEASE = 0.95
 """What is left of a brake after a step. With 0.9, instabilities came back too soon."""
 
@@ -44,15 +48,18 @@ class Brake:
     """Detects leaps of ``log ‖g‖``, and what they cost the rate.
 
     The steps after a leap are shortened by its excess over what is usual, which decays. Steps that are proportional to
-    the gradient, as those of SGD are, are then about as long as usual, however large the leap is. A single leap may
-    come from an unusual batch, but an overshoot grows from step to step. So ``log α`` itself falls only if there was a
-    leap just before, and the norm still grows. Half of the rate at the first leap of an instability is the limit up to
-    which the rate may rise fast again, as the slow start of TCP has one (RFC 5681, 3.1). Source: this project.
+    the gradient, as those of SGD are, are then about as long as usual, however large the leap is. After a series of
+    leaps, a norm that grows for long may seem usual. So where steps follow the gradient, what is usual over many more
+    steps counts, too. A single leap may come from an unusual batch, but an overshoot grows from step to step. So
+    ``log α`` itself falls only if there was a leap just before, and the norm still grows. Half of the rate at the first
+    leap of an instability is the limit up to which the rate may rise fast again, as the slow start of TCP has one (RFC
+    5681, 3.1). Source: this project.
     """
 
     count: int = 0  # how many norms were seen
     last: float = 0.0  # log ‖g_{t-1}‖
     mean: float = 0.0  # running mean of log ‖g‖, before the correction for its start at 0
+    long_mean: float = 0.0  # the same over a hundred looks
     variance: float = not_negative((_SPIKE / _SIGMAS) ** 2)
     left: float = not_negative()  # what is left of the last excesses
     leap: float = not_negative()  # the last excess, 1 at most, halved for each step since
@@ -63,7 +70,7 @@ class Brake:
         """By how much ``log α`` must fall if the norm has leapt; ``None`` if it has not."""
         log = math.log(grad_norm)
         grows, before = log > self.last, self.leap
-        excess = self._excess(log)
+        excess = self._excess(log, normalized)
         self.last, self.leap, self.left = log, self.leap / 2, self.left * _RELEASE
         if excess <= 0:
             self.quiet += stride
@@ -85,14 +92,17 @@ class Brake:
         wanted = min(step // _APART, min(calm, self.quiet) // _CALM, _SPARSEST)
         return 1 if step < _SETTLED else 1 << max(wanted.bit_length() - 1, 0)
 
-    def _excess(self, log: float) -> float:
+    def _excess(self, log: float, normalized: bool) -> float:
         """The excess of ``log ‖g_t‖`` over what is usual. It also updates what is usual."""
-        excess = 0.0
+        excess, seen = 0.0, self.count
         self.count += 1
-        if self.count > 2:
-            rise = log - self.mean / (1 - _MEMORY ** (self.count - 1))
+        if seen > 1:
+            rise = log - self.mean / (1 - _MEMORY**seen)
             usual = max(_SPIKE, _SIGMAS * math.sqrt(self.variance))
             self.variance = _RISE_MEMORY * self.variance + (1 - _RISE_MEMORY) * min(max(rise, 0.0), _SEEN * usual) ** 2
             excess = rise - usual
+            if not normalized:
+                excess = max(excess, log - self.long_mean / (1 - _LONG_MEMORY**seen) - _FAR)
         self.mean = _MEMORY * self.mean + (1 - _MEMORY) * log
+        self.long_mean = _LONG_MEMORY * self.long_mean + (1 - _LONG_MEMORY) * log
         return excess
