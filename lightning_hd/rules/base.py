@@ -122,7 +122,7 @@ class Rule(ABC):
         return 1
 
     def used(self, lr: float, context: Context) -> float:
-        """``γ_t``, the rate of step ``t``, if that is not ``α_t`` itself."""
+        """``γ_t``, the rate of step ``t``, if that is not ``α_t`` itself. Between two looks it stays as it is."""
         return lr
 
     def discount(self, lr: float, context: Context) -> float:
