@@ -270,7 +270,7 @@ class AutoRule:
             rise = log_norm - faded_mean(self._logs, [0.9] * len(self._logs))
             usual = max(np.log(2.5), 3 * np.sqrt(self._variance))
             self._variance = 0.995 * self._variance + 0.005 * min(max(rise, 0.0), 1.5 * usual) ** 2
-            far = log_norm - faded_mean(self._logs, [0.99] * len(self._logs)) - self.far
+            far = min(log_norm, self._logs[-1]) - faded_mean(self._logs, [0.99] * len(self._logs)) - self.far
             excess = max(rise - usual, far, 0.0)
         fell = self.leap * min(excess, 1.0) * (log_norm > (self._logs[-1] if self._logs else 0.0))
         self._logs.append(log_norm)

@@ -24,6 +24,9 @@ ROWS = 4
 _SHORT = 2**11
 """A tensor of at most so many numbers is copied as a whole, because a view of some of them takes as long to make."""
 
+_FEW = 4
+"""Up to so many views take less time one by one."""
+
 _CONSTANTS = 16
 """How many constants stay on the device. A step needs a few, which seldom change."""
 
@@ -218,8 +221,8 @@ def flatten(slots: Sequence[Slot], tensors: Sequence[Tensor]) -> list[Tensor]:
 
 def cut(flat: Tensor, runs: Sequence[Range]) -> list[Tensor]:
     """Views of ascending ranges of a flat tensor."""
-    if len(runs) == 1:
-        return [flat[slice(*runs[0])]]
+    if len(runs) <= _FEW:
+        return [flat[slice(*run)] for run in runs]
     edges = [0, *chain(*runs)]  # one operation for all: they are every second part, between the gaps
     sizes = [stop - start for start, stop in pairwise(edges)]
     return list(flat[: edges[-1]].split_with_sizes(sizes)[1::2])
@@ -337,8 +340,10 @@ class Sums:
         if not rows:
             return torch.cat([flagged, flagged.new_zeros(len(flags), width)], dim=1)
         places = range(len(flags))
+        numbers = torch.stack([number.to(device) for row in rows for number in row]).view(-1, width).to(flagged)
+        weights = [*chain(*(numbers for _, *numbers in factors))]
+        if len(rows) == len(flags) == 1 and all(weight == 1 for weight in weights):  # as in most models
+            return torch.cat([flagged, numbers], dim=1)
         own = self.constant([scope == place for place in places for scope, *_ in factors], device)
-        factor = self.constant([*chain(*(numbers for _, *numbers in factors))], device).view(-1, width)
-        numbers = torch.stack([number.to(device) for row in rows for number in row]).view(-1, width)
-        sums = own.view(len(flags), -1, 1) * factor * numbers
+        sums = own.view(len(flags), -1, 1) * self.constant(weights, device).view(-1, width) * numbers
         return torch.cat([flagged, sums.sum(1)], dim=1)

@@ -14,8 +14,9 @@ _MEMORY, _RISE_MEMORY = 0.9, 0.995
 slow, so that a series of leaps does not soon seem usual."""
 
 _LONG_MEMORY, _FAR = 0.99, math.log(20)
-"""Where steps follow the gradient, a norm of 20 times the mean over a hundred looks is a leap, too. The loss of another
-task, or its weight, may change the norm by ten times."""
+"""Where steps follow the gradient, two norms in a row of 20 times the mean over a hundred looks are a leap, too. The
+loss of another task, or its weight, may change the norm by ten times. Of rare events, two seldom follow each other: if
+one norm were enough, they would starve SGD."""
 
 _RELEASE = 0.95
 """What is left of a brake after a step. With 0.9, instabilities came back too soon."""
@@ -101,8 +102,8 @@ class Brake:
             usual = max(_SPIKE, _SIGMAS * math.sqrt(self.variance))
             self.variance = _RISE_MEMORY * self.variance + (1 - _RISE_MEMORY) * min(max(rise, 0.0), _SEEN * usual) ** 2
             excess = rise - usual
-            if not normalized:
-                excess = max(excess, log - self.long_mean / (1 - _LONG_MEMORY**seen) - _FAR)
+            if not normalized:  # ``last`` is still that of the norm before
+                excess = max(excess, min(log, self.last) - self.long_mean / (1 - _LONG_MEMORY**seen) - _FAR)
         self.mean = _MEMORY * self.mean + (1 - _MEMORY) * log
         self.long_mean = _LONG_MEMORY * self.long_mean + (1 - _LONG_MEMORY) * log
         return excess
