@@ -238,14 +238,13 @@ def test_steps_in_which_nothing_is_new_repeat_the_last_one_bit_for_bit(
     calm: Loop, event: Callable[[Loop], None], arguments: dict[str, Any]
 ) -> None:
     repeating, deciding = calm.resumed(**arguments), calm.resumed(**arguments)
-    decided: list[list[float]] = []
     with mock.patch.object(Rates, "decide", autospec=True, side_effect=Rates.decide) as decide:
         found = repeating.steps(12)
         assert decide.call_count <= 6, "the others repeat the last step"
         event(repeating)
         found += repeating.steps(50)
     with mock.patch.object(Tuning, "_repeated", return_value=None):
-        decided += deciding.steps(12)
+        decided = deciding.steps(12)
         event(deciding)
         decided += deciding.steps(50)
     assert found == decided

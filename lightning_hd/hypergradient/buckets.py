@@ -339,11 +339,11 @@ class Sums:
         flagged = self.constant([*chain(*flags)], device).view(len(flags), -1)
         if not rows:
             return torch.cat([flagged, flagged.new_zeros(len(flags), width)], dim=1)
-        places = range(len(flags))
         numbers = torch.stack([number.to(device) for row in rows for number in row]).view(-1, width).to(flagged)
         weights = [*chain(*(numbers for _, *numbers in factors))]
         if len(rows) == len(flags) == 1 and all(weight == 1 for weight in weights):  # as in most models
             return torch.cat([flagged, numbers], dim=1)
+        places = range(len(flags))
         own = self.constant([scope == place for place in places for scope, *_ in factors], device)
         sums = own.view(len(flags), -1, 1) * self.constant(weights, device).view(-1, width) * numbers
         return torch.cat([flagged, sums.sum(1)], dim=1)
