@@ -168,11 +168,11 @@ def test_without_hypergrad_lr_training_is_the_same_bit_for_bit(tmp_path: Path, a
     ("rule", "optimizer", "settings"),
     [
         ("additive", SGD, {"momentum": 0.9}),
-        ("multiplicative", SGD, {}),
-        ("multiplicative", SGD, {"momentum": 0.9}),
+        pytest.param("multiplicative", SGD, {}, marks=pytest.mark.slow),
+        pytest.param("multiplicative", SGD, {"momentum": 0.9}, marks=pytest.mark.slow),
         ("multiplicative", Adam, {}),
         ("auto", SGD, {"momentum": 0.9}),
-        ("auto", Adam, {}),
+        pytest.param("auto", Adam, {}, marks=pytest.mark.slow),
     ],
 )
 def test_a_rate_that_is_far_too_small_is_repaired(
@@ -181,7 +181,7 @@ def test_a_rate_that_is_far_too_small_is_repaired(
     ends = []
     for callbacks in ([], [HypergradientDescent(rule)]):
         module = Digits(optimizer, 1e-5, **settings)
-        make_trainer(tmp_path, *callbacks, max_epochs=20).fit(module)
+        make_trainer(tmp_path, *callbacks, max_epochs=14).fit(module)
         ends.append(np.mean(module.losses[-20:]))
     assert ends[1] < 0.2 < 2.0 < ends[0]
 
@@ -417,9 +417,13 @@ def test_the_optimizer_is_released(tmp_path: Path, error: BaseException | None) 
 # ---------------------------------------------------------------------- checkpoints
 
 
-@pytest.mark.parametrize("when", ["during training", "after training"])
 @pytest.mark.parametrize(
-    ("method", "rule"), [*((method, "additive") for method in PAPER), ("sgdn", "auto"), ("adam", "auto")]
+    ("method", "rule", "when"),
+    [
+        pytest.param(*case, when, marks=() if i % 2 == j else pytest.mark.slow)
+        for i, case in enumerate([*((method, "additive") for method in PAPER), ("sgdn", "auto"), ("adam", "auto")])
+        for j, when in enumerate(("during training", "after training"))
+    ],
 )
 def test_resuming_is_exact(tmp_path: Path, method: str, rule: Any, when: str) -> None:
     cls, settings, beta = PAPER[method]

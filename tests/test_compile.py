@@ -78,6 +78,7 @@ def test_a_compiled_module_makes_the_same_rates(
     assert same(module, plain)
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(shutil.which("g++") is None, reason="the default backend needs a C++ compiler")
 def test_the_default_backend(tmp_path: Path) -> None:
     expected, _ = fit(tmp_path, SGD, "auto", lambda module: module)

@@ -46,7 +46,7 @@ def test_a_step_costs_the_same_whatever_the_number_of_tensors(
     cls: Any, settings: dict[str, Any], copies: int, rule: Any
 ) -> None:
     counts = []
-    for tensors in (10, 100, 1000):
+    for tensors in (10, 1000):
         optimizer = build(cls, settings, tensors)
         engine = HypergradientLR(optimizer, rule)
         counts.append(added(optimizer, build(cls, settings, tensors)))

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.test_callback import scalars
+from tests.test_callback import events, scalars
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
 
@@ -55,6 +55,26 @@ def test_every_example_is_in_the_table_of_examples() -> None:
     names = re.findall(r"^\| \[`(\w+\.py)`\]\((\w+\.py)\) \|", (EXAMPLES / "README.md").read_text(), re.MULTILINE)
     assert sorted(names) == sorted((file.name, file.name) for file in EXAMPLES.glob("*.py"))
     assert {file.stem for file in OUTPUTS.iterdir()} == {file.stem for file in EXAMPLES.glob("*.py")}
+
+
+def test_the_quickstart_repairs_a_bad_rate(start: Start, tmp_path: Path) -> None:
+    output = start("quickstart.py", "--epochs", "15")
+    rows = {line[:22].strip(): [float(x) for x in line[22:].split()] for line in output.splitlines() if "e-05" in line}
+    assert rows["without"][0] < 0.5
+    accuracy, loss, first, usual = rows["HypergradientDescent"]
+    assert accuracy > 0.95
+    assert loss < 0.2
+    assert first == 1e-5
+    assert usual > 1e-3
+    assert "tensorboard --logdir runs/quickstart" in output
+    start("quickstart.py", "--epochs", "1")
+    folders = [file.parent for file in tmp_path.rglob("events.out.tfevents.*")]
+    names = {f"runs/{own}/{name}" for own in ("quickstart", "quickstart-2") for name in ("plain", "hypergradient")}
+    assert sorted(str(folder.relative_to(tmp_path)) for folder in folders) == sorted(names)
+    tags = {tag for folder in folders for tag in events(folder).Tags()["scalars"]}
+    assert {"hd/log10_lr-SGD", "val_loss"} < tags
+    assert "hp_metric" not in tags
+    assert [path.name for path in tmp_path.iterdir()] == ["runs"]  # which git ignores
 
 
 @pytest.mark.parametrize(

@@ -21,6 +21,7 @@ from torch.optim import SGD, Adam, AdamW, Optimizer, RMSprop, lr_scheduler
 from lightning_hd import Additive, Auto, Context, HypergradientLR, Multiplicative, Observation, Rule
 from lightning_hd.rules import make_rule
 from tests import reference
+from tests.pairs import pairwise
 from tests.test_directions import CLASSES, REFUSED, CautiousAdam, SignDescent
 
 PAPER = {
@@ -635,11 +636,18 @@ def check_resuming(
     assert engine.step_count == 10
 
 
-@pytest.mark.parametrize("engine_first", [False, True])
-@pytest.mark.parametrize("scope", ["global", "group"])
-@pytest.mark.parametrize("rule", ["additive", "multiplicative", "long horizon", "auto", "auto, configured"])
-@pytest.mark.parametrize(("cls", "settings"), FAMILIES)
-def test_resuming_is_exact(cls: Any, settings: dict[str, Any], rule: Any, scope: Any, engine_first: bool) -> None:
+@pytest.mark.parametrize(
+    ("family", "rule", "scope", "engine_first"),
+    pairwise(
+        FAMILIES,
+        ["additive", "multiplicative", "long horizon", "auto", "auto, configured"],
+        ["global", "group"],
+        [False, True],
+    ),
+)
+def test_resuming_is_exact(family: tuple[Any, dict[str, Any]], rule: Any, scope: Any, engine_first: bool) -> None:
+    cls, settings = family
+
     def build() -> tuple[nn.Module, Optimizer, HypergradientLR]:
         network = reference.torch_network()
         p = list(network.parameters())

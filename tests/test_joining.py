@@ -19,6 +19,7 @@ from lightning_hd import HypergradientLR
 from lightning_hd.engine import looks
 from tests.distributed.processes import run
 
+SLOW = pytest.mark.slow
 OPTIMIZERS: dict[str, Callable[[Any], Optimizer]] = {
     "SGD": lambda parameters: SGD(parameters, lr=1e-3),
     "Nesterov": lambda parameters: SGD(parameters, lr=1e-3, momentum=0.9, nesterov=True),
@@ -156,15 +157,17 @@ def fit_points(lr: float | None, whole: bool, seed: int, steps: int = 1500) -> t
     return sum(losses[-200:]) / 200 - 0.05**2, lrs
 
 
-@pytest.mark.parametrize("whole", [True, pytest.param(False, marks=pytest.mark.slow)])
-def test_the_rate_outlives_parameters_that_are_all_replaced(whole: bool) -> None:
+@pytest.mark.parametrize(
+    ("whole", "seeds"), [(True, 1), pytest.param(True, 3, marks=SLOW), pytest.param(False, 3, marks=SLOW)]
+)
+def test_the_rate_outlives_parameters_that_are_all_replaced(whole: bool, seeds: int) -> None:
     ratios = []
-    for seed in (0, 1, 2):
+    for seed in range(seeds):
         best = min(fit_points(lr, whole, seed)[0] for lr in (1e-3, 3e-3, 1e-2))
         loss, lrs = fit_points(None, whole, seed)
         ratios.append(loss / best)
         assert lrs[100] > 0.5 * lrs[99], "no restart"
-    assert sum(ratios) / 3 < 1.2
+    assert sum(ratios) / seeds < 1.2
 
 
 def memory_of(hd: HypergradientLR) -> list[Tensor]:
@@ -252,13 +255,15 @@ def encode(lr: float | None, how: str, seed: int, steps: int = 1000) -> float:
     return sum(losses[-200:]) / 200
 
 
-@pytest.mark.parametrize("how", ["anew", pytest.param("shrunk", marks=pytest.mark.slow)])
-def test_parameters_that_are_rewritten_do_not_lower_the_rate(how: str) -> None:
+@pytest.mark.parametrize(
+    ("how", "seeds"), [("anew", 1), pytest.param("anew", 4, marks=SLOW), pytest.param("shrunk", 4, marks=SLOW)]
+)
+def test_parameters_that_are_rewritten_do_not_lower_the_rate(how: str, seeds: int) -> None:
     ratios = []
-    for seed in (0, 1, 2, 3):
+    for seed in range(seeds):
         best = min(encode(lr, how, seed) for lr in (1e-3, 3e-3, 1e-2))
         ratios.append(encode(None, how, seed) / best)
-    assert sum(ratios) / len(ratios) < 1.2
+    assert sum(ratios) / seeds < 1.2
 
 
 class Rewritten:
@@ -286,7 +291,7 @@ class Rewritten:
             p.clamp_(-0.5, 0.5)
 
 
-@pytest.mark.parametrize("steps", [60, *range(1200, 1208)])
+@pytest.mark.parametrize("steps", [60, *range(600, 604)])
 def test_a_jump_is_no_move_wherever_looks_are(steps: int) -> None:
     loop = Rewritten()
     for _ in range(steps):
@@ -361,8 +366,8 @@ def rewrite_on_one() -> list[float]:
     """The rates of all steps; the parameters of one process are rewritten between two looks."""
     loop = Rewritten()
     lrs = []
-    for step in range(1300):
-        if step == 1203 and dist.get_rank() == 0:
+    for step in range(700):
+        if step == 603 and dist.get_rank() == 0:
             loop.write()
         lrs.append(loop.step())
     return [*lrs, float(loop.hd.state_dict()["looks"]["calm"])]

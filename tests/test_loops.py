@@ -135,6 +135,7 @@ class Loop:
     steps: dict[str, int] = field(default_factory=lambda: {"lr-SGD": 20})
 
 
+EPOCHS = 20  # of the networks against each other
 BY_NORM = {"gradient_clip_val": 0.5}
 BY_VALUE = {"gradient_clip_val": 0.1, "gradient_clip_algorithm": "value"}
 TWENTY = {"limit_train_batches": 20}
@@ -344,11 +345,11 @@ def test_a_gan_learns_with_the_limit_that_the_documentation_names(gan: dict[str,
     images = torch.tensor(load_digits().data / 16, dtype=torch.float32)
     hd = HypergradientDescent(max_lr=3e-3)
     untrained = gan["distance"](gan["GAN"]().sample(len(images)), images)
-    assert gan["fit"]("auto", images, 30, tmp_path, hd) < 0.8 * untrained
+    assert gan["fit"]("auto", images, EPOCHS, tmp_path, hd) < 0.8 * untrained
     for name in ("lr-Adam", "lr-Adam-1"):
-        assert len(hd.lrs[name]) == 30 * 28
+        assert len(hd.lrs[name]) == EPOCHS * 28
         assert hd.lrs[name][-1] > 1e-3
-        assert len(scalars(tmp_path, f"hd/{name}")) == 30 * 28
+        assert len(scalars(tmp_path, f"hd/{name}")) == EPOCHS * 28
 
 
 def test_the_gan_of_the_examples_compares_the_rules(

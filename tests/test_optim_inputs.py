@@ -62,8 +62,20 @@ def implementations(cls: Any) -> list[str]:
     return [name for name, flags in IMPLEMENTATIONS.items() if offered.keys() >= flags.keys()] or ["loop"]
 
 
+def is_slow(cls: Any, implementation: str, variation: str) -> bool:
+    """Loops are tested with each variation; of the others each by default with two, in turn."""
+    i, j = implementations(cls).index(implementation), VARIATIONS.index(variation)
+    return i > 0 and (i + j) % 3 != 0
+
+
 CASES = [
-    pytest.param(name, implementation, variation, id=f"{name}-{implementation}-{variation}")
+    pytest.param(
+        name,
+        implementation,
+        variation,
+        id=f"{name}-{implementation}-{variation}",
+        marks=pytest.mark.slow if is_slow(cls, implementation, variation) else (),
+    )
     for name, cls in CLASSES.items()
     if name not in REFUSED
     for implementation in implementations(cls)

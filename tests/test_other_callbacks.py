@@ -20,6 +20,7 @@ from torch.utils.data import DataLoader, TensorDataset
 from lightning_hd import HypergradientDescent
 from lightning_hd.reporting.summary import remarks
 from tests import reference
+from tests.pairs import pairwise
 from tests.test_callback import Reference, make_trainer, same, scalars
 from tests.test_checkpoints import differences
 
@@ -30,7 +31,8 @@ pytestmark = [
 EPOCH = 20
 
 in_both_orders = pytest.mark.parametrize("reverse", [False, True], ids=["first", "last"])
-with_every_rule = pytest.mark.parametrize("rule", ["auto", "additive", "multiplicative"])
+RULES = ("auto", "additive", "multiplicative")
+with_every_rule = pytest.mark.parametrize("rule", RULES)
 
 
 class Example(Reference):
@@ -206,8 +208,14 @@ def test_training_goes_on_from_the_rate_that_a_sweep_suggests(tmp_path: Path, ru
     assert module.lr != 0.01
 
 
-@pytest.mark.parametrize("search", ["sweep in epoch 0", "sweep in epoch 1", "trials in epoch 0"])
-@with_every_rule
+@pytest.mark.parametrize(
+    ("search", "rule"),
+    [
+        pytest.param(search, rule, marks=() if i == j else pytest.mark.slow)
+        for i, search in enumerate(("sweep in epoch 0", "sweep in epoch 1", "trials in epoch 0"))
+        for j, rule in enumerate(RULES)
+    ],
+)
 def test_training_goes_on_from_a_search_as_if_there_had_been_none(tmp_path: Path, rule: Any, search: str) -> None:
     sweep = SweepInMidTraining(int(search[-1]), update_attr=False)
     finder = TrialsAtTheStart(**TRIALS) if "trials" in search else sweep
@@ -242,13 +250,15 @@ def annealed(begin: float, swa_lr: float, epochs: int, annealing: int) -> list[f
     return [swa_lr + (begin - swa_lr) * (1 + math.cos(math.pi * part)) / 2 for part in parts]
 
 
-@in_both_orders
-@pytest.mark.parametrize(("exponential", "annealing"), [(False, 2), (True, 2), (True, 0)])
-@pytest.mark.parametrize("swa_lr", [0.0005, 0.5])
-@with_every_rule
+@pytest.mark.parametrize(
+    ("rule", "swa_lr", "schedule", "reverse"),
+    pairwise(RULES, [0.0005, 0.5], [(False, 2), (True, 2), (True, 0)], [False, True]),
+)
 def test_averaging_goes_from_the_learned_rate_to_its_own(
-    tmp_path: Path, rule: Any, swa_lr: float, exponential: bool, annealing: int, reverse: bool
+    tmp_path: Path, rule: Any, swa_lr: float, schedule: tuple[bool, int], reverse: bool
 ) -> None:
+    """With or without an exponential schedule, and with some epochs of annealing."""
+    exponential, annealing = schedule
     hd, module = HypergradientDescent(rule), Example(exponential)
     swa = callbacks.StochasticWeightAveraging(swa_lr, swa_epoch_start=3, annealing_epochs=annealing)
     fit(tmp_path, module, hd, swa, reverse=reverse, max_epochs=6)
@@ -344,9 +354,7 @@ def test_averages_of_the_weights_do_not_change_the_rates(tmp_path: Path, name: s
 # ---------------------------------------------------------------------- what others change
 
 
-@in_both_orders
-@pytest.mark.parametrize("scope", ["global", "group"])
-@with_every_rule
+@pytest.mark.parametrize(("rule", "scope", "reverse"), pairwise(RULES, ["global", "group"], [False, True]))
 def test_a_backbone_follows_what_finetuning_writes(tmp_path: Path, rule: Any, scope: Any, reverse: bool) -> None:
     hd, module = HypergradientDescent(rule, scope=scope), Example()
     finetuning = callbacks.BackboneFinetuning(2, lambda _: 2.0)

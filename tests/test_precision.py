@@ -57,8 +57,14 @@ def rates(hd: HypergradientDescent) -> list[float]:
 # ---------------------------------------------------------------------- through a Trainer
 
 
-@pytest.mark.parametrize("rule", ["auto", "multiplicative", "additive"])
-@pytest.mark.parametrize("name", OPTIMIZERS)
+@pytest.mark.parametrize(
+    ("name", "rule"),
+    [
+        pytest.param(name, rule, marks=() if rule == "auto" or i % 2 == j else pytest.mark.slow)
+        for i, name in enumerate(OPTIMIZERS)
+        for j, rule in enumerate(("multiplicative", "additive", "auto"))
+    ],
+)
 def test_rates_are_nearly_those_of_float64(name: str, rule: Any, tmp_path: Path) -> None:
     expected = rates(fit(tmp_path, name, rule, "64-true")[0])
     for precision, rounding in ROUNDING.items():

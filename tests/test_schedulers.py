@@ -133,8 +133,14 @@ class Scheduled(Reference):
         return super().training_step(batch, batch_idx)
 
 
-@pytest.mark.parametrize("interval", ["step", "epoch"])
-@pytest.mark.parametrize("cls", SCHEDULERS)
+@pytest.mark.parametrize(
+    ("cls", "interval"),
+    [
+        pytest.param(cls, interval, marks=() if i % 2 == j else pytest.mark.slow)
+        for i, cls in enumerate(SCHEDULERS)
+        for j, interval in enumerate(("step", "epoch"))
+    ],
+)
 def test_schedulers_compose_in_a_trainer(tmp_path: Path, cls: Any, interval: str) -> None:
     runs = []
     for hd in (None, *map(HypergradientDescent, RULES)):

@@ -55,7 +55,10 @@ def rounds(path: Path, one: bool, make: Callable[[], Shuffled], *hd: Hypergradie
 
 
 @pytest.mark.parametrize("one", [True, pytest.param(False, marks=pytest.mark.slow)], ids=["one model", "new models"])
-@pytest.mark.parametrize("optimizer", [Adam, partial(SGD, momentum=0.9)], ids=["Adam", "SGD"])
+@pytest.mark.parametrize(
+    "optimizer",
+    [pytest.param(Adam, id="Adam"), pytest.param(partial(SGD, momentum=0.9), id="SGD", marks=pytest.mark.slow)],
+)
 def test_many_short_fits_arrive(optimizer: Any, one: bool, tmp_path: Path) -> None:
     middle = (0.01 if one else 0.05) if optimizer is Adam else 0.2  # the best rate is within a factor of 3
     cooldown: Any = "default" if one else 0.2

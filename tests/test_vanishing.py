@@ -31,8 +31,18 @@ def test_a_gradient_that_is_rounding_raises_nothing_by_hand_and_in_the_formula()
     assert changes[-10:] == [0.0] * 10
 
 
-@pytest.mark.parametrize(("cls", "settings"), [(Adam, {}), (RMSprop, {}), (SGD, {"momentum": 0.9, "nesterov": True})])
-@pytest.mark.parametrize("reported", [True, False])
+@pytest.mark.parametrize(
+    ("cls", "settings", "reported"),
+    [
+        pytest.param(cls, settings, reported, marks=() if reported is by_default else pytest.mark.slow)
+        for cls, settings, by_default in (
+            (Adam, {}, True),
+            (RMSprop, {}, False),
+            (SGD, {"momentum": 0.9, "nesterov": True}, True),
+        )
+        for reported in (True, False)
+    ],
+)
 def test_a_network_that_fits_all_data_keeps_fitting_them(
     cls: type[Optimizer], settings: dict[str, Any], reported: bool
 ) -> None:

@@ -49,16 +49,17 @@ def run_nodes(path: Path) -> str:
     return first
 
 
-@pytest.mark.parametrize("nodes", [1, pytest.param(2, marks=pytest.mark.slow)])
+def run_strategy(path: Path, strategy: str) -> str:
+    (output,) = finish([start(path, str(EXAMPLE), "--processes", "2", "--epochs", "2", "--strategy", strategy)])
+    return output
+
+
 @pytest.mark.skipif(sys.platform == "win32", reason="gloo processes are started with POSIX semantics")
-def test_the_example_takes_the_same_rates_however_it_is_started(nodes: int, tmp_path: Path) -> None:
-    (ddp,) = finish([start(tmp_path, str(EXAMPLE), "--processes", "2", "--epochs", "2")])
-    if nodes == 2:
-        other = run_nodes(tmp_path)
-    else:
-        (other,) = finish(
-            [start(tmp_path, str(EXAMPLE), "--processes", "2", "--epochs", "2", "--strategy", "fully_shard")]
-        )
-    assert len(rates(ddp)) > 8
-    assert rates(ddp) == rates(other)
-    assert len(list(tmp_path.rglob("events.out.tfevents.*"))) == 2
+@pytest.mark.parametrize("way", ["sharded", pytest.param("all", marks=pytest.mark.slow)])
+def test_the_example_takes_the_same_rates_however_it_is_started(way: str, tmp_path: Path) -> None:
+    outputs = [run_strategy(tmp_path, "fully_shard")]
+    if way == "all":
+        outputs += [run_strategy(tmp_path, "ddp"), run_nodes(tmp_path)]
+    assert len(rates(outputs[0])) > 8
+    assert all(rates(output) == rates(outputs[0]) for output in outputs)
+    assert len(list(tmp_path.rglob("events.out.tfevents.*"))) == len(outputs)

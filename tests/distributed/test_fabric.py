@@ -124,7 +124,7 @@ def train_all(folder: Path) -> dict[tuple[str, bool, str], Run]:
         fabric.launch()
         assert fabric.world_size == count
         for name in NAMES:
-            for raw in (False, True):
+            for raw in (False, True) if name == "Adam" else (False,):
                 kind = type(strategy).__name__
                 path = folder / f"{kind} {name} {raw}"
                 runs[name, raw, kind] = train(fabric, Problem(), name, raw, path)
@@ -137,7 +137,7 @@ def test_processes_tune_as_plain_torch_on_one_does_and_resume_bit_for_bit(tmp_pa
     for rank in ranks:
         assert not isinstance(rank, Exception), rank
     expected = {name: train_plain(name) for name in NAMES}
-    assert len(ranks[0]) == 4 * 2 * len(NAMES)
+    assert len(ranks[0]) == 4 * (len(NAMES) + 1)
     for (name, raw, how), trained in ranks[0].items():
         assert trained.lrs == ranks[1][name, raw, how].lrs, "bit for bit"
         kind, _, resumed = how.partition(", ")

@@ -74,7 +74,7 @@ def train_all(cases: list[Case], states: list[Any]) -> list[Any]:
     return [train(*case, sharded=dist.is_initialized(), state=state) for case, state in zip(cases, states, strict=True)]
 
 
-@pytest.mark.parametrize(("processes", "cases"), [(2, CASES), (4, CASES[-2:])])
+@pytest.mark.parametrize(("processes", "cases"), [(2, CASES), pytest.param(4, CASES[-2:], marks=pytest.mark.slow)])
 def test_flat_shards_tune_as_one_process_does(processes: int, cases: list[Case]) -> None:
     alone = train_all(cases, [None] * len(cases))
     ranks = run(train_all, processes, cases, [state for _, state in alone])
