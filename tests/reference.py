@@ -166,16 +166,10 @@ class AutoRule:
         self._variance = (np.log(2.5) / 3) ** 2
         self.largest = self.norm = 0.0
         self.quiet = 20  # the number of steps since the last leap
+        self.highest = 0.0  # the largest log ‖g‖ of the last series of leaps
         self._seen_lrs: list[float] = []
         self._fast_to = np.inf
         self._remembered: list[tuple[float, float]] = []  # log α of each move in E, and how much is left of it
-
-    def gap(self) -> float:
-        """``log γ - L`` for the last rate."""
-        if not self._remembered:
-            return 0.0
-        logs, weights = np.array(self._remembered).T
-        return float(logs[-1] - np.dot(logs, weights) / np.sum(weights))
 
     def part_kept(self, lr: float, t: int, stride: int = 1) -> float:
         """How much of E is left where the next moves come in, which are made at ``lr``."""
@@ -201,6 +195,7 @@ class AutoRule:
             self._block, self._block_steps, best = [], 0, self._best
             rise = 0.0 if best is None else mean - best[0]
             risen = best is not None and rise > self._demand * np.sqrt(error + best[1])
+            self.ceiling *= 2 if rise < 0 and self._trial is None else 1
             if best is None or risen or rise < 0:
                 self._best = (mean, error, float(np.mean(logs)))
             if self._trial is not None:
@@ -272,14 +267,14 @@ class AutoRule:
             self._variance = 0.995 * self._variance + 0.005 * min(max(rise, 0.0), 1.5 * usual) ** 2
             far = min(log_norm, self._logs[-1]) - faded_mean(self._logs, [0.99] * len(self._logs)) - self.far
             excess = max(rise - usual, far, 0.0)
-        fell = self.leap * min(excess, 1.0) * (log_norm > (self._logs[-1] if self._logs else 0.0))
+        fell = self.leap * min(excess, 1.0) * (log_norm > self.highest)
         self._logs.append(log_norm)
         self.brake = max(0.95 * self.brake, min(excess, self.longest_brake))
         self.leap = max(0.5 * self.leap, min(excess, 1.0))
         if excess:
             if self.quiet >= 20:
-                self._fast_to = lr / 2
-            self.quiet = 0
+                self._fast_to, self.highest = lr / 2, log_norm
+            self.quiet, self.highest = 0, max(self.highest, log_norm)
             self.braked.append(t)
             return float(max(lr * np.exp(-fell), min(lr, self.first)))
         self.quiet += stride
@@ -295,8 +290,10 @@ class AutoRule:
             if self.brake < 0.1:
                 change = max(change, 0.1 * min(1.0, (self.sigmas() - 2) / 8))
             self.ceiling = max(self.ceiling, 2 * lr)
+        means = [faded_mean(self._logs, [memory] * len(self._logs)) for memory in (0.9, 0.99)]
+        lowest = -max(cap, 0.1) if means[0] - means[1] > np.log(2) else -cap
         self.slope = float(g_norm / usual_norm / np.sqrt(squares)) if squares else 0.0
-        return float(lr * np.exp(stride * np.clip(change, -cap, cap)))
+        return float(lr * np.exp(stride * np.clip(change, lowest, cap)))
 
 
 class Looked(NamedTuple):
@@ -315,7 +312,7 @@ class Looked(NamedTuple):
 
 def apart_at(t: int, rule: AutoRule) -> int:
     """How many steps looks are apart: a power of two, by the steps of the run and since the last leap."""
-    if t < 500 or abs(rule.gap()) > 0.5 or rule.norm < 0.01 * rule.largest:
+    if t < 500 or rule.norm < 0.01 * rule.largest:
         return 1
     return max(n for n in (1, 2, 4, 8) if n == 1 or n <= min(t / 125, rule.quiet / 60))
 

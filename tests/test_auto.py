@@ -36,6 +36,7 @@ from tests.pairs import pairwise
 from tests.test_callback import Digits, Reference, make_trainer, scalars, tags
 from tests.test_checkpoints import differences
 from tests.test_hypergradient import FAMILIES, observed, run, same, trajectory
+from tests.test_joining import take_step
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:.*does not have many workers.*"),
@@ -544,6 +545,67 @@ def rare_events(seed: int) -> tuple[Tensor, Tensor]:
     x = torch.randn(4000, 20, generator=generator)
     score = x @ torch.randn(20, generator=generator)
     return x, (score > score.kthvalue(3920).values).float()
+
+
+def mean_loss(
+    parameters: Iterable[Tensor], name: str, lr: float | None, steps: int, loss: Callable[[], Tensor]
+) -> float:
+    """The mean loss of the last eighth of a run: tuned, or at a constant rate."""
+    cls, settings = OPTIMIZERS[name]
+    optimizer = cls(parameters, **{"lr": lr or 1e-3, **settings})
+    hd = HypergradientLR(optimizer, total_steps=steps) if lr is None else None
+    losses = [take_step(optimizer, hd, loss()) for _ in range(steps)]
+    return float(np.mean(losses[-(steps // 8) :]))
+
+
+def factorize(name: str, lr: float | None, seed: int) -> float:
+    """Factorize a noisy matrix from small factors, a saddle behind which the loss bends far more."""
+    torch.manual_seed(seed)
+    left, right = torch.randn(300, 8), torch.randn(200, 8)
+    factors = [nn.Parameter(0.1 * torch.randn(rows, 12)) for rows in (300, 200)]
+
+    def loss() -> Tensor:
+        i, j = torch.randint(300, (128,)), torch.randint(200, (128,))
+        noisy = (left[i] * right[j]).sum(1) + 0.5 * torch.randn(128)
+        return nn.functional.mse_loss((factors[0][i] * factors[1][j]).sum(1), noisy)
+
+    return mean_loss(factors, name, lr, 2000, loss)
+
+
+@pytest.mark.parametrize(
+    ("name", "rates"),
+    [("Nesterov", (0.03, 0.1, 0.3)), pytest.param("SGD", (0.3, 1.0, 3.0), marks=pytest.mark.slow)],
+)
+def test_the_rate_falls_in_time_behind_a_saddle(name: str, rates: tuple[float, ...]) -> None:
+    for seed in (0, 1):
+        assert factorize(name, None, seed) < 1.1 * min(factorize(name, lr, seed) for lr in rates)
+
+
+def separate(name: str, lr: float | None, seed: int) -> float:
+    """Separate the digits by planes, one at a time. Once they are, most have no gradient but that of the decay."""
+    torch.manual_seed(seed)
+    x, y = map(torch.tensor, load_digits(return_X_y=True))
+    planes = nn.Linear(64, 10)
+
+    def loss() -> Tensor:
+        i = torch.randint(len(x), (1,))
+        return nn.functional.multi_margin_loss(planes(x[i].float() / 16), y[i]) + 1e-3 * planes.weight.square().sum()
+
+    return mean_loss(planes.parameters(), name, lr, 3000, loss)
+
+
+@pytest.mark.parametrize(
+    ("name", "rates"),
+    [
+        ("SGD", (0.03, 0.1)),
+        pytest.param("Nesterov", (0.003, 0.01), marks=pytest.mark.slow),
+        pytest.param("Adam", (0.003, 0.01), marks=pytest.mark.slow),
+    ],
+)
+def test_batches_of_one_do_not_starve_it(name: str, rates: tuple[float, ...]) -> None:
+    """With the second seed, the loss seems to rise twice in the first 200 steps."""
+    for seed in (0, 1):
+        assert separate(name, None, seed) < 1.25 * min(separate(name, lr, seed) for lr in rates)
 
 
 @pytest.mark.parametrize("name", ["SGD", pytest.param("Nesterov", marks=pytest.mark.slow), "Adam"])

@@ -46,3 +46,28 @@ def test_the_rate_may_rise_fast_to_half_of_that_of_the_first_leap_of_a_series(qu
         assert brake.see(1.0, 0.0, normalized=True, stride=1) is None
     assert brake.see(1e4, math.log(0.5), normalized=True, stride=1) is not None
     assert brake.limit == pytest.approx(math.log(limit), rel=1e-12)
+
+
+def test_leaps_that_do_not_grow_lower_the_rate_no_further() -> None:
+    """One batch in three has a large gradient, always of about the same size."""
+    brake, generator = Brake(), np.random.default_rng(0)
+    events = generator.random(300) < 1 / 3
+    norms = np.where(events, generator.uniform(0.8, 1.0, 300), 0.01)
+    norms[:20] = 0.01
+    falls = [brake.see(float(norm), 0.0, normalized=False, stride=1) for norm in norms]
+    found = [fall for fall in falls if fall is not None]
+    assert len(found) > 10
+    records = [norm for i, norm in enumerate(norms) if norm > max(norms[:i], default=0.0)]
+    assert sum(fall > 0 for fall in found) < len(records)
+
+
+@pytest.mark.parametrize("growth", [1.0, 1.05, 1.15])
+def test_norms_have_grown_where_those_of_ten_looks_are_twice_those_of_a_hundred(growth: float) -> None:
+    brake, logs = Brake(), list[float]()
+    assert not brake.has_grown
+    for i in range(120):
+        logs.append(max(i - 60, 0) * math.log(growth))
+        brake.see(math.exp(logs[-1]), 0.0, normalized=True, stride=1)
+        short, long = (np.average(logs, weights=memory ** np.arange(i + 1)[::-1]) for memory in (0.9, 0.99))
+        assert brake.has_grown == (i > 0 and short - long > math.log(2))
+    assert brake.has_grown == (growth > 1)

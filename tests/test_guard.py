@@ -89,6 +89,16 @@ def test_a_cut_that_has_helped_stays() -> None:
     assert guard.demand == 1.0
 
 
+@pytest.mark.parametrize(("mean", "doubles"), [(1.1, True), (1.2, False)])
+def test_after_a_cut_each_block_that_is_the_best_lets_the_rate_double(mean: float, doubles: bool) -> None:
+    guard = LossGuard()
+    watch(guard, noisy(1.0, 10) + noisy(2.0, 10) + noisy(1.19, 10))
+    before = guard.ceiling
+    watch(guard, noisy(mean, 10, seed=1), start=31, log_lr=-math.log(2))
+    with_the_run = math.log(41 / 31)
+    assert guard.ceiling == pytest.approx(before + with_the_run + doubles * math.log(2), rel=1e-12)
+
+
 def quadratic_rates(report: Callable[[int, float], float]) -> list[float]:
     """The rates of Adam on a noisy quadratic."""
     generator = torch.Generator().manual_seed(0)

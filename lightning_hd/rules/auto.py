@@ -50,8 +50,8 @@ _SURE, _RAMP = 2.0, 8.0
 """Standard errors above 0 beyond which the greedy mean is positive, and over which the fast rise grows."""
 
 _FAST, _QUIET = 0.1, 0.1
-"""The fast rise of ``log α`` per step, after a fall or where gradients do not turn, and what may be left of a brake
-while it rises after a fall."""
+"""The fast change of ``log α`` per step: it rises so after a fall or where gradients do not turn, and falls so where
+their norms have doubled. The second is what may be left of a brake while it rises after a fall."""
 
 _NONLINEAR_CAP = 0.02
 """The largest change of ``log α`` per step if the step is not linear in the rate: all former steps change as much."""
@@ -102,6 +102,8 @@ class Auto(Rule):
     **The greedy bound.** A rate at which the paper's own derivative is still positive (by two standard errors) is too
     low (``Greedy``). Then the rate does not fall. If it has been higher before, it rises by up to 10 % per step, up to
     half of the rate at the last leap of the gradient. So it comes back after a fall as fast as it climbed at first.
+    Where the norm of the gradient has doubled within some ten steps, the loss bends more than before, as behind a
+    saddle. Then the rate may fall by 10 % per step as well.
 
     With ``φ = 0`` and ``W = 1`` only the last move is left. ``h`` is then the paper's hypergradient times ``α``, so
     this is the paper's rule on ``log α``. ``c`` is the cosine, but a gradient larger than usual has a larger weight, as
@@ -185,10 +187,9 @@ class Auto(Rule):
         return kept
 
     def stride(self, step: int, calm: int) -> int:
-        """How far apart looks may be: one step while the rate moves fast, or is high because gradients have shrunk."""
-        own = self._own
-        wary = abs(own.gap) > _REACH or own.norm < _SHRUNK * own.largest_norm
-        return 1 if wary else self._brake.stride(step, calm)
+        """How far apart looks may be: one step while the rate is high because gradients have shrunk."""
+        shrunk = self._own.norm < _SHRUNK * self._own.largest_norm
+        return 1 if shrunk else self._brake.stride(step, calm)
 
     def update(self, lr: float, seen: Observation, context: Context) -> float:
         """``α_t`` from ``α_{t-1}`` and what the step shows. A zero gradient changes nothing."""
@@ -217,9 +218,10 @@ class Auto(Rule):
                 change = max(change, _FAST * min(1.0, (sigmas - _SURE) / _RAMP))
             for guard in (self._guard, self._fits):
                 guard.lift(math.log(lr))
+        lowest = -max(cap, _FAST) if self._brake.has_grown else -cap
         if context.nonlinear:
-            cap = min(cap, _NONLINEAR_CAP)
-        return lr * math.exp(context.stride * min(max(change, -cap), cap))
+            cap, lowest = min(cap, _NONLINEAR_CAP), max(lowest, -_NONLINEAR_CAP)
+        return lr * math.exp(context.stride * min(max(change, lowest), cap))
 
     def watch(self, lr: float, loss: float, context: Context) -> float:
         """``α_t``, lowered if the loss has risen; raised if that has not helped."""

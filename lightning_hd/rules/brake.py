@@ -51,8 +51,9 @@ class Brake:
     The steps after a leap are shortened by its excess over what is usual, which decays. Steps that are proportional to
     the gradient, as those of SGD are, are then about as long as usual, however large the leap is. After a series of
     leaps, a norm that grows for long may seem usual. So where steps follow the gradient, what is usual over many more
-    steps counts, too. A single leap may come from an unusual batch, but an overshoot grows from step to step. So
-    ``log α`` itself falls only if there was a leap just before, and the norm still grows. Half of the rate at the first
+    steps counts, too. A single leap may come from an unusual batch, but an overshoot grows from leap to leap. So
+    ``log α`` itself falls only if there was a leap just before, and no norm of this instability was as large. If one
+    batch in three has a large gradient, leaps follow each other, but they do not grow. Half of the rate at the first
     leap of an instability is the limit up to which the rate may rise fast again, as the slow start of TCP has one (RFC
     5681, 3.1). Source: this project.
     """
@@ -65,12 +66,19 @@ class Brake:
     left: float = not_negative()  # what is left of the last excesses
     leap: float = not_negative()  # the last excess, 1 at most, halved for each step since
     quiet: int = _SERIES  # the number of steps since the last leap
+    highest: float = 0.0  # the largest log ‖g‖ of the last instability
     limit: float = math.inf  # log α up to which the rate may rise fast
+
+    @property
+    def has_grown(self) -> bool:
+        """Whether the mean norm of the last looks is above twice that of the last hundred."""
+        seen = self.count
+        return seen > 1 and self.mean / (1 - _MEMORY**seen) - self.long_mean / (1 - _LONG_MEMORY**seen) > math.log(2)
 
     def see(self, grad_norm: float, log_lr: float, *, normalized: bool, stride: int) -> float | None:
         """By how much ``log α`` must fall if the norm has leapt; ``None`` if it has not."""
         log = math.log(grad_norm)
-        grows, before = log > self.last, self.leap
+        grows, before = log > self.highest, self.leap
         excess = self._excess(log, normalized)
         self.last, self.leap, self.left = log, self.leap / 2, self.left * _RELEASE
         if excess <= 0:
@@ -79,8 +87,8 @@ class Brake:
         self.left = max(self.left, min(excess, _LARGEST) if normalized else excess)
         self.leap = max(self.leap, min(excess, 1.0))
         if self.quiet >= _SERIES:
-            self.limit = log_lr - math.log(2)
-        self.quiet = 0
+            self.limit, self.highest = log_lr - math.log(2), log
+        self.highest, self.quiet = max(self.highest, log), 0
         return before * min(excess, 1.0) if grows else 0.0
 
     def stride(self, step: int, calm: int) -> int:

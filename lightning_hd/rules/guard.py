@@ -30,7 +30,8 @@ class LossGuard:
     The loss may also rise for other reasons: its weights, the data or an opponent have changed. So there is no cut
     while the moves of the block lower the loss at their ends, which for a convex loss means that they have not raised
     it. And a cut is an experiment. If the next block is not better than the one that caused the cut, the cut is undone,
-    and twice the evidence is asked from then on.
+    and twice the evidence is asked from then on. After a cut the rate has a ceiling, which doubles when the run does,
+    and with each block that is the best since. So a false alarm during the climb does not hold it for long.
 
     In many short fits, a fit is over before a block is. So whole fits are compared as well (``whole``), each with the
     best one so far. A fit of a few steps is counted with the next. Source: this project.
@@ -99,6 +100,8 @@ class LossGuard:
         mean, error = self.mean, self.deviations / (self.count - 1) / self.count
         log, before = self.logs / self.count, self.best_log
         risen = self.known and mean - self.best > _SIGMAS * self.demand * math.sqrt(error + self.best_error)
+        if self.known and mean < self.best and not self.tries:
+            self.ceiling += _RETREAT
         if risen or not self.known or mean < self.best:
             self.known, self.best, self.best_error, self.best_log = True, mean, error, log
         if self.tries:
