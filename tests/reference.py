@@ -166,7 +166,7 @@ class AutoRule:
         self._variance = (np.log(2.5) / 3) ** 2
         self.largest = self.norm = 0.0
         self.quiet = 20  # the number of steps since the last leap
-        self.highest = 0.0  # the largest log ‖g‖ of the last series of leaps
+        self.highest = 0.0  # what is left of the largest log ‖g‖ of the last series of leaps
         self._seen_lrs: list[float] = []
         self._fast_to = np.inf
         self._remembered: list[tuple[float, float]] = []  # log α of each move in E, and how much is left of it
@@ -267,7 +267,8 @@ class AutoRule:
             self._variance = 0.995 * self._variance + 0.005 * min(max(rise, 0.0), 1.5 * usual) ** 2
             far = min(log_norm, self._logs[-1]) - faded_mean(self._logs, [0.99] * len(self._logs)) - self.far
             excess = max(rise - usual, far, 0.0)
-        fell = self.leap * min(excess, 1.0) * (log_norm > self.highest)
+        self.highest -= 0.005
+        fell = self.leap * min(excess, 1.0) * (log_norm > max(self.highest, self._logs[-1] if self._logs else 0.0))
         self._logs.append(log_norm)
         self.brake = max(0.95 * self.brake, min(excess, self.longest_brake))
         self.leap = max(0.5 * self.leap, min(excess, 1.0))

@@ -31,6 +31,9 @@ _SEEN = 1.5
 _SERIES = 20
 """Leaps within so many steps belong to one instability."""
 
+_FORGOTTEN = 0.005
+"""So much of the largest ``log ‖g‖`` of an instability is forgotten in each look. Without it, full batches may swing on
+at one height. With twice as much, batches of one starve SGD."""
 
 _SETTLED = 500
 """So many steps are all looked at. With looks further apart in these, a GAN diverged."""
@@ -66,7 +69,7 @@ class Brake:
     left: float = not_negative()  # what is left of the last excesses
     leap: float = not_negative()  # the last excess, 1 at most, halved for each step since
     quiet: int = _SERIES  # the number of steps since the last leap
-    highest: float = 0.0  # the largest log ‖g‖ of the last instability
+    highest: float = 0.0  # what is left of the largest log ‖g‖ of the last instability
     limit: float = math.inf  # log α up to which the rate may rise fast
 
     @property
@@ -78,7 +81,8 @@ class Brake:
     def see(self, grad_norm: float, log_lr: float, *, normalized: bool, stride: int) -> float | None:
         """By how much ``log α`` must fall if the norm has leapt; ``None`` if it has not."""
         log = math.log(grad_norm)
-        grows, before = log > self.highest, self.leap
+        self.highest -= _FORGOTTEN
+        grows, before = log > max(self.last, self.highest), self.leap
         excess = self._excess(log, normalized)
         self.last, self.leap, self.left = log, self.leap / 2, self.left * _RELEASE
         if excess <= 0:
