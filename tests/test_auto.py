@@ -629,7 +629,7 @@ def test_rare_large_gradients_do_not_starve_it(name: str) -> None:
     with torch.no_grad():
         loss = nn.functional.binary_cross_entropy_with_logits(network(x).squeeze(1), y).item()
     assert loss < 0.045
-    assert min(lrs[1000:2000]) > 1e-3
+    assert np.quantile(lrs[1000:2000], 0.01) > 1e-3, "but for a few steps, which a leap shortens by its excess"
 
 
 def test_a_brake_is_counted_and_told(caplog: pytest.LogCaptureFixture) -> None:

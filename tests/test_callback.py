@@ -181,7 +181,7 @@ def test_a_rate_that_is_far_too_small_is_repaired(
     ends = []
     for callbacks in ([], [HypergradientDescent(rule)]):
         module = Digits(optimizer, 1e-5, **settings)
-        make_trainer(tmp_path, *callbacks, max_epochs=14).fit(module)
+        make_trainer(tmp_path, *callbacks, max_epochs=20).fit(module)
         ends.append(np.mean(module.losses[-20:]))
     assert ends[1] < 0.2 < 2.0 < ends[0]
 
