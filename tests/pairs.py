@@ -29,5 +29,15 @@ def pairwise(*choices: Iterable[Any]) -> list[Any]:
     return [pytest.param(*c, marks=() if c in few else pytest.mark.slow) for c in product(*values)]
 
 
+def by_turns(some: Iterable[Any], others: Iterable[Any], every: int) -> list[Any]:
+    """Sets of arguments for a test: all pairs. Of those of a value, one of ``every`` is not slow, in turn."""
+    second = list(others)
+    return [
+        pytest.param(a, b, marks=() if i % every == j % every else pytest.mark.slow)
+        for i, a in enumerate(some)
+        for j, b in enumerate(second)
+    ]
+
+
 def _pairs(place: tuple[int, ...]) -> set[Combination]:
     return set(combinations(enumerate(place), 2))

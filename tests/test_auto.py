@@ -32,7 +32,7 @@ from torch.optim import (
 
 from lightning_hd import Auto, Context, HypergradientDescent, HypergradientLR, Observation
 from tests import reference
-from tests.pairs import pairwise
+from tests.pairs import by_turns, pairwise
 from tests.test_callback import Digits, Reference, make_trainer, scalars, tags
 from tests.test_checkpoints import differences
 from tests.test_hypergradient import FAMILIES, observed, run, same, trajectory
@@ -735,10 +735,12 @@ ALL = 1797
     ("name", "batch"),
     [
         pytest.param(
-            name, batch, marks=pytest.mark.slow if batch == ALL and name not in ("SGD", "Adam", "Muon") else ()
+            name,
+            batch,
+            marks=pytest.mark.slow if batch == 128 or (batch == ALL and name not in ("SGD", "Adam", "Muon")) else (),
         )
         for name in OPTIMIZERS
-        for batch in (16, ALL)
+        for batch in (16, 128, ALL)
     ],
 )
 def test_every_optimizer_learns_at_every_batch_size(name: str, batch: int) -> None:
@@ -819,14 +821,7 @@ def under_schedule(family: str, name: str) -> tuple[list[float], list[float], fl
     return losses, scales, start, whole_loss(network)
 
 
-@pytest.mark.parametrize(
-    ("family", "name"),
-    [
-        pytest.param(family, name, marks=() if (i + j) % 2 == 0 else pytest.mark.slow)
-        for i, family in enumerate(FAMILIES_UNDER_SCHEDULES)
-        for j, name in enumerate(SCHEDULES)
-    ],
-)
+@pytest.mark.parametrize(("family", "name"), by_turns(FAMILIES_UNDER_SCHEDULES, SCHEDULES, every=2))
 def test_it_learns_under_a_schedule(family: str, name: str) -> None:
     losses, _, start, end = under_schedule(family, name)
     assert np.isfinite(losses).all()

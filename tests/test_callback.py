@@ -25,6 +25,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_hd import Additive, HypergradientDescent
 from tests import reference
+from tests.pairs import by_turns
 from tests.test_hypergradient import PAPER
 
 pytestmark = [
@@ -418,14 +419,15 @@ def test_the_optimizer_is_released(tmp_path: Path, error: BaseException | None) 
 
 
 @pytest.mark.parametrize(
-    ("method", "rule", "when"),
-    [
-        pytest.param(*case, when, marks=() if i % 2 == j else pytest.mark.slow)
-        for i, case in enumerate([*((method, "additive") for method in PAPER), ("sgdn", "auto"), ("adam", "auto")])
-        for j, when in enumerate(("during training", "after training"))
-    ],
+    ("case", "when"),
+    by_turns(
+        [*((method, "additive") for method in PAPER), ("sgdn", "auto"), ("adam", "auto")],
+        ("during training", "after training"),
+        every=2,
+    ),
 )
-def test_resuming_is_exact(tmp_path: Path, method: str, rule: Any, when: str) -> None:
+def test_resuming_is_exact(tmp_path: Path, case: tuple[str, Any], when: str) -> None:
+    method, rule = case
     cls, settings, beta = PAPER[method]
 
     def module() -> Reference:

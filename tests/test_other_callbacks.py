@@ -20,7 +20,7 @@ from torch.utils.data import DataLoader, TensorDataset
 from lightning_hd import HypergradientDescent
 from lightning_hd.reporting.summary import remarks
 from tests import reference
-from tests.pairs import pairwise
+from tests.pairs import by_turns, pairwise
 from tests.test_callback import Reference, make_trainer, same, scalars
 from tests.test_checkpoints import differences
 
@@ -209,12 +209,7 @@ def test_training_goes_on_from_the_rate_that_a_sweep_suggests(tmp_path: Path, ru
 
 
 @pytest.mark.parametrize(
-    ("search", "rule"),
-    [
-        pytest.param(search, rule, marks=() if i == j else pytest.mark.slow)
-        for i, search in enumerate(("sweep in epoch 0", "sweep in epoch 1", "trials in epoch 0"))
-        for j, rule in enumerate(RULES)
-    ],
+    ("search", "rule"), by_turns(("sweep in epoch 0", "sweep in epoch 1", "trials in epoch 0"), RULES, every=3)
 )
 def test_training_goes_on_from_a_search_as_if_there_had_been_none(tmp_path: Path, rule: Any, search: str) -> None:
     sweep = SweepInMidTraining(int(search[-1]), update_attr=False)

@@ -19,6 +19,7 @@ from torch.optim.swa_utils import SWALR
 from lightning_hd import HypergradientDescent, HypergradientLR
 from lightning_hd.rules import RuleName
 from tests import reference
+from tests.pairs import by_turns
 from tests.test_callback import Reference, make_trainer
 
 pytestmark = [
@@ -133,14 +134,7 @@ class Scheduled(Reference):
         return super().training_step(batch, batch_idx)
 
 
-@pytest.mark.parametrize(
-    ("cls", "interval"),
-    [
-        pytest.param(cls, interval, marks=() if i % 2 == j else pytest.mark.slow)
-        for i, cls in enumerate(SCHEDULERS)
-        for j, interval in enumerate(("step", "epoch"))
-    ],
-)
+@pytest.mark.parametrize(("cls", "interval"), by_turns(SCHEDULERS, ("step", "epoch"), every=2))
 def test_schedulers_compose_in_a_trainer(tmp_path: Path, cls: Any, interval: str) -> None:
     runs = []
     for hd in (None, *map(HypergradientDescent, RULES)):

@@ -75,8 +75,10 @@ class Brake:
     @property
     def has_grown(self) -> bool:
         """Whether the mean norm of the last looks is above twice that of the last hundred."""
-        seen = self.count
-        return seen > 1 and self.mean / (1 - _MEMORY**seen) - self.long_mean / (1 - _LONG_MEMORY**seen) > math.log(2)
+        if self.count < 2:
+            return False
+        mean, long_mean = self._means()
+        return mean - long_mean > math.log(2)
 
     def see(self, grad_norm: float, log_lr: float, *, normalized: bool, stride: int) -> float | None:
         """By how much ``log α`` must fall if the norm has leapt; ``None`` if it has not."""
@@ -107,15 +109,20 @@ class Brake:
 
     def _excess(self, log: float, normalized: bool) -> float:
         """The excess of ``log ‖g_t‖`` over what is usual. It also updates what is usual."""
-        excess, seen = 0.0, self.count
-        self.count += 1
-        if seen > 1:
-            rise = log - self.mean / (1 - _MEMORY**seen)
+        excess = 0.0
+        if self.count > 1:
+            mean, long_mean = self._means()
+            rise = log - mean
             usual = max(_SPIKE, _SIGMAS * math.sqrt(self.variance))
             self.variance = _RISE_MEMORY * self.variance + (1 - _RISE_MEMORY) * min(max(rise, 0.0), _SEEN * usual) ** 2
             excess = rise - usual
             if not normalized:  # ``last`` is still that of the norm before
-                excess = max(excess, min(log, self.last) - self.long_mean / (1 - _LONG_MEMORY**seen) - _FAR)
+                excess = max(excess, min(log, self.last) - long_mean - _FAR)
+        self.count += 1
         self.mean = _MEMORY * self.mean + (1 - _MEMORY) * log
         self.long_mean = _LONG_MEMORY * self.long_mean + (1 - _LONG_MEMORY) * log
         return excess
+
+    def _means(self) -> tuple[float, float]:
+        """The means of ``log ‖g‖`` over some ten looks and over a hundred, corrected for their start at 0."""
+        return self.mean / (1 - _MEMORY**self.count), self.long_mean / (1 - _LONG_MEMORY**self.count)

@@ -74,7 +74,6 @@ def start(processes: int, path: Path, *what: str) -> tuple[int, str]:
     script = subprocess.Popen(
         [sys.executable, "-m", "tests.distributed.test_trainer", str(processes), str(path), *what],
         cwd=Path(__file__).parents[2],
-        env=os.environ | {"OMP_NUM_THREADS": "1"},
         start_new_session=True,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,

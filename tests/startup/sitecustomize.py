@@ -1,7 +1,7 @@
 """Python runs this when a process starts that a test has started, because ``conftest.py`` puts its folder on the path.
 
 At the end of a process that has imported Lightning, the garbage collector goes through all objects again and again, for
-some four seconds. It leaves out those that are frozen.
+seconds. It leaves out those that are frozen.
 """
 
 import atexit
