@@ -106,10 +106,12 @@ class Tuning:
         return self._tune()
 
     def hear(self, returned: Any) -> None:
-        """Take in what a closure has returned, if it is a loss. ``prepare`` comes next."""
-        self.looks.losses.returned = []
-        with suppress(TypeError):
-            self.looks.losses.returned.append(check_loss(returned))
+        """Take in what a closure has returned, if it is a loss and none is reported. ``prepare`` comes next."""
+        losses = self.looks.losses
+        losses.returned = []
+        if not losses.reported:
+            with suppress(TypeError):
+                losses.returned.append(check_loss(returned))
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]
     @torch.no_grad()

@@ -54,6 +54,7 @@ class Recorder:
         self._cosines: list[array[float]] = []
         self._hypergradients: list[array[float]] = []
         self._losses = array("d")
+        self._backoffs: Sequence[int] = ()  # of each scope, up to the last step
         self._axis = array("q")  # the place of each step on the axis of loggers
         self._logged = 0  # how many steps are in the means that were logged
         self._drawn = 0  # how many steps are in event files
@@ -87,8 +88,9 @@ class Recorder:
         self._append(self._scales, engine.scales)
         self._append(self._cosines, [found.cosine if found else math.nan for found in seen])
         self._append(self._hypergradients, [found.hypergradient if found else math.nan for found in seen])
-        loss = engine.stats.loss
-        self._losses.append(math.nan if loss is None else loss)
+        stats = engine.stats
+        self._losses.append(math.nan if stats.loss is None else stats.loss)
+        self._backoffs = stats.backoffs
 
     def _append(self, histories: "list[array[float]]", numbers: Sequence[float]) -> None:
         """Append a number to each history, the first ones of this step. New histories begin with NaN."""
@@ -144,7 +146,7 @@ class Recorder:
     def news(self) -> dict[str, float]:
         """The numbers of the last step; none if they are as they were at the last call."""
         engine = self.engine
-        numbers = engine.lrs, engine.scales, engine.last, engine.stats.backoffs
+        numbers = engine.lrs, engine.scales, engine.last, self._backoffs
         if numbers == self._shown:
             return {}
         self._shown = numbers
@@ -167,7 +169,7 @@ class Recorder:
         """Scales, counts of back-offs, and means over the steps from ``since`` on."""
         names, engine = self._scopes(), self.engine
         metrics = {tag("scale", name): scale for name, scale in zip(names, engine.scales, strict=False)}
-        metrics |= {tag("backoffs", name): float(n) for name, n in zip(names, engine.stats.backoffs, strict=False)}
+        metrics |= {tag("backoffs", name): float(n) for name, n in zip(names, self._backoffs, strict=False)}
         for quantity, histories in (("hypergradient", self._hypergradients), ("cosine", self._cosines)):
             for name, history in zip(names, histories, strict=False):
                 if new := _known(history[since:]):
