@@ -157,20 +157,24 @@ def get_lrs(groups: Sequence[dict[str, Any]]) -> list[float]:
     return [next(numbers) if isinstance(group["lr"], Tensor) else get_lr(group) for group in groups]
 
 
-def read_lrs(optimizer: Optimizer, minimum: float) -> list[float]:
+def read_lrs(optimizer: Optimizer, signed: bool) -> list[float]:
     """The rates that the groups hold, checked.
+
+    Args:
+        optimizer: The optimizer.
+        signed: Whether a rate may be negative.
 
     Raises:
         TypeError: One is not a rate.
-        ValueError: One is not finite, or below ``minimum``.
+        ValueError: One is not finite, or negative but may not be.
     """
     for i, group in enumerate(optimizer.param_groups):
         if type(group["lr"]) is not float:  # which is what most hold, in every step
             _check_kind(_name(optimizer, i), group["lr"])
     lrs = get_lrs(optimizer.param_groups)
     for i, lr in enumerate(lrs):
-        if not math.isfinite(lr) or lr < minimum:
-            allowed = "a finite number" + ("" if minimum < 0 else " of at least 0 (or pass min_lr=None)")
+        if not math.isfinite(lr) or (lr < 0 and not signed):
+            allowed = "a finite number" + ("" if signed else " of at least 0 (or pass min_lr=None)")
             raise ValueError(f"{_name(optimizer, i)} must be {allowed}, got {lr}")
     return lrs
 

@@ -10,7 +10,7 @@ import torch
 
 from lightning_hd import Additive, Auto, Context, Multiplicative, Observation, Rule
 from lightning_hd.rules import make_rule
-from lightning_hd.rules.greedy import Greedy
+from lightning_hd.rules.bounds import Greedy
 from tests import reference
 
 SEEN = Observation(hypergradient=-6.0, grad_norm=4.0, direction_norm=3.0)

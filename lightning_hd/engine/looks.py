@@ -165,7 +165,7 @@ class Looks:
     def _wanted(self, step: int, calm: int) -> int:
         """How far apart looks may be: as far as the rules of all scopes allow."""
         scopes = self.rates.scopes
-        return 1 if any(map(waits, scopes)) else min(s.rule.stride(step - s.since, calm) for s in scopes)
+        return 1 if any(map(waits, scopes)) else min([s.rule.stride(step - s.since, calm) for s in scopes])
 
     def _scopes(self) -> list[int]:
         return [group.scope for group in self.rates.groups]

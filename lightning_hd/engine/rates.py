@@ -91,8 +91,7 @@ class Rates(Scopes):
 
     def read(self) -> list[float]:
         """The rates in the optimizer's groups. Raise ``TypeError`` or ``ValueError`` if one is out of order."""
-        minimum = -math.inf if self.limits[0] < 0 or self.is_scheduled() else 0.0
-        return read_lrs(self.optimizer, minimum)
+        return read_lrs(self.optimizer, signed=self.is_scheduled() or self.limits[0] < 0)
 
     def sync(self) -> None:
         """Take over changes since the last step: rates written, groups added, a scheduler built or stepped."""
@@ -101,7 +100,7 @@ class Rates(Scopes):
         scheduled = self.is_scheduled()
         if self.under_schedule and not scheduled:
             self._go_on()
-        held = self.read()
+        held = read_lrs(self.optimizer, signed=scheduled or self.limits[0] < 0)
         fresh = set(range(len(self.scopes))) if scheduled != self.under_schedule else set()
         self.held, self.under_schedule = held, scheduled
         if len(held) > len(self.groups):

@@ -207,9 +207,9 @@ class Tuning:
                 self.rates.scopes[i].rule.begin("replaced")
         if self.linearity.due and self.step_count >= self.linearity.due[0]:
             self.linearity.test(self.step_count, [group.lr for group in self.rates.groups])
-        step.seen = [self._take_in(scope, sight) for scope, sight in zip(self.rates.scopes, step.sights, strict=True)]
         if step.looked or step.informed:
             step.rules = [scope.rule.state_dict() for scope in self.rates.scopes]
+        step.seen = [self._take_in(scope, sight) for scope, sight in zip(self.rates.scopes, step.sights, strict=True)]
         self.rates.decide(step)
         if not self.rule.long_horizon or any(map(waits, self.rates.scopes)):
             self._first_rates.prepare(step)

@@ -124,8 +124,8 @@ class Displacement(View):
     def _gather(self, i: int, flats: Sequence[Tensor], missing: frozenset[int]) -> Tensor | None:
         """Gather the parameters and the gradient of a bucket. Return which coordinates have one; ``None``: all."""
         bucket, now = self._buckets[i], self._memory[i].now
-        bucket.gather(flats, now.g)
         self._gather_parameters(i)
+        bucket.gather(flats, now.g)
         for group, (start, stop) in bucket.spans.items():
             param_group = self._optimizer.param_groups[group]
             to_objective(self._optimizer, param_group, [now.g[start:stop]], [now.theta[start:stop]])
@@ -205,7 +205,8 @@ class Displacement(View):
             slope=sums.slope,
             move_norm=math.sqrt(sums.move_squared),
         )
-        joined = sums.joined > self._ranks.count / 2  # on fewer, parameters may only have had no gradient before
+        # on fewer processes, parameters may only have had no gradient before
+        joined = bool(sums.joined) and sums.joined > self._ranks.count / 2
         gradient, known = sums.has_gradient > 0, sums.known > 0
         return Sight(gradient, known, observation, joined, lost=gradient and not known)
 

@@ -7,8 +7,7 @@ from typing import Any, Literal
 
 from lightning_hd.checks import check_count, check_fields
 from lightning_hd.rules.base import Context, Event, Observation, Rule
-from lightning_hd.rules.brake import Brake
-from lightning_hd.rules.greedy import Greedy
+from lightning_hd.rules.bounds import Brake, Greedy
 from lightning_hd.rules.guard import LossGuard
 from lightning_hd.rules.learned import Learned
 
@@ -261,9 +260,9 @@ class Auto(Rule):
         own = self._own
         own.turns = min(own.turns + context.stride, _TURNS)
         own.turn += (seen.turn - own.turn) * context.stride / own.turns
+        late = seen.late + self.smoothing(context) * (seen.hypergradient - seen.late)
         if seen.move_norm:
             self._greedy.see(-seen.slope / (seen.grad_norm * seen.move_norm), context)
-        late = seen.late + self.smoothing(context) * (seen.hypergradient - seen.late)
         part = min(max((-own.turn - _TURNING) / (_TURNED - _TURNING), 0.0), 1.0)
         derivative = late + part * (seen.hypergradient - late)
         straight = own.turn > _STRAIGHT or self._greedy.sigmas > _SURE
