@@ -13,7 +13,8 @@ from torch import Tensor, nn
 from torch.optim import SGD, Adam, AdamW, Optimizer, RMSprop
 
 from lightning_hd import HypergradientDescent, HypergradientLR
-from lightning_hd.hypergradient.buckets import products, squared_norm
+from lightning_hd.hypergradient.buckets import squared_norm
+from lightning_hd.hypergradient.last_step import products
 from tests import reference
 from tests.test_callback import Digits, make_trainer
 from tests.test_checkpoints import differences

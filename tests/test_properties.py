@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.optim import ASGD, SGD, Adagrad, Adam, AdamW, NAdam, Optimizer, RAdam, RMSprop
 
 from lightning_hd import HypergradientLR
-from lightning_hd.hypergradient.buckets import products
+from lightning_hd.hypergradient.last_step import products
 from tests import reference
 from tests.test_hypergradient import failing
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from lightning_hd.hypergradient.buckets import products
+from lightning_hd.hypergradient.last_step import products
 
 
 def expected(g: Tensor, d: Tensor) -> list[float]:

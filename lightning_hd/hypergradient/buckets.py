@@ -275,21 +275,6 @@ def _stretch(bucket: Bucket, slots: Sequence[Slot], limit: int) -> None:
     bucket.stretches = stretches
 
 
-def products(g: Tensor, d: Tensor | None, weights: Tensor | None = None, wide: bool = True) -> list[Tensor]:
-    """``g·d``, ``‖g‖²`` and ``‖d‖²``, as three 0-dim tensors.
-
-    Args:
-        g: The gradient, of shape (n,).
-        d: The direction, of shape (n,); ``None``: zero.
-        weights: The weight of each number, of shape (n,); ``None``: all weights are 1.
-        wide: Whether to multiply in float64 (float32 on devices without it), so that no square underflows or overflows.
-    """
-    g = g.to(exact_dtype(g.device)) if wide else g
-    d = torch.zeros_like(g) if d is None else d.to(g.dtype)
-    weighted = (g, d) if weights is None else (g * weights.to(g.dtype), d * weights.to(g.dtype))
-    return [torch.dot(weighted[0], d), torch.dot(weighted[0], g), torch.dot(weighted[1], d)]
-
-
 def are_safe(squares: Iterable[float]) -> bool:
     """Whether numbers with such squared norms may be multiplied in float32."""
     return all(_SMALL < square < _LARGE for square in squares)

@@ -52,12 +52,22 @@ class Direction(ABC):
 
     @abstractmethod
     def read(self, get: Quantities, step: int) -> Tensor:
-        """``d_t``, at any time after step ``t`` and before the next: a flat tensor, which must not be written to.
+        """``d_t`` over its ``factor``, at any time after step ``t`` and before the next.
+
+        It is a flat tensor, which must not be written to.
 
         Args:
             get: Gives the quantities.
             step: ``t``, as the optimizer counts it for these parameters.
         """
+
+    def factor(self, step: int) -> float:
+        """What ``read`` leaves out, because it is cheaper to multiply sums than vectors.
+
+        Args:
+            step: ``t``, as in ``read``.
+        """
+        return 1.0
 
     def ahead(self, g: Tensor, p: Tensor, state: State) -> Tensor | None:
         """``d`` of the next step, before it is taken; ``None`` where it cannot be known.
@@ -150,14 +160,18 @@ class AdaptiveMoments(Direction):
         return ("exp_avg", "max_exp_avg_sq" if self.amsgrad else "exp_avg_sq")
 
     def read(self, get: Quantities, step: int) -> Tensor:
-        """Computed from the optimizer's m and v: ``m √(1-β2^t) / (√v + ε √(1-β2^t)) / (1-β1^t)``."""
-        root = (1 - self.beta2**step) ** 0.5
+        """Computed from the optimizer's m and v: ``m / (√v + ε √(1-β2^t))``, and ``λ θ_t`` over the correction."""
         first, second = self.needs
-        scale = torch.sqrt(get(second)).add_(self.eps * root)
-        d = torch.div(get(first), scale, out=scale).mul_(root / (1 - self.beta1**step))
-        if self.decoupled:
-            d.add_(get(PARAMETER), alpha=self.decoupled).div_(1 - self.lr * self.decoupled)
-        return d
+        scale = torch.sqrt(get(second)).add_(self.eps * (1 - self.beta2**step) ** 0.5)
+        d = torch.div(get(first), scale, out=scale)
+        return d.add_(get(PARAMETER), alpha=self.decoupled / self._correction(step)) if self.decoupled else d
+
+    def factor(self, step: int) -> float:
+        """``√(1-β2^t) / (1-β1^t)``, which corrects m and v for their start at 0, over ``1 - α λ``."""
+        return self._correction(step) / (1 - self.lr * self.decoupled)
+
+    def _correction(self, step: int) -> float:
+        return float((1 - self.beta2**step) ** 0.5 / (1 - self.beta1**step))
 
     def ahead(self, g: Tensor, p: Tensor, state: State) -> Tensor | None:
         """The same as ``read``, from the m and v after the next step."""
@@ -168,7 +182,8 @@ class AdaptiveMoments(Direction):
         v = v if second is None else v.add_(second, alpha=self.beta2)
         v = torch.maximum(v, largest) if self.amsgrad and largest is not None else v
         made = {"exp_avg": m, "exp_avg_sq": v, "max_exp_avg_sq": v, PARAMETER: p}
-        return self.read(made.__getitem__, 1 + (0 if step is None else int(step)))
+        count = 1 + (0 if step is None else int(step))
+        return self.read(made.__getitem__, count).mul_(self.factor(count))
 
 
 @dataclass(frozen=True)

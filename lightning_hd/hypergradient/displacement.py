@@ -205,9 +205,8 @@ class Displacement(View):
             slope=sums.slope,
             move_norm=math.sqrt(sums.move_squared),
         )
-        # on fewer processes, parameters may only have had no gradient before
-        joined = bool(sums.joined) and sums.joined > self._ranks.count / 2
         gradient, known = sums.has_gradient > 0, sums.known > 0
+        joined = sums.joined > 0 and sums.joined > self._ranks.count / 2  # on fewer, it may only have been missing
         return Sight(gradient, known, observation, joined, lost=gradient and not known)
 
     def forget(self, scope: int) -> None:

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from lightning_hd.checks import check_count, check_fields, check_flag
-from lightning_hd.hypergradient.buckets import Bucket, are_safe, flatten, gather, pack, products
+from lightning_hd.hypergradient.buckets import Bucket, are_safe, flatten, gather, pack
 from lightning_hd.hypergradient.copies import Copies
 from lightning_hd.hypergradient.directions import (
     COPY,
@@ -115,8 +115,10 @@ class LastStep(View):
         for bucket in self._buckets:
             group, steps = bucket.key
             last, get = self._last[group], partial(self._quantity, bucket, flats)
-            d = None if steps is None else last.direction.read(get, steps + self._age)
-            rows.append(products(self._gradient(bucket, get), d, bucket.weights, self._wide))
+            d, factor = None, 1.0
+            if steps is not None:
+                d, factor = last.direction.read(get, steps + self._age), last.direction.factor(steps + self._age)
+            rows.append(products(self._gradient(bucket, get), d, bucket.weights, self._wide, factor))
             share = 1 / bucket.replicas
             factors.append((scopes[group], -last.weight * share, share, last.weight**2 * share))
         return self._sums.by_scope(rows, factors, self._flags, device_of(self._optimizer), _WIDTH)
@@ -298,3 +300,22 @@ class LastStep(View):
             for saved, group in zip(state_dict["groups"], self._optimizer.param_groups, strict=False)
         ]
         self._layout, self._wide = None, wide
+
+
+def products(
+    g: Tensor, d: Tensor | None, weights: Tensor | None = None, wide: bool = True, factor: float = 1.0
+) -> list[Tensor]:
+    """``g·d``, ``‖g‖²`` and ``‖d‖²``, as three 0-dim tensors.
+
+    Args:
+        g: The gradient, of shape (n,).
+        d: The direction over ``factor``, of shape (n,); ``None``: zero.
+        weights: The weight of each number, of shape (n,); ``None``: all weights are 1.
+        wide: Whether to multiply in float64 (float32 on devices without it), so that no square underflows or overflows.
+        factor: By what the direction is to be multiplied.
+    """
+    g = g.to(exact_dtype(g.device)) if wide else g
+    d = torch.zeros_like(g) if d is None else d.to(g.dtype)
+    weighted = (g, d) if weights is None else (g * weights.to(g.dtype), d * weights.to(g.dtype))
+    sums = [torch.dot(weighted[0], d), torch.dot(weighted[0], g), torch.dot(weighted[1], d)]
+    return sums if factor == 1 else [sums[0] * factor, sums[1], sums[2] * factor**2]
