@@ -63,6 +63,32 @@ def test_leaps_that_do_not_grow_lower_the_rate_no_further() -> None:
     assert 0 < sum(fall > 0 for fall in found) <= len(records) < 0.4 * sum(events[20:])
 
 
+@pytest.mark.parametrize("momentum", [0.0, 0.9, 0.99])
+@pytest.mark.parametrize("factor", [1e2, 1e4, 1e8])
+def test_a_brake_is_not_released_faster_than_momentum_forgets_the_leap(momentum: float, factor: float) -> None:
+    brake, velocity, moves = Brake(), 0.0, [0.0]
+    for step in range(600):
+        norm = factor if step == 200 else 1.0
+        brake.see(norm, 0.0, moves[-1], normalized=False, stride=1)
+        velocity = momentum * velocity + norm
+        moves.append(velocity * math.exp(-brake.left))
+    usual = moves[200]
+    assert max(moves[201:]) < 5 * usual
+    assert sum(moves[201:301]) < 110 * usual
+    if momentum < 0.99:
+        assert moves[400] > usual / 2, "and all is as before in the end"
+
+
+def test_a_network_that_a_leap_has_harmed_recovers() -> None:
+    """After it, gradients are ten times as large as before for good."""
+    brake, moves = Brake(), [0.0]
+    for step in range(300):
+        norm = 1e6 if step == 200 else 1.0 + 9.0 * (step > 200)
+        brake.see(norm, 0.0, moves[-1], normalized=False, stride=1)
+        moves.append(norm * math.exp(-brake.left))
+    assert min(moves[230:]) > 0.1 * moves[200], "steps are not much shorter than usual after a few dozen"
+
+
 @pytest.mark.parametrize("growth", [1.0, 1.05, 1.15])
 def test_norms_have_grown_where_those_of_ten_looks_are_twice_those_of_a_hundred(growth: float) -> None:
     brake, logs = Brake(), list[float]()

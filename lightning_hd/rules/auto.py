@@ -199,7 +199,8 @@ class Auto(Rule):
         if seen.direction_norm == 0:
             return lr * math.exp(_CAP) if seen.grad_norm >= resolved else lr
         change = self._change(seen, context)
-        fall = self._brake.see(seen.grad_norm, math.log(lr), normalized=self._normalized, stride=context.stride)
+        shown = seen.grad_norm, math.log(lr), seen.move_norm
+        fall = self._brake.see(*shown, normalized=self._normalized, stride=context.stride)
         if fall is not None:
             self.backoffs += 1
             return max(lr * math.exp(-fall), min(lr, own.first_lr))

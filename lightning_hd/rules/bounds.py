@@ -24,7 +24,14 @@ _RELEASE = 0.95
 
 _LARGEST = 2.0
 """The largest excess where the optimizer normalizes the gradient, because a leap hardly lengthens its steps: they are
-never more than e² times shorter. With 3, rare large gradients starve Adam."""
+never more than e² times shorter. With 3, rare large gradients starve Adam. A brake above it would be released by more
+than a tenth per step, and so faster than a momentum of 0.9 forgets the leap."""
+
+_LONGER = math.log(2)
+"""So it stays as it is while the directions of steps are longer than usual by this factor."""
+
+_SHORTER = math.log(8)
+"""But not where steps are shorter than usual by this factor, so that a network that the leap has harmed can recover."""
 
 _SEEN = 1.5
 """In the variance, a rise counts up to this many times what is usual. With 3, a series of leaps soon seems usual."""
@@ -61,7 +68,10 @@ class Brake:
     The steps after a leap are shortened by its excess over what is usual, which decays. Steps that are proportional to
     the gradient, as those of SGD are, are then about as long as usual, however large the leap is. After a series of
     leaps, a norm that grows for long may seem usual. So where steps follow the gradient, what is usual over many more
-    steps counts, too. A single leap may come from an unusual batch, but an overshoot grows from leap to leap. So
+    steps counts, too. Momentum holds a leap for many steps. So a large brake is not released while the last move over
+    its rate, the length of the step's direction, is longer than usual.
+
+    A single leap may come from an unusual batch, but an overshoot grows from leap to leap. So
     ``log α`` itself falls only if there was a leap just before, and no norm of this instability was as large. If one
     batch in three has a large gradient, leaps follow each other, but they do not grow. Half of the rate at the first
     leap of an instability is the limit up to which the rate may rise fast again, as the slow start of TCP has one (RFC
@@ -73,6 +83,8 @@ class Brake:
     mean: float = 0.0  # running mean of log ‖g‖, before the correction for its start at 0
     long_mean: float = 0.0  # the same over a hundred looks
     variance: float = not_negative((_SPIKE / _SIGMAS) ** 2)
+    directions: int = 0  # how many directions of steps were seen
+    length: float = 0.0  # running mean of log ‖d_{t-1}‖ over a hundred looks, before the correction
     left: float = not_negative()  # what is left of the last excesses
     leap: float = not_negative()  # the last excess, 1 at most, halved for each step since
     quiet: int = _SERIES  # the number of steps since the last leap
@@ -87,13 +99,24 @@ class Brake:
         mean, long_mean = self._means()
         return mean - long_mean > math.log(2)
 
-    def see(self, grad_norm: float, log_lr: float, *, normalized: bool, stride: int) -> float | None:
-        """By how much ``log α`` must fall if the norm has leapt; ``None`` if it has not."""
+    def see(
+        self, grad_norm: float, log_lr: float, move_norm: float = 0.0, *, normalized: bool, stride: int
+    ) -> float | None:
+        """By how much ``log α`` must fall if the norm has leapt; ``None`` if it has not.
+
+        Args:
+            grad_norm: ``‖g_t‖``.
+            log_lr: ``log α_{t-1}``.
+            move_norm: ``‖θ_t - θ_{t-1}‖``; 0: there was no move.
+            normalized: Whether steps do not follow the norm of the gradient.
+            stride: How many steps the last look stands for.
+        """
         log = math.log(grad_norm)
         self.highest -= _FORGOTTEN
         grows, before = log > max(self.last, self.highest), self.leap
         excess = self._excess(log, normalized)
-        self.last, self.leap, self.left = log, self.leap / 2, self.left * _RELEASE
+        released = move_norm == 0 or not self._is_longer(math.log(move_norm) - log_lr + self.left)
+        self.last, self.leap, self.left = log, self.leap / 2, self.left * (_RELEASE if released else 1.0)
         if excess <= 0:
             self.quiet += stride
             return None
@@ -129,6 +152,14 @@ class Brake:
         self.mean = _MEMORY * self.mean + (1 - _MEMORY) * log
         self.long_mean = _LONG_MEMORY * self.long_mean + (1 - _LONG_MEMORY) * log
         return excess
+
+    def _is_longer(self, length: float) -> bool:
+        """Whether ``log ‖d_{t-1}‖`` is above what is usual, while a brake is large. It also updates what is usual."""
+        usual = self.length / (1 - _LONG_MEMORY**self.directions) if self.directions else length
+        over = length - usual
+        self.directions += 1
+        self.length = _LONG_MEMORY * self.length + (1 - _LONG_MEMORY) * min(length, usual + _LONGER)
+        return self.left > _LARGEST and over > max(_LONGER, self.left - _SHORTER)
 
     def _means(self) -> tuple[float, float]:
         """The means of ``log ‖g‖`` over some ten looks and over a hundred, corrected for their start at 0."""
