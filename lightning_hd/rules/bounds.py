@@ -71,11 +71,11 @@ class Brake:
     steps counts, too. Momentum holds a leap for many steps. So a large brake is not released while the last move over
     its rate, the length of the step's direction, is longer than usual.
 
-    A single leap may come from an unusual batch, but an overshoot grows from leap to leap. So
-    ``log α`` itself falls only if there was a leap just before, and no norm of this instability was as large. If one
-    batch in three has a large gradient, leaps follow each other, but they do not grow. Half of the rate at the first
-    leap of an instability is the limit up to which the rate may rise fast again, as the slow start of TCP has one (RFC
-    5681, 3.1). Source: this project.
+    A single leap may come from an unusual batch, but an overshoot grows from leap to leap. So ``log α`` itself falls
+    only if there was a leap just before, and no norm of this instability was as large. If one batch in three has a
+    large gradient, leaps follow each other, but they do not grow. Half of the rate at the first leap of an instability
+    is the limit up to which the rate may rise fast again, as the slow start of TCP has one (RFC 5681, 3.1). Source:
+    this project.
     """
 
     count: int = 0  # how many norms were seen
