@@ -163,7 +163,7 @@ class AutoRule:
         self._bent: list[float] = []  # times the stride
         self._parts: list[float] = []
         self._logs: list[float] = []
-        self._lengths: list[float] = []  # logarithms of those of the steps' directions
+        self._lengths: list[float] = []  # logarithms of those of the steps' directions, over those of the gradients
         self._variance = (np.log(2.5) / 3) ** 2
         self.largest = self.norm = 0.0
         self.quiet = 20  # the number of steps since the last leap
@@ -272,10 +272,12 @@ class AutoRule:
         fell = self.leap * min(excess, 1.0) * (log_norm > max(self.highest, self._logs[-1] if self._logs else 0.0))
         self._logs.append(log_norm)
         released = 0.95
-        if shown.move_norm:
-            length = float(np.log(shown.move_norm / lr) + self.brake)
+        if shown.move_norm and len(self._logs) > 1:
+            length = float(np.log(shown.move_norm / lr) + self.brake - self._logs[-2])
             usual_length = faded_mean(self._lengths, [0.99] * len(self._lengths)) if self._lengths else length
-            long, short = length - usual_length > np.log(2), length - usual_length < self.brake - np.log(8)
+            long = length - usual_length > np.log(2)
+            usual_step = usual_length + faded_mean(self._logs[:-1], [0.99] * (len(self._logs) - 1))
+            short = length + self._logs[-2] - usual_step < self.brake - np.log(8)
             released = 1.0 if self.brake > 2 and long and not short else 0.95
             self._lengths.append(min(length, usual_length + float(np.log(2))))
         self.brake = max(released * self.brake, min(excess, self.longest_brake))

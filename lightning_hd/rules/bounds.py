@@ -28,7 +28,7 @@ never more than e² times shorter. With 3, rare large gradients starve Adam. A b
 than a tenth per step, and so faster than a momentum of 0.9 forgets the leap."""
 
 _LONGER = math.log(2)
-"""So it stays as it is while the directions of steps are longer than usual by this factor."""
+"""So it stays as it is while the directions of steps, over the gradients, are longer than usual by this factor."""
 
 _SHORTER = math.log(8)
 """But not where steps are shorter than usual by this factor, so that a network that the leap has harmed can recover."""
@@ -68,8 +68,8 @@ class Brake:
     The steps after a leap are shortened by its excess over what is usual, which decays. Steps that are proportional to
     the gradient, as those of SGD are, are then about as long as usual, however large the leap is. After a series of
     leaps, a norm that grows for long may seem usual. So where steps follow the gradient, what is usual over many more
-    steps counts, too. Momentum holds a leap for many steps. So a large brake is not released while the last move over
-    its rate, the length of the step's direction, is longer than usual.
+    steps counts, too. Momentum holds a leap for many steps. So a large brake is not released while the step's
+    direction, which is the last move over its rate, is longer than usual for such a gradient.
 
     A single leap may come from an unusual batch, but an overshoot grows from leap to leap. So ``log α`` itself falls
     only if there was a leap just before, and no norm of this instability was as large. If one batch in three has a
@@ -84,7 +84,7 @@ class Brake:
     long_mean: float = 0.0  # the same over a hundred looks
     variance: float = not_negative((_SPIKE / _SIGMAS) ** 2)
     directions: int = 0  # how many directions of steps were seen
-    length: float = 0.0  # running mean of log ‖d_{t-1}‖ over a hundred looks, before the correction
+    length: float = 0.0  # running mean of log (‖d_{t-1}‖ / ‖g_{t-1}‖) over a hundred looks, before the correction
     left: float = not_negative()  # what is left of the last excesses
     leap: float = not_negative()  # the last excess, 1 at most, halved for each step since
     quiet: int = _SERIES  # the number of steps since the last leap
@@ -114,9 +114,9 @@ class Brake:
         log = math.log(grad_norm)
         self.highest -= _FORGOTTEN
         grows, before = log > max(self.last, self.highest), self.leap
+        held = self.count > 0 < move_norm and self._holds(math.log(move_norm) - log_lr + self.left - self.last)
         excess = self._excess(log, normalized)
-        released = move_norm == 0 or not self._is_longer(math.log(move_norm) - log_lr + self.left)
-        self.last, self.leap, self.left = log, self.leap / 2, self.left * (_RELEASE if released else 1.0)
+        self.last, self.leap, self.left = log, self.leap / 2, self.left * (1.0 if held else _RELEASE)
         if excess <= 0:
             self.quiet += stride
             return None
@@ -153,13 +153,18 @@ class Brake:
         self.long_mean = _LONG_MEMORY * self.long_mean + (1 - _LONG_MEMORY) * log
         return excess
 
-    def _is_longer(self, length: float) -> bool:
-        """Whether ``log ‖d_{t-1}‖`` is above what is usual, while a brake is large. It also updates what is usual."""
+    def _holds(self, length: float) -> bool:
+        """Whether momentum holds the leap of a large brake. It also updates what is usual.
+
+        Args:
+            length: ``log (‖d_{t-1}‖ / ‖g_{t-1}‖)``, where ``d`` is the direction of the step.
+        """
         usual = self.length / (1 - _LONG_MEMORY**self.directions) if self.directions else length
-        over = length - usual
         self.directions += 1
         self.length = _LONG_MEMORY * self.length + (1 - _LONG_MEMORY) * min(length, usual + _LONGER)
-        return self.left > _LARGEST and over > max(_LONGER, self.left - _SHORTER)
+        over = length - usual
+        short = over + self.last - self._means()[1] < self.left - _SHORTER
+        return self.left > _LARGEST and over > _LONGER and not short
 
     def _means(self) -> tuple[float, float]:
         """The means of ``log ‖g‖`` over some ten looks and over a hundred, corrected for their start at 0."""
