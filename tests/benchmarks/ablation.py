@@ -43,6 +43,7 @@ VARIANTS: dict[str, dict[str, float]] = {
     "no-careful-cap": {"auto._CAREFUL_CAP": 0.5},
     "no-fast-rise": {"auto._FAST": 0.0},
     "no-brake": {"bounds._SPIKE": 1e9},
+    "no-hold": {"bounds._LONGER": 1e9},
     "no-guard": {"guard._SIGMAS": 1e9},
     "no-retreat": {"guard._RETREAT": 1e-9},
 }
