@@ -36,7 +36,7 @@ VARIANTS: dict[str, dict[str, float]] = {
     "no-growth": {"auto._GROWTH": 0.0},
     "norm-of-the-step": {"auto._NORMS": 1.0, "auto._NORMS_GROWTH": 0.0},
     "no-smoothing": {"auto._SMOOTHED": 0.0},
-    "no-turning": {"auto._TURNING": 10.0},
+    "no-turning": {"auto._TURNING": 10.0, "auto._TURNED": 11.0},
     "no-greedy-bound": {"auto._STRAIGHT": 10.0, "auto._SURE": 1e9},
     "no-optimism": {"auto._OPTIMISM": 0.0},
     "no-fading": {"auto._EARLY": 1e9},
