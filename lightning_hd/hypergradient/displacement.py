@@ -206,7 +206,7 @@ class Displacement(View):
             move_norm=math.sqrt(sums.move_squared),
         )
         gradient, known = sums.has_gradient > 0, sums.known > 0
-        joined = sums.joined > 0 and sums.joined > self._ranks.count / 2  # on fewer, it may only have been missing
+        joined = sums.joined > 0 and sums.joined > self._ranks.count / 2  # else gradients may only have been missing
         return Sight(gradient, known, observation, joined, lost=gradient and not known)
 
     def forget(self, scope: int) -> None:

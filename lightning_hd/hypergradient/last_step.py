@@ -117,7 +117,8 @@ class LastStep(View):
             last, get = self._last[group], partial(self._quantity, bucket, flats)
             d, factor = None, 1.0
             if steps is not None:
-                d, factor = last.direction.read(get, steps + self._age), last.direction.factor(steps + self._age)
+                taken = steps + self._age
+                d, factor = last.direction.read(get, taken), last.direction.factor(taken)
             rows.append(products(self._gradient(bucket, get), d, bucket.weights, self._wide, factor))
             share = 1 / bucket.replicas
             factors.append((scopes[group], -last.weight * share, share, last.weight**2 * share))

@@ -114,7 +114,7 @@ class Brake:
         log = math.log(grad_norm)
         self.highest -= _FORGOTTEN
         grows, before = log > max(self.last, self.highest), self.leap
-        held = self.count > 0 < move_norm and self._holds(math.log(move_norm) - log_lr + self.left - self.last)
+        held = self.count > 0 and move_norm > 0 and self._holds(math.log(move_norm) - log_lr + self.left - self.last)
         excess = self._excess(log, normalized)
         self.last, self.leap, self.left = log, self.leap / 2, self.left * (1.0 if held else _RELEASE)
         if excess <= 0:
