@@ -170,6 +170,7 @@ class AutoRule:
         self.highest = 0.0  # what is left of the largest log ‖g‖ of the last series of leaps
         self._seen_lrs: list[float] = []
         self._fast_to = np.inf
+        self._fallen = 0.0  # how far log α has fallen beyond the cap
         self._remembered: list[tuple[float, float]] = []  # log α of each move in E, and how much is left of it
 
     def part_kept(self, lr: float, t: int, stride: int = 1) -> float:
@@ -186,7 +187,7 @@ class AutoRule:
         return float(part)
 
     def held_back(self, lr: float, t: int, loss: float, slope: float, stride: int = 1) -> float:
-        """The rate of step t, once its loss is known: half of what it was in the best tenth, where the loss rises."""
+        """The rate of step t, once its loss is known: 1/√2 of that of the best tenth, where the loss rises."""
         self.ceiling *= (1 + 1 / t) ** stride
         self._block.append((loss, float(np.log(lr)), slope))
         self._block_steps += stride
@@ -196,7 +197,7 @@ class AutoRule:
             self._block, self._block_steps, best = [], 0, self._best
             rise = 0.0 if best is None else mean - best[0]
             risen = best is not None and rise > self._demand * np.sqrt(error + best[1])
-            self.ceiling *= 2 if rise < 0 and self._trial is None else 1
+            self.ceiling *= np.sqrt(2) if rise < 0 and self._trial is None else 1
             if best is None or risen or rise < 0:
                 self._best = (mean, error, float(np.mean(logs)))
             if self._trial is not None:
@@ -207,7 +208,7 @@ class AutoRule:
                     self.undone.append(t)
                     return max(lr, float(np.exp(tried[2])))
             elif best is not None and risen and np.sum(slopes) >= -2 * np.sqrt(np.sum(slopes**2)):
-                lower = float(np.exp(best[2]) / 2)
+                lower = float(np.exp(best[2]) / np.sqrt(2))
                 if lower < lr:
                     self._trial, self.ceiling = (mean, error, float(np.log(lr))), lower
                     self._best = (mean, error, float(np.log(lower)))
@@ -300,11 +301,14 @@ class AutoRule:
             cap = max(cap, 0.1)
             if self.brake < 0.1:
                 change = max(change, 0.1 * min(1.0, (self.sigmas() - 2) / 8))
-            self.ceiling = max(self.ceiling, 2 * lr)
+            self.ceiling = max(self.ceiling, np.sqrt(2) * lr)
         means = [faded_mean(self._logs, [memory] * len(self._logs)) for memory in (0.9, 0.99)]
         lowest = -max(cap, 0.1) if means[0] - means[1] > np.log(2) else -cap
+        highest = max(cap, min(0.1, self._fallen / stride)) if lr < self._fast_to else cap
         self.slope = float(g_norm / usual_norm / np.sqrt(squares)) if squares else 0.0
-        return float(lr * np.exp(stride * np.clip(change, lowest, cap)))
+        change = float(np.clip(change, lowest, highest))
+        self._fallen += stride * (np.clip(change, -cap, cap) - change)
+        return float(lr * np.exp(stride * change))
 
 
 class Looked(NamedTuple):

@@ -408,6 +408,23 @@ def test_a_rate_that_was_high_never_falls_as_fast_as_it_climbed_at_the_start() -
     assert np.all(falls <= 0.05 * np.minimum(1, 100 / steps) + 1e-12)
 
 
+@pytest.mark.parametrize("leapt", [False, True])
+def test_what_has_fallen_fast_may_rise_as_fast_up_to_half_of_the_rate_at_the_last_leap(leapt: bool) -> None:
+    rule, start, growth = Auto(start="configured"), 1000, 1.07
+    before = [Observation(0.0, norm, 1.0) for norm in [1.0] * 40 + [1e3] * leapt + [1.0] * 40]
+    down = [Observation(0.5 * growth**i, growth**i, 1.0) for i in range(60)]
+    up = [Observation(-0.5 * growth**60, growth**60, 1.0)] * 200
+    lrs = np.array([1.0, *feed(rule, before + down + up, 1.0, start)])
+    changes = np.diff(np.log(lrs))
+    caps = 5 / np.arange(start, start + len(changes))
+    falls, rises = np.maximum(-changes - caps, 0.0), np.maximum(changes - caps, 0.0)
+    assert falls.max() == pytest.approx(0.1 - caps[len(before)], abs=1e-3), "the norm has doubled"
+    assert changes.max() == pytest.approx(0.1, rel=1e-12)
+    assert np.all(lrs[:-1][rises > 1e-12] < (0.5 if leapt else np.inf))
+    if not leapt:
+        assert rises.sum() == pytest.approx(falls.sum(), abs=0.01), "no further than it has fallen so"
+
+
 def test_its_state_is_saved_and_loaded_bit_for_bit(tmp_path: Path) -> None:
     rule = Auto()
     lr = rule.first_lr(3.0, 7.0)
@@ -580,6 +597,38 @@ def factorize(name: str, lr: float | None, seed: int) -> float:
 def test_the_rate_falls_in_time_behind_a_saddle(name: str, rates: tuple[float, ...]) -> None:
     for seed in (0, 1):
         assert factorize(name, None, seed) < 1.1 * min(factorize(name, lr, seed) for lr in rates)
+
+
+def learn_in_stages(name: str, lr: float | None, seed: int) -> float:
+    """Learn the digits, one label in ten wrong; two more classes come in after each fifth of the steps."""
+    torch.manual_seed(seed)
+    x, y = map(torch.tensor, load_digits(return_X_y=True))
+    noisy = torch.where(torch.rand(len(y)) < 0.1, torch.randint(10, y.shape), y)
+    network = nn.Sequential(nn.Linear(64, 48), nn.ReLU(), nn.Linear(48, 10))
+    seen = itertools.count()
+
+    def loss() -> Tensor:
+        known = (y < 2 * (next(seen) // 300 + 1)).nonzero().flatten()
+        i = known[torch.randint(len(known), (32,))]
+        return nn.functional.cross_entropy(network(x[i].float() / 16), noisy[i])
+
+    return mean_loss(network.parameters(), name, lr, 1500, loss)
+
+
+@pytest.mark.parametrize(
+    ("name", "rates"),
+    [
+        ("SGD", (0.1, 0.3)),
+        *(pytest.param(*case, marks=pytest.mark.slow) for case in [("Nesterov", (0.03, 0.1)), ("Adam", (0.003, 0.01))]),
+    ],
+)
+def test_classes_that_come_in_stages_are_not_taken_for_the_fault_of_the_rate(
+    name: str, rates: tuple[float, ...]
+) -> None:
+    ratios = [
+        learn_in_stages(name, None, seed) / min(learn_in_stages(name, lr, seed) for lr in rates) for seed in (0, 1)
+    ]
+    assert max(ratios) < 1.1
 
 
 def separate(name: str, lr: float | None, seed: int) -> float:

@@ -22,15 +22,19 @@ def watch(
     return [guard.limit(log_lr, loss, slope, Context(step)) for step, loss in enumerate(losses, start=start)]
 
 
+CUT = math.log(2) / 2
+"""How far below the rate of the best block a cut goes, in its logarithm."""
+
+
 def noisy(mean: float, count: int, seed: int = 0) -> list[float]:
     return list(mean + 0.01 * np.random.default_rng(seed).standard_normal(count))
 
 
-def test_a_risen_loss_cuts_the_rate_to_half_of_that_of_the_best_block() -> None:
+def test_a_risen_loss_cuts_the_rate_below_that_of_the_best_block() -> None:
     guard = LossGuard()
     found = watch(guard, noisy(1.0, 10) + noisy(2.0, 10))
     assert found[:19] == [0.0] * 19
-    assert found[19] == pytest.approx(-math.log(2), rel=1e-12)
+    assert found[19] == pytest.approx(-CUT, rel=1e-12)
     assert guard.tries
 
 
@@ -43,7 +47,7 @@ def test_there_is_no_cut_while_the_moves_lower_the_loss_at_their_ends() -> None:
 def test_a_cut_that_has_not_helped_is_undone_and_asks_for_more_next_time() -> None:
     guard = LossGuard()
     watch(guard, noisy(1.0, 10) + noisy(2.0, 10))
-    after = watch(guard, noisy(2.0, 10, seed=1), start=21, log_lr=-math.log(2))
+    after = watch(guard, noisy(2.0, 10, seed=1), start=21, log_lr=-CUT)
     assert after[-1] == 0.0, "the rate before the cut"
     assert guard.demand == 2.0
     assert guard.ceiling == math.inf
@@ -61,15 +65,15 @@ def fits(losses: list[list[float]]) -> tuple[LossGuard, list[float]]:
 def test_whole_fits_are_compared_if_they_have_some_steps() -> None:
     falling = [list(np.linspace(2.0, 0.1, 30) + loss) for loss in (0.0, 0.0, 1.0, 0.0)]
     _, found = fits(falling)
-    assert found == [0.0, 0.0, 0.0, pytest.approx(-math.log(2), abs=0.02)], "the loss may fall and rise in a fit"
+    assert found == [0.0, 0.0, 0.0, pytest.approx(-CUT, abs=0.02)], "the loss may fall and rise in a fit"
     _, found = fits([noisy(1.0, 5), noisy(1.0, 5), noisy(2.0, 5), noisy(2.0, 5), noisy(2.0, 5)])
     assert found[:4] == [0.0] * 4
-    assert found[4] < -0.5, "two of them make a block"
+    assert found[4] < -0.3, "two of them make a block"
 
 
 def test_fits_that_go_on_badly_are_not_taken_for_the_fault_of_the_rate() -> None:
     _, found = fits([noisy(1.0, 30)] + [noisy(2.0, 30, seed) for seed in range(6)])
-    assert found[2] < -0.5
+    assert found[2] < -0.3
     assert found[3:] == [0.0] * 4, "the cut has not helped"
 
 
@@ -83,20 +87,20 @@ def test_only_a_warm_start_ends_a_fit(event: Any, ends: bool) -> None:
 def test_a_cut_that_has_helped_stays() -> None:
     guard = LossGuard()
     watch(guard, noisy(1.0, 10) + noisy(2.0, 10))
-    after = watch(guard, noisy(1.2, 10, seed=1), start=21, log_lr=-math.log(2))
-    assert after == [pytest.approx(-math.log(2), rel=1e-12)] * 10
+    after = watch(guard, noisy(1.2, 10, seed=1), start=21, log_lr=-CUT)
+    assert after == [pytest.approx(-CUT, rel=1e-12)] * 10
     assert guard.ceiling < math.log(1.0), "the rate doubles only when the run does"
     assert guard.demand == 1.0
 
 
-@pytest.mark.parametrize(("mean", "doubles"), [(1.1, True), (1.2, False)])
-def test_after_a_cut_each_block_that_is_the_best_lets_the_rate_double(mean: float, doubles: bool) -> None:
+@pytest.mark.parametrize(("mean", "lifts"), [(1.1, True), (1.2, False)])
+def test_after_a_cut_each_block_that_is_the_best_lifts_the_ceiling(mean: float, lifts: bool) -> None:
     guard = LossGuard()
     watch(guard, noisy(1.0, 10) + noisy(2.0, 10) + noisy(1.19, 10))
     before = guard.ceiling
-    watch(guard, noisy(mean, 10, seed=1), start=31, log_lr=-math.log(2))
+    watch(guard, noisy(mean, 10, seed=1), start=31, log_lr=-CUT)
     with_the_run = math.log(41 / 31)
-    assert guard.ceiling == pytest.approx(before + with_the_run + doubles * math.log(2), rel=1e-12)
+    assert guard.ceiling == pytest.approx(before + with_the_run + lifts * CUT, rel=1e-12)
 
 
 def quadratic_rates(report: Callable[[int, float], float]) -> list[float]:

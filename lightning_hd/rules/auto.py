@@ -102,7 +102,8 @@ class Auto(Rule):
     low (``Greedy``). Then the rate does not fall. If it has been higher before, it rises by up to 10 % per step, up to
     half of the rate at the last leap of the gradient. So it comes back after a fall as fast as it climbed at first.
     Where the norm of the gradient has doubled within some ten steps, the loss bends more than before, as behind a
-    saddle. Then the rate may fall by 10 % per step as well.
+    saddle. Then the rate may fall by 10 % per step as well. If the gradient then asks for a larger rate again, it may
+    rise as fast, by as much as it has fallen so.
 
     With ``φ = 0`` and ``W = 1`` only the last move is left. ``h`` is then the paper's hypergradient times ``α``, so
     this is the paper's rule on ``log α``. ``c`` is the cosine, but a gradient larger than usual has a larger weight, as
@@ -218,10 +219,7 @@ class Auto(Rule):
                 change = max(change, _FAST * min(1.0, (sigmas - _SURE) / _RAMP))
             for guard in (self._guard, self._fits):
                 guard.lift(math.log(lr))
-        lowest = -max(cap, _FAST) if self._brake.has_grown else -cap
-        if context.nonlinear:
-            cap, lowest = min(cap, _NONLINEAR_CAP), max(lowest, -_NONLINEAR_CAP)
-        return lr * math.exp(context.stride * min(max(change, lowest), cap))
+        return lr * math.exp(context.stride * self._clip(change, cap, lr, context))
 
     def watch(self, lr: float, loss: float, context: Context) -> float:
         """``α_t``, lowered if the loss has risen; raised if that has not helped."""
@@ -238,6 +236,20 @@ class Auto(Rule):
     def used(self, lr: float, context: Context) -> float:
         """``α_t``, lowered by what is left of the last brakes."""
         return lr * math.exp(-self._brake.left)
+
+    def _clip(self, change: float, cap: float, lr: float, context: Context) -> float:
+        """The change of ``log α`` per step, within the cap. What has fallen beyond the cap may rise beyond it again."""
+        own, stride = self._own, context.stride
+        lowest, highest = -cap, cap
+        if self._brake.has_grown:
+            lowest = min(lowest, -_FAST)
+        if math.log(lr) < self._brake.limit:
+            highest = max(cap, min(_FAST, own.fallen / stride))
+        if context.nonlinear:
+            lowest, highest = max(lowest, -_NONLINEAR_CAP), min(highest, _NONLINEAR_CAP)
+        change = min(max(change, lowest), highest)
+        own.fallen += stride * (max(-cap - change, 0.0) - max(change - cap, 0.0))
+        return change
 
     def _change(self, seen: Observation, context: Context) -> float:
         """The change of ``log α`` that the gradient asks for, before it is clipped."""

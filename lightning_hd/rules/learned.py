@@ -21,5 +21,6 @@ class Learned:
     norm_weight: float = not_negative()  # the square of that correction
     largest_norm: float = not_negative()
     peak: float = not_negative()  # the highest α_t so far
+    fallen: float = not_negative()  # how far log α has fallen beyond the cap, and has not risen beyond it since
     turns: int = 0  # how many cosines of two gradients in a row were seen, 20 at most
     turn: float = 0.0  # their running mean
