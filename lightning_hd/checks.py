@@ -5,7 +5,7 @@ import math
 import operator
 from collections.abc import Container, Mapping
 from dataclasses import Field, field, fields
-from typing import Any, SupportsIndex, TypeVar
+from typing import Any, TypeVar
 
 from torch import Tensor
 
@@ -39,9 +39,12 @@ def check_count(name: str, value: int) -> int:
         TypeError: It is no whole number.
         ValueError: It is negative.
     """
-    if isinstance(value, bool) or not isinstance(value, SupportsIndex) or isinstance(value, Tensor):
-        raise TypeError(f"{name} must be a whole number, got {value!r}")
-    number = operator.index(value)
+    try:
+        if isinstance(value, (bool, Tensor)):
+            raise TypeError
+        number = operator.index(value)
+    except TypeError:
+        raise TypeError(f"{name} must be a whole number, got {value!r}") from None
     if number < 0:
         raise ValueError(f"{name} must not be negative, got {value}")
     return number

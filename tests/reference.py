@@ -197,7 +197,7 @@ class AutoRule:
             self._block, self._block_steps, best = [], 0, self._best
             rise = 0.0 if best is None else mean - best[0]
             risen = best is not None and rise > self._demand * np.sqrt(error + best[1])
-            self.ceiling *= np.sqrt(2) if rise < 0 and self._trial is None else 1
+            self.ceiling *= 2 if rise < 0 and self._trial is None else 1
             if best is None or risen or rise < 0:
                 self._best = (mean, error, float(np.mean(logs)))
             if self._trial is not None:
@@ -301,7 +301,7 @@ class AutoRule:
             cap = max(cap, 0.1)
             if self.brake < 0.1:
                 change = max(change, 0.1 * min(1.0, (self.sigmas() - 2) / 8))
-            self.ceiling = max(self.ceiling, np.sqrt(2) * lr)
+            self.ceiling = max(self.ceiling, 2 * lr)
         means = [faded_mean(self._logs, [memory] * len(self._logs)) for memory in (0.9, 0.99)]
         lowest = -max(cap, 0.1) if means[0] - means[1] > np.log(2) else -cap
         highest = max(cap, min(0.1, self._fallen / stride)) if lr < self._fast_to else cap

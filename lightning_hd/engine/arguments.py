@@ -34,7 +34,7 @@ def check_arguments(
         TypeError: An argument is of the wrong type.
         ValueError: An argument is out of range.
     """
-    if scope not in ("global", "group"):
+    if not isinstance(scope, str) or scope not in ("global", "group"):
         raise ValueError(f"scope must be 'global' or 'group', got {scope!r}")
     low = -math.inf if min_lr is None else check_number("min_lr", min_lr)
     high = math.inf if max_lr is None else check_number("max_lr", max_lr)
@@ -64,7 +64,7 @@ def make_cooldown(part: float | str, total: int | None, rule: Rule) -> Cooldown:
         raise ValueError(f"cooldown must be a number from 0 to 1, or 'default', got {part!r}")
     if isinstance(part, str):
         part = _PART if rule.picks_start else 0.0
-    if total is not None and check_count("total_steps", total) == 0:
+    if total is not None and check_number("total_steps", check_count("total_steps", total)) == 0:
         raise ValueError("total_steps must be at least 1, or None where it is not known, got 0")
     return Cooldown(check_number("cooldown", part, 0.0, 1.0), total)
 

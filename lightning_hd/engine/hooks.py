@@ -22,6 +22,15 @@ Gradients are seldom accumulated for so long."""
 _attached: "weakref.WeakSet[Optimizer]" = weakref.WeakSet()
 
 
+def check_not_tuned(optimizer: Optimizer) -> None:
+    """Raise ``RuntimeError`` if an optimizer has such hooks already."""
+    if optimizer in _attached:
+        raise RuntimeError(
+            f"this {type(optimizer).__name__} is tuned by a HypergradientLR (or a HypergradientDescent callback) "
+            "already: use one, or detach() the first"
+        )
+
+
 class StepHooks:
     """Calls back around every step of an optimizer.
 
@@ -36,16 +45,9 @@ class StepHooks:
     Attributes:
         proven: Whether a step has ended. From then on an early move is passed by, not refused.
 
-    Raises:
-        RuntimeError: The optimizer has such hooks already.
     """
 
     def __init__(self, optimizer: Optimizer, tuning: Tuning, notices: Notices | None) -> None:
-        if optimizer in _attached:
-            raise RuntimeError(
-                f"this {type(optimizer).__name__} is tuned by a HypergradientLR (or a HypergradientDescent callback) "
-                "already: use one, or detach() the first"
-            )
         self._optimizer = optimizer
         self._tuning = tuning
         self.proven = False
@@ -82,6 +84,7 @@ class StepHooks:
         self._caller = None
         self._end_watch()
         if not self._tuning.begin():
+            self._caller = caller if self._tuning.holds else None
             return None
         self._caller = caller
         closure = args[1] if len(args) > 1 else kwargs.get("closure")

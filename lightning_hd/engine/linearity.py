@@ -67,13 +67,13 @@ class Linearity:
         self._ranks = ranks
         self._notices = notices
         self._long_horizon = long_horizon
-        if any({"d", "d0"} <= group.keys() for group in optimizer.param_groups):
+        known = torch_class(type(optimizer))
+        if known is None and any("d" in group for group in optimizer.param_groups):  # torch's Adafactor has a d, too
             notices.warn(
                 "own estimate",
                 "this optimizer estimates its learning rate itself, as Prodigy and D-Adaptation do. Two estimates on "
                 "top of each other fail. Use it alone, or tune a plain optimizer",
             )
-        known = torch_class(type(optimizer))
         self.due = list(_DUE) if known is None or known is Adafactor else []
         self.failed = False
 

@@ -15,6 +15,8 @@ from lightning_hd.rules import Rule, rule_name
 
 def save(tuning: Tuning) -> dict[str, Any]:
     """The state: plain numbers, and what the view remembers."""
+    if len(tuning.optimizer.param_groups) > len(tuning.rates.groups):
+        tuning.sync()  # with the groups that were added since the last step
     return {
         "optimizer": type(tuning.optimizer).__name__,
         "rule": type(tuning.rule).__name__,
@@ -92,9 +94,11 @@ def begin_from(tuning: Tuning, state_dict: dict[str, Any]) -> None:
 
 def _check_kind(state_dict: Any, now: dict[str, Any]) -> None:
     """Raise ``ValueError`` if a state is of another kind than this one."""
-    if not isinstance(state_dict, dict) or not now.keys() <= state_dict.keys():
+    kinds = ("optimizer", "rule", "scope")
+    known = isinstance(state_dict, dict) and now.keys() <= state_dict.keys()
+    if not known or not all(isinstance(state_dict[key], str) for key in kinds):
         raise ValueError("the state is not what HypergradientLR.state_dict() returned")
-    for key in ("optimizer", "rule", "scope"):
+    for key in kinds:
         if state_dict[key] != now[key]:
             saved, mine = (rule_name(d[key]) if key == "rule" else d[key] for d in (state_dict, now))
             raise ValueError(f"the saved state has {key}={saved!r}, now it is {mine!r}")
@@ -129,7 +133,7 @@ def _load_rates(rates: Rates, saved: dict[str, Any], stays: Sequence[bool]) -> N
         check_fields(Scope, own, rule=_loaded(scope.rule, own["rule"]), last=None)
         for own, scope in zip(saved["scopes"], rates.scopes, strict=True)
     ]
-    trajectories = [check_fields(Trajectory, own) for own in saved["trajectories"]]
+    trajectories = [check_fields(Trajectory, own) for own, _ in zip(saved["trajectories"], scopes, strict=True)]
     groups = [
         check_fields(_SavedGroup, own, scope=group.scope)
         for own, group in zip(saved["groups"], rates.groups, strict=True)

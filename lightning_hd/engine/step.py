@@ -48,6 +48,7 @@ class Tuning:
     stop_after: int | None
     seconds: float = 0.0  # the time that tuning has taken
     paused: bool = False
+    aside: bool = False  # whether the rates in the groups are used as they are, while it is paused
     step_count: int = 0
     nonfinite_steps: int = 0
     loss: float | None = None  # the loss of the last step, if it is known
@@ -75,6 +76,8 @@ class Tuning:
         if self.paused:
             self.view.pause()
             self.looks.pause()
+            if not self.aside:
+                self._keep_scales()
         return not self.paused
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]  # torch's
@@ -137,16 +140,25 @@ class Tuning:
         It moves the parameters before it evaluates its closure.
         """
         self.view.pause()
-        if self.rates.under_schedule:
-            self.rates.sync()
-            lrs = [lr for lr, _ in self.rates.effective([scope.used for scope in self.rates.scopes])]
-            during = [set_lr(group, lr) for group, lr in zip(self.optimizer.param_groups, lrs, strict=True)]
-            self._passed = during, list(self.rates.held)
+        self._keep_scales()
         self.notices.warn(
             "early move",
             f"step {self.step_count + 1} moves the parameters before it evaluates its closure, as sharpness-aware "
             "optimizers do. Such steps are not tuned: they use the present rate",
         )
+
+    def _keep_scales(self) -> None:
+        """Let a step that is not tuned use what a schedule makes of the rate of the last one."""
+        if self.rates.under_schedule:
+            self.rates.sync()
+            lrs = [lr for lr, _ in self.rates.effective([scope.used for scope in self.rates.scopes])]
+            during = [set_lr(group, lr) for group, lr in zip(self.optimizer.param_groups, lrs, strict=True)]
+            self._passed = during, list(self.rates.held)
+
+    @property
+    def holds(self) -> bool:
+        """Whether a step that is not tuned has rates that must be given back when it ends."""
+        return self._passed is not None
 
     def abandon(self) -> None:
         """Forget a step that began but raised an error. The rate stays as it was."""
@@ -174,7 +186,7 @@ class Tuning:
         has_gradient = any(p.grad is not None for p in parameters)
         if not has_gradient and (self.ranks.count == 1 or not parameters):
             return False
-        self._sync()
+        self.sync()
         look = self.looks.look(self.step_count + 1, parameters)
         if look.seen is not None and not any(sight.has_gradient for sight in look.seen.sights):
             return False
@@ -217,7 +229,7 @@ class Tuning:
             self.rates.retain(step)
         self.rates.apply(step)
 
-    def _sync(self) -> None:
+    def sync(self) -> None:
         """Take over changes of the rates and groups since the last step."""
         before = [group.lr for group in self.rates.groups]
         self.rates.sync()

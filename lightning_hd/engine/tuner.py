@@ -7,14 +7,14 @@ from torch.distributed import ProcessGroup
 from torch.optim import Optimizer
 
 from lightning_hd.engine.arguments import check_arguments, check_flat_shards, make_cooldown
-from lightning_hd.engine.hooks import StepHooks
+from lightning_hd.engine.hooks import StepHooks, check_not_tuned
 from lightning_hd.engine.looks import check_loss
 from lightning_hd.engine.rates import Rates
 from lightning_hd.engine.state import begin_from, load, save
 from lightning_hd.engine.stats import Stats
 from lightning_hd.engine.step import Tuning
 from lightning_hd.engine.suggestion import suggestions
-from lightning_hd.hypergradient import PROBE, Displacement, LastStep, View, copies_of, leave_copies
+from lightning_hd.hypergradient import PROBE, Displacement, LastStep, View, following, leave_copies
 from lightning_hd.optimizers import check_optimizer, get_lr, group_names, is_marked, parameters_of, unwrap
 from lightning_hd.processes import Notices, Ranks
 from lightning_hd.rules import Observation, Rule, RuleName
@@ -133,20 +133,21 @@ class HypergradientLR:
         ranks = Ranks(process_group)
         ranks.check_meshes(parameters_of(optimizer))
         self._optimizer = unwrap(optimizer)
+        check_not_tuned(self._optimizer)
         check_flat_shards(self._optimizer, checked)
         self._name = type(self._optimizer).__name__
         notices = Notices(self._owner, self._name, ranks)
-        rates = Rates(optimizer, checked, scope, (low, high), scheduled, notices)
-        self._copies = copies_of(self._optimizer)
         self._loads = 0  # how often the optimizer had loaded a state when this loaded its own
-        view: View
-        if checked.long_horizon:
-            self._copies.tensors.clear()  # they belong to a rule that this training had before
-            view = Displacement(self._optimizer, PROBE if probe == "default" else probe, ranks, notices)
-        else:
-            view = LastStep(self._optimizer, None if probe == "default" else probe, ranks, notices, self._copies)
-        self._tuning = Tuning(self._optimizer, checked, rates, view, ranks, notices, falling, stop_after)
-        self._hooks: StepHooks | None = StepHooks(self._optimizer, self._tuning, notices)
+        with following(self._optimizer) as self._copies:
+            rates = Rates(optimizer, checked, scope, (low, high), scheduled, notices)
+            view: View
+            if checked.long_horizon:
+                self._copies.tensors.clear()  # they belong to a rule that this training had before
+                view = Displacement(self._optimizer, PROBE if probe == "default" else probe, ranks, notices)
+            else:
+                view = LastStep(self._optimizer, None if probe == "default" else probe, ranks, notices, self._copies)
+            self._tuning = Tuning(self._optimizer, checked, rates, view, ranks, notices, falling, stop_after)
+            self._hooks: StepHooks | None = StepHooks(self._optimizer, self._tuning, notices)
 
     # ------------------------------------------------------------------ what others read
 
@@ -231,7 +232,7 @@ class HypergradientLR:
 
     @property
     def paused(self) -> bool:
-        """While it is ``True``, steps are neither tuned nor counted. Settable."""
+        """While it is ``True``, steps are neither tuned nor counted. The learned scale stays. Settable."""
         return self._tuning.paused
 
     @paused.setter

@@ -1,7 +1,7 @@
 """What is seen of the model: gradients, and how the parameters moved."""
 
 from lightning_hd.hypergradient.buckets import squared_norm
-from lightning_hd.hypergradient.copies import copies_of, leave_copies, load_copies
+from lightning_hd.hypergradient.copies import copies_of, following, leave_copies, load_copies
 from lightning_hd.hypergradient.directions import Measured, direction_of
 from lightning_hd.hypergradient.displacement import Displacement
 from lightning_hd.hypergradient.last_step import LastStep
@@ -19,6 +19,7 @@ __all__ = [
     "View",
     "copies_of",
     "direction_of",
+    "following",
     "leave_copies",
     "load_copies",
     "squared_norm",

@@ -2,6 +2,7 @@
 
 import weakref
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -108,6 +109,18 @@ def copies_of(optimizer: Optimizer) -> Copies:
     if optimizer not in _copies:
         Copies().follow(optimizer)
     return _copies[optimizer]
+
+
+@contextmanager
+def following(optimizer: Optimizer) -> Iterator[Copies]:
+    """The copies of an optimizer's parameters. If the block raises an error, no hook is left that was not there."""
+    known = optimizer in _copies
+    try:
+        yield copies_of(optimizer)
+    except BaseException:
+        if not known:
+            leave_copies(optimizer)
+        raise
 
 
 def leave_copies(optimizer: Optimizer, keep: bool = True) -> None:

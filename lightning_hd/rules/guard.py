@@ -19,6 +19,9 @@ _RETREAT = math.log(2) / 2
 """``log α`` goes this far below its value at the lowest loss, because even that may have been too high. With twice as
 much, false alarms cost too much where the data change. With 0, weights of norm 1 and a GAN end badly."""
 
+_LIFT = math.log(2)
+"""By how much the ceiling rises at a time. With half of it, false alarms in the climb hold batches of one too long."""
+
 
 @dataclass
 class LossGuard:
@@ -32,7 +35,7 @@ class LossGuard:
     while the moves of the block lower the loss at their ends, which for a convex loss means that they have not raised
     it. And a cut is an experiment. If the next block is not better than the one that caused the cut, the cut is undone,
     and twice the evidence is asked from then on. After a cut the rate has a ceiling, which doubles when the run does,
-    and rises by √2 with each block that is the best since. So a false alarm during the climb does not hold it for long.
+    and with each block that is the best since. So a false alarm during the climb does not hold it for long.
 
     In many short fits, a fit is over before a block is. So whole fits are compared as well (``whole``), each with the
     best one so far. A fit of a few steps is counted with the next. Source: this project.
@@ -85,8 +88,8 @@ class LossGuard:
         return min(log_lr, self.ceiling)
 
     def lift(self, log_lr: float) -> None:
-        """Let the rate rise again: at least to √2 times what it is."""
-        self.ceiling = max(self.ceiling, log_lr + _RETREAT)
+        """Let the rate rise again: at least to twice what it is."""
+        self.ceiling = max(self.ceiling, log_lr + _LIFT)
 
     def _close(self, log_lr: float, shortest: float) -> float:
         """``log α_t`` after the block, if it is complete."""
@@ -102,7 +105,7 @@ class LossGuard:
         log, before = self.logs / self.count, self.best_log
         risen = self.known and mean - self.best > _SIGMAS * self.demand * math.sqrt(error + self.best_error)
         if self.known and mean < self.best and not self.tries:
-            self.ceiling += _RETREAT
+            self.ceiling += _LIFT
         if risen or not self.known or mean < self.best:
             self.known, self.best, self.best_error, self.best_log = True, mean, error, log
         if self.tries:

@@ -35,6 +35,10 @@ class TrainerEngine(HypergradientLR):
             self._tuning.rates.hand_over()
             self._tuning.notices.log(f"from step {self.step_count + 1} on, the rates are those of SWALR")
 
+    def stand_aside(self, aside: bool) -> None:
+        """Leave the rates in the groups as they are, for Lightning's tuner, as long as it is paused."""
+        self._tuning.aside = aside
+
     def expect(self, remaining: int | None) -> None:
         """Set how many steps the training still takes; ``None``: it is not known."""
         self._tuning.cooldown.total = None if remaining is None else self.step_count + remaining
@@ -211,7 +215,9 @@ class Attachment:
             self._paused = [engine.paused for engine in self.engines]
             for engine in self.engines:
                 engine.paused = True
+                engine.stand_aside(True)
         elif not searching and self._paused is not None:
             for engine, paused in zip(self.engines, self._paused, strict=True):
                 engine.paused = paused
+                engine.stand_aside(False)
             self._paused = None

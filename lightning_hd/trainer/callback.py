@@ -25,6 +25,9 @@ from lightning_hd.trainer.progress import axis, is_due
 if TYPE_CHECKING:  # matplotlib is an extra
     from matplotlib.figure import Figure
 
+_OWN = ("log_every_n_steps", "prog_bar", "on_mismatch", "summary", "warm_start")
+"""The arguments that are not those of the engines."""
+
 
 class HypergradientDescent(Callback):
     r"""Tunes the learning rate of every optimizer of the Trainer while the model trains, and logs it.
@@ -119,14 +122,9 @@ class HypergradientDescent(Callback):
         self.scope = scope
         self.min_lr, self.max_lr = min_lr, max_lr
         self.probe = probe
-        self.log_every_n_steps = log_every_n_steps
-        self.prog_bar = prog_bar
-        self.cooldown = cooldown
-        self.stop_after = stop_after
-        self.scheduled = scheduled
-        self.on_mismatch = on_mismatch
-        self.summary = summary
-        self.warm_start = warm_start
+        self.cooldown, self.stop_after, self.scheduled = cooldown, stop_after, scheduled
+        self.log_every_n_steps, self.prog_bar, self.summary = log_every_n_steps, prog_bar, summary
+        self.on_mismatch, self.warm_start = on_mismatch, warm_start
         self._attachment = Attachment(self, self._make)
         self._restored: dict[str, Any] | None = None  # the state of a checkpoint, until training starts
         self._learned: dict[str, Any] = {}  # the state at the end of the last fit, for a warm start
@@ -134,6 +132,8 @@ class HypergradientDescent(Callback):
         self._configured: dict[int, list[float]] = {}  # the rates of each optimizer before a checkpoint was loaded
         self._since: float | None = None  # when the first step was over, in seconds
         self._began = False  # whether a batch of this training has begun
+        self._trains = True  # whether the Trainer does more than to validate, test or predict
+        self._evaluated = False  # whether that state is of a checkpoint that was only validated or tested
 
     def _settings(self) -> dict[str, Any]:
         return {name: getattr(self, name) for name in inspect.signature(HypergradientDescent).parameters}
@@ -200,20 +200,22 @@ class HypergradientDescent(Callback):
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Forget an earlier training, and a checkpoint that was loaded for validation or testing."""
-        if stage == "fit":
+        self._trains = stage == "fit"
+        if self._trains:
             check_alone(HypergradientDescent, trainer)
             if self.prog_bar:
                 loggers.show_small_numbers(trainer)
-            self._learned = (self.warm_start and self.state_dict()) or self._learned
+            last = self._attachment.state_dict() if self._evaluated else self.state_dict()
+            self._learned = (self.warm_start and last) or self._learned
             self._attachment.forget()  # an error in another callback may have prevented it before
-            self._began, self._restored, self._since = False, None, None
+            self._began, self._evaluated, self._restored, self._since = False, False, None, None
             loggers.describe(trainer, pl_module, self._settings())
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Keep the state of a checkpoint until training starts. If it has started already, go on from that state."""
         if not isinstance(state_dict, dict) or not isinstance(state_dict.get("optimizers"), list):
             raise ValueError("the checkpoint's state of HypergradientDescent is damaged: it has no list of optimizers")
-        self._restored = state_dict
+        self._restored, self._evaluated = state_dict, not self._trains
         if self._attachment.active:
             self._restore()
 
@@ -284,8 +286,9 @@ class HypergradientDescent(Callback):
             loggers.log(trainer, recorders, axis(trainer))
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        """Detach."""
+        """Detach, and remove all hooks, because Lightning calls no ``teardown`` now."""
         self._attachment.detach()
+        self._let_go(trainer)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Detach."""
@@ -298,6 +301,10 @@ class HypergradientDescent(Callback):
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Remove the hooks from the optimizers, in case training did not start."""
+        self._let_go(trainer)
+
+    def _let_go(self, trainer: Trainer) -> None:
+        self._trains = True
         self._guards.close()
         for optimizer in trainer.optimizers:
             if isinstance(optimizer, Optimizer):
@@ -320,20 +327,13 @@ class HypergradientDescent(Callback):
     def _make(
         self, optimizer: Optimizer, group: dist.ProcessGroup | None, steps: int | None, scheduled: bool | None
     ) -> TrainerEngine:
-        engine = TrainerEngine(
-            optimizer,
-            self.rule,
-            hypergrad_lr=self.hypergrad_lr,
-            scope=self.scope,
-            min_lr=self.min_lr,
-            max_lr=self.max_lr,
-            probe=self.probe,
-            process_group=group,
-            total_steps=None if steps is None else max(steps, 1),
-            cooldown=0.0 if steps is None or (self.warm_start and self.cooldown == "default") else self.cooldown,
-            stop_after=self.stop_after,
-            scheduled=scheduled if self.scheduled is None else self.scheduled,
-        )
+        settings = {name: value for name, value in self._settings().items() if name not in _OWN}
+        if steps is None or (self.warm_start and self.cooldown == "default"):
+            settings["cooldown"] = 0.0
+        if self.scheduled is None:
+            settings["scheduled"] = scheduled
+        total = None if steps is None else max(steps, 1)
+        engine = TrainerEngine(optimizer, process_group=group, total_steps=total, **settings)
         engine.expect(steps)
         return engine
 

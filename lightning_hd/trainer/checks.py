@@ -34,7 +34,7 @@ def check_own_arguments(
     check_flag("prog_bar", prog_bar)
     check_flag("summary", summary)
     check_flag("warm_start", warm_start)
-    if on_mismatch not in ("error", "restart"):
+    if not isinstance(on_mismatch, str) or on_mismatch not in ("error", "restart"):
         raise ValueError(f"on_mismatch must be 'error' or 'restart', got {on_mismatch!r}")
 
 
