@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 from lightning.pytorch import Callback, Trainer
+from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import Tensor, nn
 from torch.optim import SGD, Adam, Optimizer, RMSprop
 
@@ -326,3 +327,37 @@ def test_a_state_after_a_first_gradient_that_is_not_finite_can_be_loaded(wrong: 
         w.grad = torch.ones(3)
         optimizer.step()
         assert math.isfinite(hd.lrs[0])
+
+
+class Thawing(Reference):
+    """Its first layer learns in a group of its own, from the end of the first epoch on."""
+
+    def __init__(self, thawed: bool = False) -> None:
+        super().__init__()
+        self.thawed = thawed
+
+    def configure_optimizers(self) -> Any:
+        self.first, self.others = list(self.network[0].parameters()), list(self.network[1:].parameters())
+        optimizer = SGD(self.others, lr=0.01, momentum=0.9)
+        if self.thawed:
+            optimizer.add_param_group({"params": self.first, "lr": 0.01})
+        return optimizer
+
+    def on_train_epoch_end(self) -> None:
+        if not self.thawed:
+            self.thawed = True
+            optimizer: Any = self.optimizers()
+            optimizer.add_param_group({"params": self.first, "lr": 0.01})
+
+
+@pytest.mark.parametrize("rule", RULES)
+def test_a_checkpoint_that_is_written_right_after_a_group_was_added_can_be_resumed(rule: Any, tmp_path: Path) -> None:
+    saving, whole = ModelCheckpoint(tmp_path, filename="{epoch}", save_top_k=-1), Thawing()
+    settings: dict[str, Any] = {"max_epochs": 3, "limit_train_batches": 10}
+    hd = HypergradientDescent(rule, cooldown=0.0)
+    make_trainer(tmp_path, hd, saving, **settings).fit(whole)
+    resumed = Thawing(thawed=True)
+    again = HypergradientDescent(rule, cooldown=0.0)
+    make_trainer(tmp_path, again, **settings).fit(resumed, ckpt_path=tmp_path / "epoch=0.ckpt")
+    assert same(whole, resumed)
+    assert [lrs[-20:] for lrs in again.lrs.values()] == [lrs[-20:] for lrs in hd.lrs.values()]

@@ -8,6 +8,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
@@ -16,7 +17,7 @@ from lightning.pytorch.loggers import CSVLogger
 from torch import Tensor, nn
 from torch.optim import SGD, Adam, Optimizer, RMSprop
 
-from lightning_hd import HypergradientDescent
+from lightning_hd import HypergradientDescent, HypergradientLR
 from tests.test_callback import Interrupting, Reference, make_trainer, same
 from tests.test_loops import Manual
 
@@ -442,3 +443,105 @@ def test_an_error_reaches_the_user_and_the_next_fit_works(where: str, tmp_path: 
     fit(tmp_path, Network(Adam, 0.02), hd)
     assert rates(hd)[0] == 0.02
     assert len(set(rates(hd))) == 20
+
+
+# ---------------------------------------------------------------------- what an error leaves behind
+
+
+def hooks(optimizer: Optimizer) -> dict[str, int]:
+    """How many hooks of each kind an optimizer has."""
+    return {name: len(value) for name, value in vars(optimizer).items() if "hooks" in name and value}
+
+
+@pytest.mark.parametrize(
+    ("lr", "arguments"),
+    [
+        (0.0, {"rule": "multiplicative"}),
+        (-0.1, {}),
+        (math.nan, {"rule": "additive"}),
+        (0.1, {"scope": "groups"}),
+        (0.1, {"probe": 0}),
+    ],
+)
+def test_an_engine_that_is_refused_leaves_no_hook(lr: float, arguments: dict[str, Any]) -> None:
+    optimizer = SGD([nn.Parameter(torch.ones(3))], lr=0.1)
+    optimizer.param_groups[0]["lr"] = lr
+    with pytest.raises(ValueError, match=r"lr|learning rate|scope|probe"):
+        HypergradientLR(optimizer, **arguments)
+    assert hooks(optimizer) == {}
+
+
+@pytest.mark.parametrize("second", RULES)
+@pytest.mark.parametrize("first", RULES)
+def test_a_second_engine_is_refused_and_does_not_disturb_the_first(first: Any, second: Any) -> None:
+    def rates(disturbed: bool) -> list[float]:
+        p = nn.Parameter(torch.ones(3))
+        optimizer, found = SGD([p], lr=0.05), []
+        hd = HypergradientLR(optimizer, first)
+        for step in range(10):
+            if disturbed and step == 5:
+                with pytest.raises(RuntimeError, match="already"):
+                    HypergradientLR(optimizer, second)
+            optimizer.zero_grad()
+            (p * torch.tensor([1.0, 2.0, 3.0])).square().sum().backward()
+            optimizer.step()
+            found += hd.lrs
+        return found
+
+    assert rates(True) == rates(False)
+
+
+class Kept(Network):
+    """A module that returns the same optimizer for each training."""
+
+    def configure_optimizers(self) -> Any:
+        self.kept = getattr(self, "kept", None) or super().configure_optimizers()
+        return self.kept
+
+
+def test_after_a_checkpoint_was_refused_the_same_optimizer_can_load_another(tmp_path: Path) -> None:
+    for cls in (SGD, Adam):
+        fit(tmp_path, Network(cls), HypergradientDescent()).save_checkpoint(tmp_path / f"{cls.__name__}.ckpt")
+    module = Kept(Adam)
+
+    def resume(name: str, **settings: Any) -> None:
+        trainer = make_trainer(tmp_path, HypergradientDescent(**settings), max_epochs=2, limit_train_batches=20)
+        trainer.fit(module, ckpt_path=tmp_path / f"{name}.ckpt")
+
+    with pytest.raises(ValueError, match="optimizer='SGD'"):
+        resume("SGD")
+    assert hooks(module.kept) == {}
+    resume("Adam")
+    with pytest.warns(UserWarning, match="starts anew"):
+        resume("SGD", on_mismatch="restart")
+    assert hooks(module.kept) == {}
+
+
+class Raising(Callback):
+    """Raises an error in one of its hooks."""
+
+    def __init__(self, hook: str) -> None:
+        setattr(self, hook, self.fail)
+
+    def fail(self, *_: Any) -> None:
+        raise ZeroDivisionError
+
+
+@pytest.mark.parametrize("hook", ["on_fit_start", "on_train_start", "on_train_batch_end"])
+@pytest.mark.parametrize("before", [True, False])
+def test_an_error_of_another_callback_leaves_no_hook(hook: str, before: bool, tmp_path: Path) -> None:
+    module, callbacks = Kept(SGD), [HypergradientDescent("additive"), Raising(hook)]
+    with pytest.raises(ZeroDivisionError):
+        fit(tmp_path, module, *(reversed(callbacks) if before else callbacks))
+    assert hooks(module.kept) == {}
+
+
+@pytest.mark.parametrize(("name", "value"), [("probe", np.array(0.5)), ("total_steps", np.array([1, 2]))])
+def test_an_array_is_no_whole_number(name: str, value: Any) -> None:
+    with pytest.raises(TypeError, match=f"{name} must be a whole number"):
+        HypergradientLR(SGD([nn.Parameter(torch.ones(3))], lr=0.1), **{name: value})
+
+
+def test_a_number_of_steps_that_no_float_holds_is_refused() -> None:
+    with pytest.raises(ValueError, match="total_steps is too large"):
+        HypergradientLR(SGD([nn.Parameter(torch.ones(3))], lr=0.1), total_steps=10**400)

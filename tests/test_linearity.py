@@ -276,13 +276,14 @@ def test_an_optimizer_that_cannot_be_copied_is_left_alone() -> None:
     assert train(Holding, "additive")[1] == []
 
 
+@pytest.mark.parametrize("settings", [{"d": 1e-6, "d0": 1e-6}, {"d": 1e-6, "k": 0}, {"d": 1e-6}], ids=len)
 @pytest.mark.parametrize("rule", ["auto", "additive"])
-def test_an_optimizer_that_estimates_its_rate_is_named(rule: Any) -> None:
+def test_an_optimizer_that_estimates_its_rate_is_named(rule: Any, settings: dict[str, float]) -> None:
     class Estimating(Simple):
         def __init__(self, params: Any) -> None:
             super().__init__(params)
-            for settings in self.param_groups:
-                settings.update(d=1e-6, d0=1e-6)
+            for group in self.param_groups:
+                group.update(settings)
 
     told = train(Estimating, rule)[1]
     assert len(told) == 1

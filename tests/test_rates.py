@@ -640,6 +640,82 @@ def test_a_group_at_a_clamp_resumes_exactly() -> None:
     assert steps_of(parameters, optimizer, hd, 20) == steps_of(*again, 20)
 
 
+@pytest.mark.parametrize("added", [0, 3])
+@pytest.mark.parametrize("scope", ["global", "group"])
+@pytest.mark.parametrize("rule", ["auto", "additive", "multiplicative"])
+def test_a_state_that_is_saved_after_a_group_was_added_resumes_exactly(rule: Any, scope: Any, added: int) -> None:
+    def grow() -> tuple[list[nn.Parameter], Optimizer, HypergradientLR]:
+        parameters = [nn.Parameter(torch.linspace(-1, 1, 5) * k) for k in (1, 3)]
+        optimizer = SGD(parameters[:1], lr=0.01, momentum=0.9)
+        return parameters, optimizer, HypergradientLR(optimizer, rule, scope=scope)
+
+    parameters, optimizer, hd = grow()
+    steps_of(parameters, optimizer, hd, 12)
+    optimizer.add_param_group({"params": parameters[1:], "lr": 0.002})
+    steps_of(parameters, optimizer, hd, added)
+    saved = copy.deepcopy(([p.detach() for p in parameters], optimizer.state_dict(), hd.state_dict()))
+    again = grow()
+    again[1].add_param_group({"params": again[0][1:], "lr": 0.002})
+    for p, data in zip(again[0], saved[0], strict=True):
+        p.data.copy_(data)
+    again[1].load_state_dict(saved[1])
+    again[2].load_state_dict(saved[2])
+    assert steps_of(parameters, optimizer, hd, 20) == steps_of(*again, 20)
+
+
+@pytest.mark.parametrize("damaged", [[], {}, [{}, {}]])
+def test_a_state_without_all_trajectories_is_refused(damaged: Any) -> None:
+    state = two_groups()[2].state_dict()
+    state["rates"]["trajectories"] = damaged
+    with pytest.raises(ValueError, match="damaged"):
+        two_groups()[2].load_state_dict(state)
+
+
+@pytest.mark.parametrize("key", ["optimizer", "rule", "scope"])
+def test_a_state_whose_kind_is_no_word_is_refused(key: str) -> None:
+    hd = two_groups()[2]
+    with pytest.raises(ValueError, match="the state is not what"):
+        hd.load_state_dict({**hd.state_dict(), key: []})
+
+
+@pytest.mark.parametrize("closure", [False, True])
+@pytest.mark.parametrize("rule", ["auto", "additive"])
+def test_paused_steps_keep_the_learned_scale_under_a_scheduler(rule: Any, closure: bool) -> None:
+    p = nn.Parameter(torch.ones(3))
+    optimizer = SGD([p], lr=1.0)
+    scheduler = lr_scheduler.ExponentialLR(optimizer, 0.9)
+    hd = HypergradientLR(optimizer, rule, hypergrad_lr=1.0 if rule == "additive" else None)
+
+    def step() -> float:
+        """Take a step, and return the rate that it had."""
+
+        def backward() -> torch.Tensor:
+            optimizer.zero_grad()
+            loss = 0.05 * p.square().sum()
+            loss.backward()
+            return loss
+
+        before = p.detach().clone()
+        if closure:
+            optimizer.step(backward)  # type: ignore[arg-type]
+        else:
+            backward()
+            optimizer.step()
+        scheduler.step()
+        return ((before - p.detach()) / (0.1 * before)).mean().item()
+
+    for _ in range(10):
+        step()
+    scale, held = hd.scales[0], optimizer.param_groups[0]["lr"]
+    assert abs(math.log(scale)) > 0.01
+    hd.paused = True
+    for n in range(3):
+        assert step() == pytest.approx(scale * held * 0.9**n, rel=1e-4)
+    assert optimizer.param_groups[0]["lr"] == pytest.approx(held * 0.9**3), "between steps it is the scheduler's own"
+    assert hd.scales == [scale]
+    assert hd.step_count == 10
+
+
 @pytest.mark.parametrize("broken", ["looks", "view", "rates", "step_count"])
 def test_a_state_that_cannot_be_loaded_changes_nothing(broken: str) -> None:
     parameters, optimizer, hd = two_groups()

@@ -1,5 +1,6 @@
 """Warm starts: a training begins with what another one has learned, in plain loops and in real Trainers."""
 
+import contextlib
 import logging
 import math
 from collections.abc import Callable
@@ -116,6 +117,30 @@ def test_the_state_of_another_process_is_begun_from(tmp_path: Path) -> None:
     fit(tmp_path, hd, adam())
     other.load_state_dict(hd.state_dict())
     assert fit(tmp_path, other, adam()) == fit(tmp_path, hd, adam())
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_a_checkpoint_that_is_tested_is_not_what_the_next_fit_begins_with(fails: bool, tmp_path: Path) -> None:
+    class Tested(Reference):
+        def test_step(self, batch: Any, batch_idx: int) -> None:
+            if fails:
+                raise ZeroDivisionError
+
+        test_dataloader = Reference.train_dataloader
+
+    hd = HypergradientDescent(warm_start=True)
+    trainer = make_trainer(tmp_path, hd, limit_train_batches=5)
+    trainer.fit(Reference(adam()))
+    trainer.save_checkpoint(tmp_path / "early.ckpt")
+    second = fit(tmp_path, hd, adam())
+    with contextlib.suppress(ZeroDivisionError):
+        make_trainer(tmp_path, hd).test(Tested(adam()), ckpt_path=tmp_path / "early.ckpt", verbose=False)
+    assert goes_on(second, fit(tmp_path, hd, adam()))
+    assert hd.engines[0].step_count == 85
+    state = hd.state_dict()
+    hd.load_state_dict(state)  # by the user, between two fits
+    fit(tmp_path, hd, adam())
+    assert hd.engines[0].step_count == 125
 
 
 def test_other_optimizers_start_anew_and_it_is_told(tmp_path: Path, recwarn: pytest.WarningsRecorder) -> None:
