@@ -133,7 +133,7 @@ class HypergradientDescent(Callback):
         self._since: float | None = None  # when the first step was over, in seconds
         self._began = False  # whether a batch of this training has begun
         self._trains = True  # whether the Trainer does more than to validate, test or predict
-        self._evaluated = False  # whether that state is of a checkpoint that was only validated or tested
+        self._evaluated = False  # whether ``_restored`` is of a checkpoint that was only validated or tested
 
     def _settings(self) -> dict[str, Any]:
         return {name: getattr(self, name) for name in inspect.signature(HypergradientDescent).parameters}
