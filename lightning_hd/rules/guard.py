@@ -17,7 +17,7 @@ _SIGMAS = 2.0
 
 _RETREAT = math.log(2) / 2
 """``log α`` goes this far below its value at the lowest loss, because even that may have been too high. With twice as
-much, false alarms cost too much where the data change. With 0, weights of norm 1 and a GAN end badly."""
+much, false alarms cost too much where the data change. With 0, weights of norm 1 end badly under SGD."""
 
 _LIFT = math.log(2)
 """By how much the ceiling rises at a time. With half of it, false alarms in the climb hold batches of one too long."""
