@@ -491,6 +491,15 @@ def test_a_second_engine_is_refused_and_does_not_disturb_the_first(first: Any, s
     assert rates(True) == rates(False)
 
 
+def test_a_shallow_copy_of_an_engine_is_refused_and_changes_nothing() -> None:
+    optimizer = SGD([nn.Parameter(torch.ones(3))], lr=0.05)
+    hd = HypergradientLR(optimizer, "additive")
+    before = hooks(optimizer)
+    with pytest.raises(RuntimeError, match="already"):
+        copy.copy(hd)
+    assert hooks(optimizer) == before
+
+
 class Kept(Network):
     """A module that returns the same optimizer for each training."""
 

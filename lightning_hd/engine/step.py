@@ -48,7 +48,7 @@ class Tuning:
     stop_after: int | None
     seconds: float = 0.0  # the time that tuning has taken
     paused: bool = False
-    aside: bool = False  # whether the rates in the groups are used as they are, while it is paused
+    aside: bool = False  # whether steps are left as they are, with the rates in the groups
     step_count: int = 0
     nonfinite_steps: int = 0
     loss: float | None = None  # the loss of the last step, if it is known
@@ -73,12 +73,13 @@ class Tuning:
         if self._step is not None or self._passed is not None:
             self.abandon()
         self._dry = False
-        if self.paused:
+        rests = self.paused or self.aside
+        if rests:
             self.view.pause()
             self.looks.pause()
-            if not self.aside:
-                self._keep_scales()
-        return not self.paused
+        if rests and not self.aside:
+            self._keep_scales()
+        return not rests
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]  # torch's
     @torch.no_grad()

@@ -233,7 +233,7 @@ class HypergradientLR:
     @property
     def paused(self) -> bool:
         """While it is ``True``, steps are neither tuned nor counted. The learned scale stays. Settable."""
-        return self._tuning.paused
+        return self._tuning.paused or self._tuning.aside
 
     @paused.setter
     def paused(self, value: bool) -> None:
@@ -257,8 +257,9 @@ class HypergradientLR:
         Raises:
             TypeError: ``loss`` is neither.
         """
+        counts = self._hooks is not None and not self.paused
         known = check_loss(loss)
-        if self._hooks is not None and not self._tuning.paused:
+        if counts:
             self._tuning.looks.losses.reported.append(known)
 
     def detach(self, *, keep_state: bool = False) -> None:
@@ -316,6 +317,7 @@ class HypergradientLR:
         attached = state.pop("_hooks")
         vars(self).update(state, _hooks=None)
         if attached:  # torch does not copy the hooks of an optimizer
+            check_not_tuned(self._optimizer)
             self._copies.follow(self._optimizer)
             self._hooks = StepHooks(self._optimizer, self._tuning, notices=None)
 

@@ -210,7 +210,7 @@ class Auto(Rule):
             return lr
         cap = _CAP if own.peak < _CAREFUL_FROM * own.first_lr else _CAREFUL_CAP
         cap *= min(1.0, _EARLY / context.step)
-        sigmas = self._greedy.sigmas
+        sigmas, grown = self._greedy.sigmas, self._brake.has_grown
         back = sigmas > _SURE and lr < own.peak and math.log(lr) < self._brake.limit
         if back or own.turn > _STRAIGHT:
             cap = max(cap, _FAST)
@@ -219,7 +219,7 @@ class Auto(Rule):
                 change = max(change, _FAST * min(1.0, (sigmas - _SURE) / _RAMP))
             for guard in (self._guard, self._fits):
                 guard.lift(math.log(lr))
-        return lr * math.exp(context.stride * self._clip(change, cap, lr, context))
+        return lr * math.exp(context.stride * self._clip(change, cap, lr, grown, context))
 
     def watch(self, lr: float, loss: float, context: Context) -> float:
         """``α_t``, lowered if the loss has risen; raised if that has not helped."""
@@ -237,11 +237,11 @@ class Auto(Rule):
         """``α_t``, lowered by what is left of the last brakes."""
         return lr * math.exp(-self._brake.left)
 
-    def _clip(self, change: float, cap: float, lr: float, context: Context) -> float:
+    def _clip(self, change: float, cap: float, lr: float, grown: bool, context: Context) -> float:
         """The change of ``log α`` per step, within the cap. What has fallen beyond the cap may rise beyond it again."""
         own, stride = self._own, context.stride
         lowest, highest = -cap, cap
-        if self._brake.has_grown:
+        if grown:
             lowest = min(lowest, -_FAST)
         if math.log(lr) < self._brake.limit:
             highest = max(cap, min(_FAST, own.fallen / stride))

@@ -90,7 +90,14 @@ class Brake:
     quiet: int = _SERIES  # the number of steps since the last leap
     highest: float = 0.0  # what is left of the largest log ‖g‖ of the last instability
     limit: float = math.inf  # log α up to which the rate may rise fast
-    has_grown: bool = False  # whether the mean norm of the last looks is above twice that of the last hundred
+
+    @property
+    def has_grown(self) -> bool:
+        """Whether the mean norm of the last looks is above twice that of the last hundred."""
+        if self.count < 2:
+            return False
+        mean, long_mean = self._means()
+        return mean - long_mean > math.log(2)
 
     def see(
         self, grad_norm: float, log_lr: float, move_norm: float = 0.0, *, normalized: bool, stride: int
@@ -144,8 +151,6 @@ class Brake:
         self.count += 1
         self.mean = _MEMORY * self.mean + (1 - _MEMORY) * log
         self.long_mean = _LONG_MEMORY * self.long_mean + (1 - _LONG_MEMORY) * log
-        mean, long_mean = self._means()
-        self.has_grown = mean - long_mean > math.log(2)
         return excess
 
     def _holds(self, length: float) -> bool:

@@ -36,7 +36,7 @@ class TrainerEngine(HypergradientLR):
             self._tuning.notices.log(f"from step {self.step_count + 1} on, the rates are those of SWALR")
 
     def stand_aside(self, aside: bool) -> None:
-        """Leave the rates in the groups as they are, for Lightning's tuner, as long as it is paused."""
+        """Whether to leave steps as they are, with the rates in the groups, because Lightning's tuner searches."""
         self._tuning.aside = aside
 
     def expect(self, remaining: int | None) -> None:
@@ -89,7 +89,6 @@ class Attachment:
         self._schedulers: list[Any] = []  # the Trainer's when training started; others come with weight averaging
         self._handles: list[RemovableHandle] = []
         self._alone: dist.ProcessGroup | None = None
-        self._paused: list[bool] | None = None  # whether each engine was paused before a tuner began to search
 
     def attach(self, trainer: Trainer, scope: str, configured: Mapping[int, list[float]]) -> None:
         """Attach to every optimizer.
@@ -195,7 +194,7 @@ class Attachment:
         """Detach all engines. Their state stays, for checkpoints that are written later."""
         for handle in self._handles:
             handle.remove()
-        self._handles, self._paused, self.active = [], None, False
+        self._handles, self.active = [], False
         for engine in self.engines:
             engine.detach(keep_state=True)
         for recorder in self.recorders:
@@ -210,14 +209,5 @@ class Attachment:
         self.engines, self.recorders, self._optimizers = [], [], []
 
     def _pause(self, trainer: Trainer, *_: Any) -> None:
-        searching = self._callback not in trainer.callbacks  # type: ignore[attr-defined]
-        if searching and self._paused is None:
-            self._paused = [engine.paused for engine in self.engines]
-            for engine in self.engines:
-                engine.paused = True
-                engine.stand_aside(True)
-        elif not searching and self._paused is not None:
-            for engine, paused in zip(self.engines, self._paused, strict=True):
-                engine.paused = paused
-                engine.stand_aside(False)
-            self._paused = None
+        for engine in self.engines:
+            engine.stand_aside(self._callback not in trainer.callbacks)  # type: ignore[attr-defined]
