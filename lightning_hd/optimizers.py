@@ -2,7 +2,6 @@
 
 import inspect
 import math
-import operator
 from collections.abc import Sequence
 from itertools import chain
 from typing import Any
@@ -114,11 +113,6 @@ def is_normalized(optimizer: Optimizer) -> bool:
 def parameters_of(optimizer: Optimizer) -> list[Tensor]:
     """The parameters of all groups."""
     return list(chain.from_iterable(group["params"] for group in optimizer.param_groups))
-
-
-def versions(parameters: Sequence[Tensor]) -> list[int]:
-    """How often each parameter was written to. torch has no public name for the counter that autograd keeps."""
-    return list(map(operator.attrgetter("_version"), parameters))
 
 
 def group_names(optimizer_name: str, optimizer: Optimizer) -> list[str]:

@@ -101,7 +101,7 @@ def test_no_file_is_long(file: Path) -> None:
     assert len(file.read_text().splitlines()) <= 350
 
 
-@pytest.mark.parametrize(("last", "files", "hops"), [(1203, 10, 35), (59, 12, 60)], ids=["ordinary", "with a look"])
+@pytest.mark.parametrize(("last", "files", "hops"), [(1203, 10, 16), (59, 12, 45)], ids=["ordinary", "with a look"])
 def test_a_step_is_read_in_a_few_files(last: int, files: int, hops: int) -> None:
     entered: list[str] = []
 

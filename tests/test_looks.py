@@ -76,9 +76,9 @@ def looked() -> Iterator[list[int]]:
     found: list[int] = []
     observe = Displacement.observe
 
-    def counting(self: Displacement, scopes: list[int]) -> Tensor:
+    def counting(self: Displacement, *arguments: Any) -> Tensor:
         found.append(1)
-        return observe(self, scopes)
+        return observe(self, *arguments)
 
     with mock.patch.object(Displacement, "observe", counting):
         yield found
@@ -279,9 +279,9 @@ def train_together(rank_writes: bool) -> tuple[list[list[float]], int]:
     loop, made = Loop(), []
     observe = Displacement.observe
 
-    def counting(self: Displacement, scopes: list[int]) -> Tensor:
+    def counting(self: Displacement, *arguments: Any) -> Tensor:
         made.append(loop.step_count)
-        return observe(self, scopes)
+        return observe(self, *arguments)
 
     with mock.patch.object(Displacement, "observe", counting):
         lrs = loop.steps(APART + 20)

@@ -105,6 +105,36 @@ def test_small_tensors_are_gathered_as_wholes_and_give_the_same_numbers(dtype: t
     assert copied > sum(slot.count for slot in slots), "some are wholes of which a part is looked at"
 
 
+def test_large_tensors_are_looked_at_where_they_are() -> None:
+    sizes = [1_000, 40_000, 1_000, 90_000]
+    parameters = [nn.Parameter(torch.randn(size)) for size in sizes]
+    flats = flatten(slots := slots_of(parameters, None), [p.detach() for p in parameters])
+    buckets = pack(slots, lambda _: 0, cached=50_000, alone=2**15)
+    assert [bucket.size for bucket in buckets] == [2_000, 40_000, 50_000, 40_000]
+    for bucket in buckets[1:]:
+        ((place, ((start, _),)),) = bucket.parts.items()
+        assert gather(bucket.views(flats)).data_ptr() == parameters[place].data_ptr() + 4 * start
+
+
+@pytest.mark.parametrize("sizes", [(2**15,), (10, 2**15 - 1, 2**19 + 7), (2**20 + 1, 3, 2**16)])
+def test_the_paper_s_numbers_do_not_depend_on_the_sizes_of_tensors(sizes: tuple[int, ...]) -> None:
+    parameters = [nn.Parameter(torch.randn(size)) for size in sizes]
+    optimizer = SGD(parameters, lr=1e-3)
+    hd = HypergradientLR(optimizer, "additive", hypergrad_lr=0.0)
+    gradients = []
+    for _ in range(3):
+        gradients.append([torch.randn(size) for size in sizes])
+        for p, g in zip(parameters, gradients[-1], strict=True):
+            p.grad = g.clone()
+        optimizer.step()
+    last, now = ([g.numpy().astype(np.float64) for g in found] for found in gradients[1:])
+    (seen,) = hd.last
+    assert seen is not None
+    assert seen.hypergradient == pytest.approx(-sum(a @ b for a, b in zip(last, now, strict=True)), rel=1e-4, abs=1e-2)
+    assert seen.grad_norm == pytest.approx(math.sqrt(sum(g @ g for g in now)), rel=1e-5)
+    assert seen.direction_norm == pytest.approx(math.sqrt(sum(g @ g for g in last)), rel=1e-5)
+
+
 def train(budget: Any, rule: Any, cls: Any, steps: int = 60) -> list[float]:
     torch.manual_seed(0)
     network = nn.Sequential(nn.Linear(20, 200), nn.Tanh(), nn.Linear(200, 200), nn.Tanh(), nn.Linear(200, 1)).double()

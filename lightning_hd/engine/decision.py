@@ -34,7 +34,7 @@ class Step:
     nonlinear: bool  # whether the optimizer's step is found not to be linear in its rate
     held: list[float]  # what param_groups[i]["lr"] held before
     seen: Sequence[Observation | None] = ()  # what each scope learns from
-    rules: Sequence[dict[str, Any]] = ()  # the states of the rules before, where they may change
+    rules: list[dict[str, Any]] = field(default_factory=list)  # the states of the rules before, where they may change
     finite: bool = True  # otherwise a scope stays at its rates
     decisions: list[Decision] = field(default_factory=list)  # of each scope
     retained: list[Retained | None] = field(default_factory=list)  # for each scope, of rules with a long horizon

@@ -11,8 +11,9 @@ from torch import Tensor
 from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
+from lightning_hd.engine.looks import versions
 from lightning_hd.engine.step import Tuning
-from lightning_hd.optimizers import parameters_of, versions
+from lightning_hd.optimizers import parameters_of
 from lightning_hd.processes import Notices, is_flat_shard
 
 _GRADIENTS, _PASSES = 20, 1000

@@ -11,9 +11,9 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from lightning_hd.checks import check_fields, not_zero, save_fields
-from lightning_hd.engine.rates import Rates, waits
+from lightning_hd.engine.rates import Rates
 from lightning_hd.hypergradient import Sight, View
-from lightning_hd.optimizers import check_gradients, parameters_of, versions
+from lightning_hd.optimizers import check_gradients, parameters_of
 from lightning_hd.processes import Ranks, Sum
 
 _OTHERS = 5
@@ -51,6 +51,11 @@ def check_loss(value: Any) -> Tensor | float:
     if isinstance(value, (bool, str, Tensor)) or not hasattr(value, "__float__"):
         raise TypeError(f"loss must be a real number or a tensor of one, got {value!r}")
     return float(value)
+
+
+def versions(parameters: Sequence[Tensor]) -> list[int]:
+    """How often each parameter was written to. torch has no public name for the counter that autograd keeps."""
+    return list(map(operator.attrgetter("_version"), parameters))
 
 
 def _are_same(some: Sequence[Tensor], others: Sequence[Tensor]) -> bool:
@@ -119,35 +124,48 @@ class Looks:
     def __post_init__(self) -> None:
         self._parameters: Sequence[Tensor] = parameters_of(self.optimizer)  # those of the last step
 
-    def look(self, step: int, parameters: Sequence[Tensor]) -> Look:
+    def look(self, step: int, parameters: Sequence[Tensor]) -> Look | None:
         """Look at the step of this number, read what was seen before, or do neither.
 
         Args:
             step: The number of the step.
             parameters: Those of the optimizer.
+
+        Returns:
+            What was seen; ``None`` if no process has a gradient, or a GradScaler makes the optimizer skip the step.
         """
+        if all(p.grad is None for p in parameters) and (self.ranks.count == 1 or not parameters):
+            return None
         # those that are new, or come to life, must not move at a rate that was found without them
-        joined = not _are_same(parameters, self._parameters) or self.view.wakes()
+        joined = not _are_same(parameters, self._parameters) or self._wakes()
         self._parameters = parameters
         if joined:
             self.wake()
         untouched = self._see_writes(joined)
-        seen = None if self.plan.pending is None else self._read_late(self.plan.pending)
+        seen = None if self.plan.pending is None else self._read_late(self.plan.pending.read())
         calm, rested = self.plan.calm, self.plan.rested + 1
         wanted = self._wanted(step, calm)
         if rested < wanted or not (self.plan.noted or joined):
             notes = rested + 1 >= wanted
             if notes:
-                self.view.note(self._scopes())
+                self.view.note(self._scopes(), parameters)
             self._next = Plan(calm + 1, rested, self.plan.stride, notes, untouched=untouched)
             return Look(False, seen, self.plan.stride)
         begun = self._begin()
         if wanted == 1:
-            seen = self._read(begun)
+            seen = self._read(begun.read())
+            if not any(sight.has_gradient for sight in seen.sights):
+                return None
         else:
             begun.fetch()
         self._next = Plan(calm + 1, 0, rested, True, None if wanted == 1 else begun, untouched)
         return Look(True, seen, rested)
+
+    def _wakes(self) -> bool:
+        """Whether a parameter needs a gradient now, or has its first one. Processes may differ in the second."""
+        if any(p.requires_grad for p in self.view.asleep):
+            return True
+        return any(p.grad is not None for p in self.view.unused) and self.ranks.count == 1
 
     def _see_writes(self, joined: bool) -> int:
         """Notice parameters that were rewritten. Return the number of steps since others wrote to any.
@@ -164,8 +182,7 @@ class Looks:
 
     def _wanted(self, step: int, calm: int) -> int:
         """How far apart looks may be: as far as the rules of all scopes allow."""
-        scopes = self.rates.scopes
-        return 1 if any(map(waits, scopes)) else min([s.rule.stride(step - s.since, calm) for s in scopes])
+        return min([s.rule.stride(step - s.since, calm) if s.tuned else 1 for s in self.rates.scopes])
 
     def _scopes(self) -> list[int]:
         return [group.scope for group in self.rates.groups]
@@ -199,7 +216,7 @@ class Looks:
     def _begin(self) -> Sum:
         """Begin to sum what the step shows over the processes, by one collective."""
         try:
-            sums = self.view.observe(self._scopes())
+            sums = self.view.observe(self._scopes(), self._parameters)
         except RuntimeError:
             check_gradients(self.optimizer)
             raise
@@ -215,9 +232,9 @@ class Looks:
             flags[2], self._rewritten = 1.0, False
         return self.ranks.begin_sum(torch.cat([sums.flatten(), flags, self.losses.take(sums)]))
 
-    def _read(self, pending: Sum) -> Seen:
+    def _read(self, sums: Sequence[float]) -> Seen:
         """What a look has shown."""
-        *numbers, skipped, event, rewritten, loss, known = pending.read()
+        *numbers, skipped, event, rewritten, loss, known = sums
         if event:
             self.wake()
         if rewritten:
@@ -227,9 +244,9 @@ class Looks:
         table = [] if skipped else [numbers[i : i + width] for i in range(0, len(numbers), width)]
         return Seen(self.view.sights(table), loss / known if known and math.isfinite(loss) else None)
 
-    def _read_late(self, pending: Sum) -> Seen | None:
+    def _read_late(self, sums: Sequence[float]) -> Seen | None:
         """What the look of a former step has shown; ``None``: nothing to learn from."""
-        seen = self._read(pending)
+        seen = self._read(sums)
         known = len(seen.sights) == len(self.rates.scopes) and any(sight.has_gradient for sight in seen.sights)
         return seen if known else None
 

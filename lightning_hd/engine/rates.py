@@ -162,6 +162,8 @@ class Rates(Scopes):
     def _decide(self, step: Step, index: int, seen: Observation | None) -> Decision:
         scope = self.scopes[index]
         rule, context, backoffs = scope.rule, self._context(step, scope), scope.rule.backoffs
+        if step.looked or step.informed:
+            step.rules.append(rule.state_dict())
         finite = seen is None or all(map(math.isfinite, seen))
         stopped = step.stopped and scope.tuned
         lr, cause = scope.lr, "the loss has risen"

@@ -182,14 +182,10 @@ class Tuning:
     # ------------------------------------------------------------------ before the update
 
     def _tune(self) -> bool:
-        """Set the rates; ``False`` if no rank has a gradient, or a GradScaler makes the optimizer skip the step."""
-        parameters = parameters_of(self.optimizer)
-        has_gradient = any(p.grad is not None for p in parameters)
-        if not has_gradient and (self.ranks.count == 1 or not parameters):
-            return False
+        """Set the rates; ``False`` if the step does not count."""
         self.sync()
-        look = self.looks.look(self.step_count + 1, parameters)
-        if look.seen is not None and not any(sight.has_gradient for sight in look.seen.sights):
+        look = self.looks.look(self.step_count + 1, parameters_of(self.optimizer))
+        if look is None:
             return False
         repeated = self._repeated(look)
         step = self._step = repeated or self._new_step(look)
@@ -220,8 +216,6 @@ class Tuning:
                 self.rates.scopes[i].rule.begin("replaced")
         if self.linearity.due and self.step_count >= self.linearity.due[0]:
             self.linearity.test(self.step_count, [group.lr for group in self.rates.groups])
-        if step.looked or step.informed:
-            step.rules = [scope.rule.state_dict() for scope in self.rates.scopes]
         step.seen = [self._take_in(scope, sight) for scope, sight in zip(self.rates.scopes, step.sights, strict=True)]
         self.rates.decide(step)
         if not self.rule.long_horizon or any(map(waits, self.rates.scopes)):

@@ -1,5 +1,6 @@
 """Buckets: coordinates of several parameters, gathered into one flat vector; their memory, and sums by scope."""
 
+import math
 from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import chain, pairwise
@@ -233,13 +234,16 @@ def gather(pieces: Sequence[Tensor]) -> Tensor:
     return pieces[0] if len(pieces) == 1 else torch.cat(list(pieces))
 
 
-def pack(slots: Sequence[Slot], key: Callable[[Slot], Hashable], cached: int = _CACHED) -> list[Bucket]:
+def pack(
+    slots: Sequence[Slot], key: Callable[[Slot], Hashable], cached: int = _CACHED, alone: float = math.inf
+) -> list[Bucket]:
     """Pack slots, in the order of their groups, into buckets for one key, device and number of replicas each.
 
     Args:
         slots: The slots.
         key: What the parameters of a bucket have in common.
         cached: The largest number of coordinates in a bucket on a CPU.
+        alone: On a CPU, a parameter of so many coordinates has buckets of its own, so that none is copied.
     """
     buckets: list[Bucket] = []
     filling: dict[Hashable, Bucket] = {}
@@ -247,13 +251,14 @@ def pack(slots: Sequence[Slot], key: Callable[[Slot], Hashable], cached: int = _
         device = local(slot.p).device
         limit = cached if device.type == "cpu" else _LAUNCHED
         kind = (key(slot), device, slot.replicas)
+        own = (kind, place if device.type == "cpu" and slot.numel >= alone else None)
         for start, stop in slot.runs:
             while start < stop:
-                if kind not in filling or filling[kind].size == limit:
-                    filling[kind] = Bucket(*kind)
-                    buckets.append(filling[kind])
-                end = min(stop, start + limit - filling[kind].size)
-                filling[kind].add(place, slot, (start, end))
+                if own not in filling or filling[own].size == limit:
+                    filling[own] = Bucket(*kind)
+                    buckets.append(filling[own])
+                end = min(stop, start + limit - filling[own].size)
+                filling[own].add(place, slot, (start, end))
                 start = end
     for bucket in buckets:
         each = [(slots[place].weight, stop - start) for place, runs in bucket.parts.items() for start, stop in runs]

@@ -73,8 +73,7 @@ class Displacement(View):
         self._missing: frozenset[int] = frozenset()  # the places of parameters without a gradient
         self._present: set[Key] | None = None  # parameters that have a gradient now
         self._updated: set[Key] = set()  # parameters that had a gradient in a remembered step
-        self._count()
-        self._unused: list[Tensor] = []  # parameters that need one and never had it
+        self._count(parameters_of(optimizer))
         self._joined: set[int] = set()  # scopes that many parameters have joined in this step
         self._apart: set[int] = set()  # groups whose last move did not follow their scope's rate
         self._coming: set[int] = set()  # groups whose next move will not follow it
@@ -84,16 +83,16 @@ class Displacement(View):
 
     # ------------------------------------------------------------------ one step
 
-    def observe(self, scopes: Sequence[int]) -> Tensor:
+    def observe(self, scopes: Sequence[int], parameters: Sequence[Tensor]) -> Tensor:
         """The numbers of ``_Sums`` for each scope; see ``View.observe``."""
-        flats, missing = self._arrive(scopes)
+        flats, missing = self._arrive(scopes, parameters)
         rows = [self._look(i, flats, missing) for i in range(len(self._buckets))]
         if self._present is None or missing != self._missing:
             self._missing = missing
             self._present = {slot.key for place, slot in enumerate(self.slots) if place not in missing}
             self._joined = self._joining(scopes)
             lacking = {self.slots[place].key for place in missing} - self._updated
-            self._unused = [slot.p for slot in self.slots if slot.key in lacking]
+            self.unused = [slot.p for slot in self.slots if slot.key in lacking]
         with_gradient = {scopes[group] for group, _ in self._present}
         remembered = {bucket.key for bucket, memory in zip(self._buckets, self._memory, strict=True) if memory.known}
         known = {scopes[group] for group, _ in self._present & self._updated} & remembered
@@ -101,25 +100,28 @@ class Displacement(View):
         factors = [(bucket.key, *[1 / bucket.replicas] * _WIDTH) for bucket in self._buckets]
         return self._sums.by_scope(rows, factors, flags, self._device, _WIDTH)
 
-    def note(self, scopes: Sequence[int]) -> None:
+    def note(self, scopes: Sequence[int], parameters: Sequence[Tensor]) -> None:
         """Take the gradients and parameters of this step for the last ones; see ``View.note``."""
-        flats, missing = self._arrive(scopes)
+        flats, missing = self._arrive(scopes, parameters)
         for i, memory in enumerate(self._memory):
             if memory.known:
                 self._gather(i, flats, missing)
                 memory.note()
 
-    def _arrive(self, scopes: Sequence[int]) -> tuple[list[Tensor], frozenset[int]]:
+    def _arrive(self, scopes: Sequence[int], everything: Sequence[Tensor]) -> tuple[list[Tensor], frozenset[int]]:
         """The gradients of all parameters, or anything where they are missing; and the places of these."""
-        self._lay_out(scopes)
+        self._lay_out(scopes, self._count(everything))
         if self._elsewhere:
             self._elsewhere = False
             for i, memory in enumerate(self._memory):
                 self._locate(i)
                 memory.last.theta.copy_(memory.now.theta)
-        missing = frozenset(place for place, p in enumerate(self._parameters) if p.grad is None)
-        gradients = [p.detach() if p.grad is None else gradient_of(p) for p in self._parameters]
-        return flatten(self.slots, gradients), missing
+        gradients = [p.grad for p in self._parameters]
+        missing = frozenset(place for place, g in enumerate(gradients) if g is None)
+        if self._sharded:
+            gradients = [g if g is None else gradient_of(p) for p, g in zip(self._parameters, gradients, strict=True)]
+        there = [p.detach() if g is None else g for p, g in zip(self._parameters, gradients, strict=True)]
+        return flatten(self.slots, there), missing
 
     def _gather(self, i: int, flats: Sequence[Tensor], missing: frozenset[int]) -> Tensor | None:
         """Gather the parameters and the gradient of a bucket. Return which coordinates have one; ``None``: all."""
@@ -191,8 +193,9 @@ class Displacement(View):
         table = [_Sums(*row) for row in sums]
         squares = [row.g_squared for row in table]
         squares += [x for row in table if row.known for x in (row.last_squared, row.sum_squared, row.move_squared)]
+        sights = [self._sight(row) for row in table]
         self._wide = not are_safe(squares) if squares else self._wide
-        return [self._sight(row) for row in table]
+        return sights
 
     def _sight(self, sums: _Sums) -> Sight:
         g_norm, norms = math.sqrt(sums.g_squared), math.sqrt(sums.g_squared) * math.sqrt(sums.last_squared)
@@ -243,22 +246,15 @@ class Displacement(View):
         """Drop what was prepared for a step that was not taken."""
         self._coming = set()
 
-    def _count(self) -> list[Tensor]:
-        """Note which parameters there are, and which of them need no gradient. Return the others."""
-        parameters = parameters_of(self._optimizer)
-        self._asleep = [p for p in parameters if not p.requires_grad]
+    def _count(self, parameters: Sequence[Tensor]) -> list[Tensor]:
+        """Note which parameters need no gradient. Return the others."""
+        self.asleep = [p for p in parameters if not p.requires_grad]
         return [p for p in parameters if p.requires_grad]
-
-    def wakes(self) -> bool:
-        """Whether a parameter needs a gradient now, or has its first one. Processes may differ in that."""
-        awake = any(p.requires_grad for p in self._asleep)
-        return awake or (any(p.grad is not None for p in self._unused) and self._ranks.count == 1)
 
     # ------------------------------------------------------------------ which parameters there are
 
-    def _lay_out(self, scopes: Sequence[int]) -> None:
+    def _lay_out(self, scopes: Sequence[int], parameters: list[Tensor]) -> None:
         """Lay out the coordinates anew if parameters came, went, or lie somewhere else in memory."""
-        parameters = self._count()
         tensors = [local(p) for p in parameters] if self._sharded else parameters
         places, sizes = list(map(Tensor.data_ptr, tensors)), list(map(Tensor.numel, tensors))
         if self.slots and sizes == self._sizes and list(map(id, parameters)) == list(map(id, self._parameters)):

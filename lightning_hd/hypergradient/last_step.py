@@ -32,6 +32,10 @@ from lightning_hd.rules import Observation
 
 _GRADIENT = "gradient"
 
+_ALONE = 2**15
+"""Tensors of so many coordinates are multiplied where they are on a CPU. To copy a smaller one is cheaper than the
+operations that it would need."""
+
 _CACHED = 2**19
 """The largest number of coordinates in a bucket on a CPU. Directions take some ten vectors of that size, 2 MiB each. At
 2^17 there are four times as many operations, and a step takes 1.2 times as long."""
@@ -92,7 +96,7 @@ class LastStep(View):
 
     # ------------------------------------------------------------------ before a step
 
-    def observe(self, scopes: Sequence[int]) -> Tensor:
+    def observe(self, scopes: Sequence[int], parameters: Sequence[Tensor]) -> Tensor:
         """The numbers of ``_Sums`` for each scope; see ``View.observe``."""
         self._last += [Last() for _ in self._optimizer.param_groups[len(self._last) :]]
         if self._loads != self._copies.loads:
@@ -178,7 +182,7 @@ class LastStep(View):
         had = [(i, p) for i, _, p in seen if id(p) in moved[i]]
         steps = {id(p): self._steps_of(self._last[i], p) for i, p in had if self._is_there(self._last[i], p)}
         self._choose(look(seen, self._budget, self._ranks, {}))
-        self._buckets = pack(self.slots, lambda slot: (alike[slot.group], steps.get(id(slot.p))), _CACHED)
+        self._buckets = pack(self.slots, lambda slot: (alike[slot.group], steps.get(id(slot.p))), _CACHED, _ALONE)
         with_gradient = {scopes[i] for i, _, _ in seen}
         with_direction = {scopes[i] for i, _, p in seen if id(p) in steps}
         self._flags = [(scope in with_gradient, scope in with_direction) for scope in range(max(scopes) + 1)]

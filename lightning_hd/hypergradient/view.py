@@ -48,6 +48,12 @@ class View(ABC):
     width: int
     """How many numbers ``observe`` returns for each scope."""
 
+    asleep: Sequence[Tensor] = ()
+    """Parameters that needed no gradient in the last look, if that matters to what is seen."""
+
+    unused: Sequence[Tensor] = ()
+    """Parameters that need one and never had it, if that matters."""
+
     def __init__(self, optimizer: Optimizer, budget: int | None, ranks: Ranks, notices: Notices) -> None:
         self._optimizer = optimizer
         self._budget = budget
@@ -63,21 +69,23 @@ class View(ABC):
         self.share = sum(slot.count for slot in slots), sum(slot.size for slot in slots)  # looked at, and of all
 
     @abstractmethod
-    def observe(self, scopes: Sequence[int]) -> Tensor:
+    def observe(self, scopes: Sequence[int], parameters: Sequence[Tensor]) -> Tensor:
         """What this process sees before a step.
 
         Args:
             scopes: The scope of each parameter group.
+            parameters: Those of the optimizer, in the order of its groups.
 
         Returns:
             Numbers of each scope, of shape (scopes, n). Their sums over all processes are for ``sights``.
         """
 
-    def note(self, scopes: Sequence[int]) -> None:  # noqa: B027
+    def note(self, scopes: Sequence[int], parameters: Sequence[Tensor]) -> None:  # noqa: B027
         """Note where gradients and parameters are, in a step that is not looked at, because the next one is.
 
         Args:
             scopes: The scope of each parameter group.
+            parameters: Those of the optimizer, in the order of its groups.
         """
 
     @abstractmethod
@@ -107,10 +115,6 @@ class View(ABC):
     @abstractmethod
     def abandon(self) -> None:
         """Drop what was prepared for a step that was not taken."""
-
-    def wakes(self) -> bool:
-        """Whether parameters have come to life that the last look did not see."""
-        return False
 
     def forget(self, scope: int) -> None:  # noqa: B027
         """Forget the moves of a scope, whose rate starts anew in the next step."""
