@@ -18,7 +18,7 @@ def check_number(name: str, value: float, minimum: float = -math.inf, maximum: f
         ValueError: It is not finite, or out of range.
     """
     try:
-        if isinstance(value, (bool, str, Tensor)):
+        if isinstance(value, (bool, str, bytes, bytearray, Tensor)):
             raise TypeError
         number = float(value)
     except OverflowError:
@@ -47,6 +47,7 @@ def check_count(name: str, value: int) -> int:
         raise TypeError(f"{name} must be a whole number, got {value!r}") from None
     if number < 0:
         raise ValueError(f"{name} must not be negative, got {value}")
+    check_number(name, number)
     return number
 
 
@@ -101,7 +102,7 @@ def _check_field(own: "Field[Any]", name: str, value: Any) -> Any:
         return [check_number(name, item) for item in value]
     if own.type is bool:
         return check_flag(name, value)
-    if value == own.default == math.inf:
+    if isinstance(value, float) and value == own.default == math.inf:
         return math.inf
     number = check_count(name, value) if own.type is int else check_number(name, value, minimum)
     if own.metadata.get("not_zero") and not number:

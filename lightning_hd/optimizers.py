@@ -88,8 +88,10 @@ def device_of(optimizer: Optimizer) -> torch.device:
 
 
 def check_gradients(optimizer: Optimizer) -> None:
-    """Raise ``TypeError`` if a gradient is sparse."""
+    """Raise ``TypeError`` if a gradient is sparse, or on the meta device."""
     for p in parameters_of(optimizer):
+        if p.grad is not None and p.is_meta:
+            raise TypeError(f"a parameter of shape {tuple(p.shape)} is on the meta device, where it has no numbers")
         if p.grad is not None and p.grad.layout != torch.strided:
             raise TypeError(
                 f"a parameter of shape {tuple(p.shape)} has a gradient of layout {p.grad.layout}: sparse gradients are "
@@ -212,6 +214,11 @@ def set_lr(group: dict[str, Any], lr: float) -> float:
     elif float(held) != lr:
         group["lr"] = lr
     return as_held(group, lr)
+
+
+def like(held: Tensor | float, lr: float) -> Tensor | float:
+    """A rate as a number, or as a tensor like the one that a group holds."""
+    return torch.full_like(held, lr) if isinstance(held, Tensor) else lr
 
 
 def as_held(group: dict[str, Any], lr: float) -> float:

@@ -103,7 +103,7 @@ class Ranks:
 
     def __init__(self, group: ProcessGroup | None) -> None:
         if group is not None and not isinstance(group, ProcessGroup):
-            if group == dist.GroupMember.NON_GROUP_MEMBER:
+            if type(group) is type(dist.GroupMember.NON_GROUP_MEMBER) and group == dist.GroupMember.NON_GROUP_MEMBER:
                 raise ValueError("process_group: this process is not in it")
             raise TypeError(f"process_group must be a torch.distributed.ProcessGroup or None, got {group!r}")
         self._group = group
@@ -195,20 +195,20 @@ class Notices:
 
     def __init__(self, owner: str, name: str, ranks: Ranks) -> None:
         self.owner = owner
-        self._name = f"{owner}({name})"
+        self.name = f"{owner}({name})"
         self._ranks = ranks
         self._given: set[str] = set()
 
     def warn(self, kind: str, message: str) -> None:
         """Warn, unless there was a warning of that kind before."""
         if kind not in self._given and self._ranks.is_first:
-            warnings.warn(f"{self._name}: {message}", RuntimeWarning, stacklevel=3)
+            warnings.warn(f"{self.name}: {message}", RuntimeWarning, stacklevel=3)
         self._given.add(kind)
 
     def log(self, message: str) -> None:
         """Write a message to the log."""
         if self._ranks.is_first:
-            _log.info("%s: %s", self._name, message)
+            _log.info("%s: %s", self.name, message)
 
 
 def flat_offsets(parameters: Sequence[Tensor], ranks: Ranks) -> dict[Tensor, tuple[int, int]]:

@@ -229,7 +229,7 @@ def test_a_checkpoint_of_a_training_without_the_callback_is_a_fresh_start_that_i
 
 def test_a_damaged_state_is_named() -> None:
     damaged: Any
-    for damaged in ([], {"optimizers": {}}, {"engines": []}):
+    for damaged in ([], {"optimizers": {}}, {"engines": []}, {"optimizers": [], "suggestion": 5}):
         with pytest.raises(ValueError, match="the checkpoint's state of HypergradientDescent is damaged"):
             HypergradientDescent().load_state_dict(damaged)
 

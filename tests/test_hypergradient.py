@@ -925,6 +925,11 @@ def test_an_optimizer_that_cannot_be_tuned_is_refused(optimizer: Any, error: typ
         ({"min_lr": 0.1, "max_lr": 0.01}, ValueError, "min_lr must not be above max_lr"),
         ({"min_lr": math.inf}, ValueError, "min_lr must be a finite number"),
         ({"max_lr": "big"}, TypeError, "max_lr must be a number"),
+        ({"max_lr": b"1"}, TypeError, "max_lr must be a number, got b'1'"),
+        ({"min_lr": bytearray(b"1")}, TypeError, "min_lr must be a number"),
+        ({"process_group": np.ones(2)}, TypeError, "process_group must be a torch.distributed.ProcessGroup or None"),
+        ({"rule": "auto", "stop_after": 0}, ValueError, "stop_after must be at least 1 with a rule that picks"),
+        ({"stop_after": 10**400}, ValueError, "stop_after is too large a number"),
         ({"max_lr": -1.0}, ValueError, "max_lr must be above 0"),
         ({"max_lr": 0}, ValueError, "max_lr must be above 0"),
         ({"scheduled": "yes"}, TypeError, "scheduled must be True or False"),
@@ -952,6 +957,26 @@ def test_a_sparse_gradient_is_refused_before_the_first_update() -> None:
     with pytest.raises(TypeError, match=r"shape \(5, 3\) .* sparse gradients are not supported"):
         optimizer.step()
     assert torch.equal(table.weight, before)
+
+
+@pytest.mark.parametrize("rule", ["auto", "additive"])
+def test_parameters_without_numbers_are_refused_before_the_first_update(rule: Any) -> None:
+    p = nn.Parameter(torch.ones(2, 3, device="meta"))
+    optimizer = SGD([p], lr=0.1)
+    HypergradientLR(optimizer, rule)
+    p.grad = torch.ones_like(p)
+    with pytest.raises(TypeError, match=r"a parameter of shape \(2, 3\) is on the meta device"):
+        optimizer.step()
+
+
+def test_a_configured_rate_that_does_not_count_may_be_of_any_size() -> None:
+    w = nn.Parameter(torch.ones(2))
+    hd = HypergradientLR(optimizer := SGD([w], lr=1e40))
+    w.grad = torch.ones(2)
+    optimizer.step()  # without a warning
+    assert hd.lrs == [pytest.approx(1e-4)]
+    assert hd.stats.nonfinite_steps == 0
+    assert repr(hd) == f"HypergradientLR(SGD, rule='auto', lrs={hd.lrs})"
 
 
 def test_an_optimizer_that_moves_before_its_closure_is_refused() -> None:

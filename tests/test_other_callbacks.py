@@ -264,7 +264,7 @@ def test_averaging_goes_from_the_learned_rate_to_its_own(
     assert lrs[-1] == module.optimizers().param_groups[0]["swa_lr"] == swa_lr  # type: ignore[union-attr]
     assert module.real_lrs[begin:] == pytest.approx(lrs[begin:], rel=1e-3)
     assert hd.engines[0].scales == [1.0]
-    assert not [remark for remark in remarks(hd._recorders) if "undid" in remark]
+    assert not [remark for remark in remarks(hd._recorders, hd.rule) if "undid" in remark]
 
 
 @pytest.mark.parametrize("exponential", [False, True])

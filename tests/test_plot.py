@@ -212,6 +212,14 @@ def test_a_file_that_cannot_be_read_is_named(tmp_path: Path, capsys: pytest.Capt
         assert refused(capsys, str(file.parent)).startswith(f"Error: {file} cannot be read: ")
 
 
+def test_a_file_may_begin_with_a_byte_order_mark(tmp_path: Path) -> None:
+    run = write_csv(tmp_path / "run", {"hd/lr-SGD": [0.1, 0.2], "step": [1, 2]})
+    file = run / "metrics.csv"
+    file.write_bytes(b"\xef\xbb\xbf" + file.read_bytes())
+    (curves,) = load([run])
+    assert curves.rates["SGD"] == ([1, 2], [0.1, 0.2])
+
+
 def test_a_damaged_run_is_left_out(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     files = damage(tmp_path / "runs")
     write_csv(tmp_path / "runs" / "sound", {"step": [1, 2], "lr-SGD": [0.1, 0.2]})
@@ -328,10 +336,10 @@ def test_numbers_that_cannot_be_drawn_are_gaps(tmp_path: Path) -> None:
         tmp_path / "run",
         {
             "step": [1, 2, 3, 4, 5, "nan", ""],
-            "hd/lr-SGD/pg1": [0.1, 0, nan, -0.1, 0.2, 1, 1],
+            "hd/lr-SGD/pg1": [0.1, 0, 1e300, -0.1, 0.2, 1, 1],
             "hd/lr-SGD/pg2": [0, 0, 0, 0, 0, 0, 0],
             "hd/cosine-SGD": [nan, inf, -1, 1, "", 1, 1],
-            "loss": [inf, 2, nan, 1, -inf, 1, 1],
+            "loss": [1e308, 2, nan, 1, -inf, 1, 1],
             "note": ["a", "", "b", "c", "d", "e", "f"],
         },
     )

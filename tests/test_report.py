@@ -68,19 +68,21 @@ class Engine:
         self.step_count, self.tunes, self.paused, self.scheduled = 0, True, False, False
         self.lrs, self.scales = [0.1] * groups, [1.0] * groups
         self.last = [Observation(0.0, 1.0, 1.0)] * groups
-        self.stats = replace(Stats((0,) * groups, 0, 1.0, (1, 1), (0.0, math.inf), None, 0), **stats)
+        self.stats = replace(Stats((0,) * groups, 0, 1.0, (1, 1), (0.0, math.inf), 1.0, 0), **stats)
 
     def _count(self, *_: Any) -> None:
         self.step_count += self.tunes
 
 
-def remarks_on(engine: Engine, steps: int = 300, cosines: Sequence[float] = (0.1, -0.1)) -> list[str]:
+def remarks_on(
+    engine: Engine, steps: int = 300, cosines: Sequence[float] = (0.1, -0.1), rule: Any = "auto"
+) -> list[str]:
     """What is remarked after so many steps, with these cosines in turn."""
     recorder = Recorder(engine, engine.optimizer, "SGD", "group", [0.1])  # type: ignore[arg-type]
     for step in range(steps):
         engine.last = [Observation(-cosines[step % len(cosines)], 1.0, 1.0)] * len(engine.lrs)
         engine.optimizer.step()
-    return remarks([recorder])
+    return remarks([recorder], rule)
 
 
 def announced(caplog: pytest.LogCaptureFixture, rule: Any, max_lr: float | None, *steps: int) -> list[str]:
@@ -125,13 +127,22 @@ WAY = "For many short fits, pass warm_start=True, so that each begins with what 
 
 
 def test_a_short_run_is_told_what_to_do() -> None:
-    for steps, told in ((299, True), (300, False)):
-        few = f"SGD: {steps} steps may be too few for the rate to reach its range. Below 300, tune it by hand. {WAY}"
+    for steps, told in ((99, True), (100, False)):
+        few = f"SGD: {steps} steps may be too few for the rate to reach its range. Below 100, tune it by hand. {WAY}"
         assert remarks_on(Engine(), steps) == [few] * told
+        assert remarks_on(Engine(), steps, rule=Auto(start="configured")) == [few] * told
+        assert remarks_on(Engine(), steps, rule="additive") == [], "it does not climb from a short first step"
 
     engine = Engine()
-    engine.step_count = 290  # of former fits
+    engine.step_count = 90  # of former fits
     assert remarks_on(engine, 10) == []
+
+
+def test_the_loss_is_asked_for_where_the_rule_uses_it() -> None:
+    (remark,) = remarks_on(Engine(loss=None))
+    assert remark.startswith("SGD: no loss was reported")
+    assert "callback.engines[0]" in remark
+    assert remarks_on(Engine(loss=None), rule="additive") == []
 
 
 def test_a_rate_at_a_clamp_is_reported() -> None:
@@ -169,7 +180,7 @@ def test_steps_that_were_not_tuned_are_reported() -> None:
             engine.tunes = step >= untuned
             engine.last = [Observation(0.1 * (-1) ** step, 1.0, 1.0)]
             engine.optimizer.step()
-        assert remarks([recorder]) == ["SGD: 16 steps of the optimizer were not tuned."] * (untuned == 16)
+        assert remarks([recorder], "auto") == ["SGD: 16 steps of the optimizer were not tuned."] * (untuned == 16)
 
 
 def test_steps_that_were_not_finite_are_reported() -> None:
@@ -181,11 +192,11 @@ def test_remarks_on_a_training(tmp_path: Path) -> None:
         settings = {"max_epochs": 2, **arguments}
         make_trainer(tmp_path, hd, **settings).fit(Reference(lambda network: SGD(network.parameters(), lr=1e-4)))
         assert len(rows(hd._recorders, 1.0)) == 1
-        return remarks(hd._recorders)
+        return remarks(hd._recorders, hd.rule)
 
     assert fit(HypergradientDescent()) == []
     assert fit(HypergradientDescent(), limit_train_batches=20) == [
-        f"SGD: 40 steps may be too few for the rate to reach its range. Below 300, tune it by hand. {WAY}"
+        f"SGD: 40 steps may be too few for the rate to reach its range. Below 100, tune it by hand. {WAY}"
     ]
     held = fit(HypergradientDescent("multiplicative", max_lr=2e-4))
     assert held[0] == "SGD: the rate was held by max_lr=0.0002 in most steps."
@@ -239,7 +250,8 @@ def test_a_remark_says_where_the_scale_undoes_the_schedule(tmp_path: Path) -> No
     for rule, fights in ((Undo(), True), (Leave(), False)):
         hd = HypergradientDescent(rule)
         make_trainer(tmp_path, hd, limit_train_batches=150).fit(Reference(configure))
-        assert any("undid most of what the scheduler did" in remark for remark in remarks(hd._recorders)) == fights
+        told = [remark for remark in remarks(hd._recorders, rule) if "undid most of what the scheduler did" in remark]
+        assert len(told) == fights
 
 
 def test_steps_without_a_gradient_are_no_sign_of_a_large_rate(tmp_path: Path) -> None:
@@ -251,4 +263,4 @@ def test_steps_without_a_gradient_are_no_sign_of_a_large_rate(tmp_path: Path) ->
 
     hd = HypergradientDescent()
     make_trainer(tmp_path, hd).fit(Settled())
-    assert not [remark for remark in remarks(hd._recorders) if "cosine" in remark]
+    assert not [remark for remark in remarks(hd._recorders, hd.rule) if "cosine" in remark]

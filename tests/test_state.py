@@ -261,16 +261,44 @@ def test_a_loop_goes_on_with_a_new_optimizer_of_another_model() -> None:
     assert rates[-1] < 0.2 * rates[9]
 
 
-def test_a_state_of_something_else_changes_nothing(caplog: pytest.LogCaptureFixture) -> None:
-    caplog.set_level(logging.ERROR)
-    network = reference.torch_network()
-    optimizer = SGD(network.parameters(), lr=0.1)
-    hd = HypergradientLR(optimizer)
-    steps(hd, network, optimizer, 10)
-    state = hd.state_dict()
+def lose(state: dict[str, Any]) -> None:
     del state["rates"]["trajectories"]
-    lrs = hd.lrs
-    with pytest.raises(ValueError, match="damaged"):
-        hd.load_state_dict(state, warm_start=True)
-    assert hd.lrs == lrs
-    assert hd.step_count == 10
+
+
+def many(state: dict[str, Any]) -> None:
+    state["rates"]["scopes"][0]["lr"] = torch.ones(2)
+
+
+def limitless(state: dict[str, Any]) -> None:
+    state["rates"]["scopes"][0]["peak"] = torch.tensor([math.inf, 1.0])
+
+
+def huge(state: dict[str, Any]) -> None:
+    state["step_count"] = 10**400
+
+
+def shapeless(state: dict[str, Any]) -> None:
+    state["view"]["memory"] = torch.ones(4, 3)
+
+
+@pytest.mark.parametrize("damage", [lose, many, limitless, huge, shapeless], ids=lambda damage: damage.__name__)
+@pytest.mark.parametrize("warm_start", [False, True])
+def test_a_state_of_something_else_changes_nothing(
+    damage: Callable[[dict[str, Any]], None], warm_start: bool, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.ERROR)
+    rates = []
+    for damaged in (False, True):
+        network = reference.torch_network()
+        optimizer = SGD(network.parameters(), lr=0.1)
+        hd = HypergradientLR(optimizer)
+        steps(hd, network, optimizer, 5)
+        state = hd.state_dict()
+        steps(hd, network, optimizer, 5)
+        if damaged:
+            damage(state)
+            with pytest.raises(ValueError, match="damaged"):
+                hd.load_state_dict(state, warm_start=warm_start)
+            assert hd.step_count == 10
+        rates.append(steps(hd, network, optimizer, 10))
+    assert rates[0] == rates[1]

@@ -34,7 +34,8 @@ def test_it_is_a_part_of_a_high_rate_of_the_first_half_and_few_points_suffice(st
     for lr in rates:
         trajectory.add(lr)
     assert len(trajectory.points) <= 256
-    expected = 0.6 * np.quantile(rates[: (steps + 1) // 2], 0.8)
+    first = rates[: (steps + 1) // 2]
+    expected = max(0.6 * np.quantile(first, 0.8), min(first))
     assert constant_rate(trajectory.points) == pytest.approx(expected, rel=1e-12 if steps <= 256 else 0.02)
     again = check_fields(Trajectory, save_fields(trajectory))
     assert again == trajectory
@@ -104,7 +105,7 @@ def test_a_suggestion_of_a_run_with_many_steps_that_were_not_finite_comes_with_a
     count = hd.stats.nonfinite_steps
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
-        assert hd.suggestion() == hd.suggestion() == pytest.approx(0.6 * 0.01)
+        assert hd.suggestion() == hd.suggestion() == pytest.approx(0.01), "it never moved"
     told = [str(warning.message) for warning in caught]
     says = f"HypergradientLR(SGD): the suggested rate says little, because {count} of 40 steps were not finite"
     assert told == [says] * (count > 2)

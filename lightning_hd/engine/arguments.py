@@ -46,11 +46,12 @@ def check_arguments(
         raise ValueError(f"probe must be a whole number, None for all coordinates, or 'default', got {probe!r}")
     if not isinstance(probe, str) and probe is not None and check_count("probe", probe) == 0:
         raise ValueError("probe must be at least 1, or None for all coordinates, got 0")
-    if stop_after is not None:
-        check_count("stop_after", stop_after)
     if scheduled is not None:
         check_flag("scheduled", scheduled)
-    return make_rule(rule, hypergrad_lr), low, high
+    made = make_rule(rule, hypergrad_lr)
+    if stop_after is not None and check_count("stop_after", stop_after) == 0 and made.picks_start:
+        raise ValueError("stop_after must be at least 1 with a rule that picks its first rate, got 0")
+    return made, low, high
 
 
 def make_cooldown(part: float | str, total: int | None, rule: Rule) -> Cooldown:
@@ -64,7 +65,7 @@ def make_cooldown(part: float | str, total: int | None, rule: Rule) -> Cooldown:
         raise ValueError(f"cooldown must be a number from 0 to 1, or 'default', got {part!r}")
     if isinstance(part, str):
         part = _PART if rule.picks_start else 0.0
-    if total is not None and check_number("total_steps", check_count("total_steps", total)) == 0:
+    if total is not None and check_count("total_steps", total) == 0:
         raise ValueError("total_steps must be at least 1, or None where it is not known, got 0")
     return Cooldown(check_number("cooldown", part, 0.0, 1.0), total)
 

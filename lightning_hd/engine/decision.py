@@ -1,6 +1,6 @@
 """What is known of one step of an optimizer while it runs, and what is decided in it."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -44,3 +44,16 @@ class Step:
     trial: dict[int, float] = field(default_factory=dict)  # rates of short trial steps, for groups of unknown direction
     awaiting: dict[int, float] = field(default_factory=dict)  # ‖θ_0‖ of scopes that get their first rate from a trial
     before: dict[Tensor, Tensor] = field(default_factory=dict)  # θ_{t-1} of the groups on trial
+    left_out: dict[Tensor, Tensor | None] = field(default_factory=dict)  # gradients that the optimizer must not see
+
+    def leave_out(self, parameters: Iterable[Tensor]) -> None:
+        """Keep gradients from the optimizer. It leaves parameters without one as they are, and their state, too."""
+        for p in parameters:
+            self.left_out[p] = p.grad
+            p.grad = None
+
+    def take_up_gradients(self) -> None:
+        """Put back the gradients that were left out."""
+        for p, gradient in self.left_out.items():
+            p.grad = gradient
+        self.left_out = {}

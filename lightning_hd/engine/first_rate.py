@@ -23,7 +23,10 @@ keep the rate in its own state without harm. And it is long enough to be visible
 _PATIENCE = 3
 """After so many trial steps that left no trace, a longer one may be tried."""
 
-_NORMS = "the norm of parameters, gradient or direction, without which no first step is taken,"
+_LEFT_OUT = (
+    "the norm of parameters, gradient or direction is not a finite number, so there is no first learning rate yet. The "
+    "parameters stay as they are"
+)
 
 Weights = Mapping[int, float]
 """For each group of a scope, the derivative of the group's rate with respect to the scope's."""
@@ -102,8 +105,10 @@ class FirstRates:
         for index, outlook in self._outlooks(weights).items():
             scope = self.rates.scopes[index]
             if waits(scope) and not outlook.is_finite:
-                self.rates.stay(step, index, _NORMS)
-            elif waits(scope) and outlook.nonzero:
+                self.rates.stay(step, _LEFT_OUT)
+                step.leave_out(p for i in weights[index] for p in self.optimizer.param_groups[i]["params"])
+                continue
+            if waits(scope) and outlook.nonzero:
                 if outlook.direction_norm:
                     self._pick(step, index, outlook.param_norm, outlook.direction_norm)
                     continue
@@ -182,7 +187,7 @@ class FirstRates:
         for (index, weights), norm in zip(trials.items(), self._move_norms(step, trials.values()), strict=True):
             direction_norm = norm / step.trial[next(iter(weights))]
             if not math.isfinite(direction_norm):
-                self.rates.stay(step, index, _NORMS)
+                self.rates.stay(step, _LEFT_OUT)
             elif direction_norm:
                 self._pick(step, index, step.awaiting[index], direction_norm)
             else:

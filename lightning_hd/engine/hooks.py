@@ -13,7 +13,7 @@ from torch.utils.hooks import RemovableHandle
 
 from lightning_hd.engine.looks import versions
 from lightning_hd.engine.step import Tuning
-from lightning_hd.optimizers import parameters_of
+from lightning_hd.optimizers import like, parameters_of
 from lightning_hd.processes import Notices, is_flat_shard
 
 _GRADIENTS, _PASSES = 20, 1000
@@ -57,6 +57,7 @@ class StepHooks:
         self._handles: list[RemovableHandle] = [
             optimizer.register_step_pre_hook(self._before_step),
             optimizer.register_step_post_hook(self._after_step),
+            optimizer.register_state_dict_post_hook(self._save),
         ]
         # This hook must run before those of others: one of them may step a scheduler, which must find its own values in
         # the groups. torch has no public way to register a step hook before others.
@@ -99,6 +100,14 @@ class StepHooks:
         if len(args) > 1:
             return (args[0], self._wrap(closure), *args[2:]), kwargs
         return args, {**kwargs, "closure": self._wrap(closure)}
+
+    def _save(self, optimizer: Optimizer, state_dict: dict[str, Any]) -> dict[str, Any] | None:
+        """Save the rates that the groups hold between steps, if it is done in a step, as by a handler of a signal."""
+        if self._tuning.before is None:
+            return None
+        held, _ = self._tuning.before
+        groups = zip(state_dict["param_groups"], held, strict=False)
+        return {**state_dict, "param_groups": [{**group, "lr": like(group["lr"], lr)} for group, lr in groups]}
 
     def _wrap(self, closure: Callable[[], Any]) -> Callable[[], Any]:
         """A closure that prepares the step when it has computed the gradients."""

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn.utils import get_total_norm
 from torch.optim import Adafactor, Optimizer
 
-from lightning_hd.optimizers import device_of, inner_optimizers, parameters_of, torch_class
+from lightning_hd.optimizers import device_of, inner_optimizers, like, parameters_of, torch_class
 from lightning_hd.processes import Notices, Ranks, as_real, local
 
 _LARGEST = 2**20
@@ -178,8 +178,7 @@ def _copy(optimizer: Optimizer, rates: dict[int, float], twins: dict[int, nn.Par
     for group, original in zip(groups, optimizer.param_groups, strict=True):
         group["params"] = [twins[id(p)] for p in original["params"] if id(p) in twins]
     for i, lr in rates.items():
-        held = groups[i]["lr"]
-        groups[i]["lr"] = torch.full_like(held, lr) if isinstance(held, Tensor) else lr
+        groups[i]["lr"] = like(groups[i]["lr"], lr)
     state = {memo[id(p)]: copy.deepcopy(dict(s), memo) for p, s in optimizer.state.items() if id(p) in twins}
     twin: Optimizer = type(optimizer).__new__(type(optimizer))
     vars(twin).update(copy.deepcopy(_attributes(optimizer), memo))

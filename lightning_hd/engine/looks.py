@@ -50,7 +50,10 @@ def check_loss(value: Any) -> Tensor | float:
         return value.detach().clone().reshape(())
     if isinstance(value, (bool, str, Tensor)) or not hasattr(value, "__float__"):
         raise TypeError(f"loss must be a real number or a tensor of one, got {value!r}")
-    return float(value)
+    try:
+        return float(value)
+    except OverflowError:
+        return math.inf
 
 
 def versions(parameters: Sequence[Tensor]) -> list[int]:

@@ -14,8 +14,9 @@ from torch.optim import Optimizer
 
 from lightning_hd.checks import save_fields
 from lightning_hd.engine.rates import Rates
+from lightning_hd.hypergradient import View
 from lightning_hd.optimizers import check_gradients, device_of, get_lr, parameters_of
-from lightning_hd.processes import Ranks, is_flat_shard, local
+from lightning_hd.processes import Notices, Ranks, is_flat_shard, local
 from lightning_hd.rules import Rule
 
 
@@ -26,10 +27,12 @@ class Precheck:
     Args:
         optimizer: The optimizer.
         ranks: The processes that train together.
+        notices: Whose name errors begin with.
     """
 
     optimizer: Optimizer
     ranks: Ranks
+    notices: Notices
 
     def is_dry(self, fresh: bool) -> bool:
         """Whether this is the dry step by which ``torch.distributed.checkpoint`` makes an optimizer's state.
@@ -64,8 +67,14 @@ class Precheck:
             return any(p.requires_grad for p in parameters_of(self.optimizer))
         return any(g.layout != torch.strided or bool(local(g).any()) for g in gradients)
 
-    def check(self, rates: Rates, rule: Rule, step_count: int) -> None:
+    def check(self, rates: Rates, rule: Rule, view: View, others: dict[str, Any]) -> None:
         """Raise what would fail later, with a clear error. All ranks raise if their settings differ.
+
+        Args:
+            rates: The rates.
+            rule: The rule.
+            view: The view.
+            others: Other settings, by the words for them.
 
         Raises:
             TypeError, ValueError: A rate or a gradient is out of order.
@@ -87,7 +96,9 @@ class Precheck:
                     "rule": _plain((type(rule).__name__, vars(rule))),
                     "scope": rates.kind,
                     "min_lr, max_lr": rates.limits,
-                    "step_count": step_count,
+                    "scheduled": rates.is_scheduled(),
+                    "probe": view.budget,
+                    **others,
                     "lrs": [str(group["lr"]) if error else get_lr(group) for group in groups],
                     "shapes of parameters": [
                         ["a flat shard" if is_flat_shard(p) else tuple(p.shape) for p in group["params"]]
@@ -107,8 +118,8 @@ class Precheck:
             for key, value in other.items():
                 if value != everyone[0][key]:
                     raise RuntimeError(
-                        f"HypergradientLR({mine['optimizer']}): the settings of the processes differ: {key} is "
-                        f"{everyone[0][key]} on rank 0 and {value} on rank {rank}. Give models that train apart a "
+                        f"{self.notices.name}: the settings of the processes differ: {key} is {everyone[0][key]} on "
+                        f"rank 0 and {value} on rank {rank}. Models that train apart need a HypergradientLR with a "
                         "process_group each"
                     )
 

@@ -176,16 +176,18 @@ class Rates(Scopes):
             if loss is not None and math.isfinite(lr):
                 lr = number(rule.watch(lr, loss, context), rule, "watch")
         lr *= self._follow_schedule(index, stopped)
-        if finite and abs(lr) <= LARGEST:
+        largest = math.inf if waits(scope) else LARGEST  # a configured rate does not count where the rule picks one
+        if finite and abs(lr) <= largest:
             lr = self.clamp(index, lr)
             used = (lr if stopped else number(rule.used(lr, context), rule, "used")) * step.factor
-            if abs(used) <= LARGEST:
+            if abs(used) <= largest:
                 if rule.backoffs > backoffs:
                     backed_off = f"the rate backs off from {scope.used:.3g} to {used:.3g}"
                     self._notices.log(f"step {step.number}: {cause}; {backed_off}")
                 return Decision(lr, used, seen)
         made = f"the rate that {type(rule).__name__} made of {seen}"
-        self.stay(step, index, made if finite else f"one of (hypergradient, ‖g‖, ‖d‖) = {tuple(seen or ())}")
+        what = made if finite else f"one of (hypergradient, ‖g‖, ‖d‖) = {tuple(seen or ())}"
+        self.stay(step, f"{what} is not a finite number; the learning rate stays at {scope.used:g}")
         return Decision(scope.lr, scope.used, seen)
 
     def _context(self, step: Step, scope: Scope) -> Context:
@@ -232,14 +234,11 @@ class Rates(Scopes):
         scope.reference = highest if highest and not scope.tuned else scope.reference * factor
         return 1.0
 
-    def stay(self, step: Step, index: int, what: str) -> None:
+    def stay(self, step: Step, what: str) -> None:
         """Note that a number is not finite, so that a scope stays at its rate."""
         step.finite = False
-        used = self.scopes[index].used
         self._notices.warn(
-            "not finite",
-            f"step {step.number}: {what} is not a finite number; the learning rate stays at {used:g}. Further such "
-            "steps are counted in nonfinite_steps",
+            "not finite", f"step {step.number}: {what}. Further such steps are counted in nonfinite_steps"
         )
 
     def retain(self, step: Step) -> None:

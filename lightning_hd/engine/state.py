@@ -25,7 +25,7 @@ def save(tuning: Tuning) -> dict[str, Any]:
         "nonfinite_steps": tuning.nonfinite_steps,
         "begin": tuning.cooldown.begin,
         "nonlinear": tuning.linearity.failed,
-        "rates": _save_rates(tuning.rates),
+        "rates": _save_rates(tuning.rates, *(tuning.before or (get_lrs(tuning.optimizer.param_groups), ()))),
         "view": tuning.view.state_dict(),
         "looks": tuning.looks.state_dict(),
     }
@@ -43,6 +43,7 @@ def load(tuning: Tuning, state_dict: dict[str, Any], loaded: bool) -> None:
     Raises:
         ValueError: The state is of another optimizer class, rule, scope or layout of parameter groups, or damaged.
     """
+    tuning.abandon()
     before, held = [group.lr for group in tuning.rates.groups], get_lrs(tuning.optimizer.param_groups)
     written = [lr != was for lr, was in zip(held, before, strict=False)] + [False] * (len(held) - len(before))
     tuning.rates.sync()
@@ -57,7 +58,7 @@ def load(tuning: Tuning, state_dict: dict[str, Any], loaded: bool) -> None:
         tuning.view.load_state_dict(state_dict["view"])
         stays = [loaded or was_written for was_written in written]
         _load_rates(tuning.rates, state_dict["rates"], stays)  # the last that can fail; it changes all or nothing
-    except (KeyError, IndexError, TypeError, ValueError, AttributeError) as error:
+    except (LookupError, TypeError, ValueError, AttributeError, ArithmeticError, RuntimeError) as error:
         tuning.looks.load_state_dict(now["looks"])
         tuning.view.load_state_dict(now["view"])
         raise ValueError(f"the saved state is damaged, or of other parameter groups: {error!r}") from error
@@ -111,12 +112,14 @@ class _SavedGroup(Group):
     held: float = 0.0
 
 
-def _save_rates(rates: Rates) -> dict[str, Any]:
-    held = get_lrs(rates.optimizer.param_groups)
+def _save_rates(rates: Rates, held: Sequence[float], rules: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """Save the rates, with what the groups hold between steps, and the first rules as they were before a step."""
+    states = [*rules, *(scope.rule.state_dict() for scope in rates.scopes[len(rules) :])]
     return {
         "scheduled": rates.under_schedule,
         "scopes": [
-            {**save_fields(scope, without=("rule", "last")), "rule": scope.rule.state_dict()} for scope in rates.scopes
+            {**save_fields(scope, without=("rule", "last")), "rule": state}
+            for scope, state in zip(rates.scopes, states, strict=True)
         ],
         "trajectories": [save_fields(trajectory) for trajectory in rates.trajectories],
         "groups": [{**save_fields(group), "held": lr} for group, lr in zip(rates.groups, held, strict=False)],

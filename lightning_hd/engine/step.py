@@ -1,5 +1,6 @@
 """One step of a tuned optimizer, from top to bottom: sync, look, decide, set, remember."""
 
+from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from time import perf_counter
@@ -62,7 +63,7 @@ class Tuning:
     def __post_init__(self) -> None:
         self.looks = Looks(self.optimizer, self.rates, self.view, self.ranks)
         self.linearity = Linearity(self.optimizer, self.ranks, self.notices, self.rule.long_horizon)
-        self._precheck = Precheck(self.optimizer, self.ranks)
+        self._precheck = Precheck(self.optimizer, self.ranks, self.notices)
         self._first_rates = FirstRates(self.optimizer, self.rates, self.ranks, self.rule.long_horizon)
         self.writes = Writes(self.notices)
 
@@ -103,7 +104,8 @@ class Tuning:
         if self._dry:
             return False
         if not self._checked:
-            self._precheck.check(self.rates, self.rule, self.step_count)
+            own = {"total_steps": self.cooldown.total, "cooldown": self.cooldown.part, "stop_after": self.stop_after}
+            self._precheck.check(self.rates, self.rule, self.view, {"step_count": self.step_count, **own})
             if fresh:
                 self.view.start()
             self._checked = True
@@ -160,6 +162,13 @@ class Tuning:
     def holds(self) -> bool:
         """Whether a step that is not tuned has rates that must be given back when it ends."""
         return self._passed is not None
+
+    @property
+    def before(self) -> tuple[Sequence[float], Sequence[dict[str, Any]]] | None:
+        """What the groups held before a step that runs, and the states of the first rules; ``None`` between steps."""
+        if self._passed is not None:
+            return self._passed[1], ()
+        return None if self._step is None else (self._step.held, self._step.rules)
 
     def abandon(self) -> None:
         """Forget a step that began but raised an error. The rate stays as it was."""
@@ -300,6 +309,8 @@ class Tuning:
 
     def _remember(self, step: Step) -> None:
         """Take over the rates, and what the view has kept, after the parameters have moved."""
+        if step.left_out:
+            step.take_up_gradients()
         if step.trial:
             try:
                 self._first_rates.measure(step)

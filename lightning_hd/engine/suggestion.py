@@ -20,10 +20,11 @@ _SAFETY = 0.6
 def constant_rate(lrs: Sequence[float]) -> float | None:
     """The constant rate for a training of the same length; ``None`` if no step was taken.
 
-    It is 0.6 times the 0.8-quantile of the rates in the first half of the run. Source: this project.
+    It is 0.6 times the 0.8-quantile of the rates in the first half of the run, but not below the lowest of them, so
+    that a rate that never moved is suggested as it is. Source: this project.
     """
     first = lrs[: math.ceil(_FIRST * len(lrs))]
-    return _SAFETY * float(np.quantile(first, _QUANTILE)) if first else None
+    return max(_SAFETY * float(np.quantile(first, _QUANTILE)), min(first)) if first else None
 
 
 def suggestions(rates: Rates) -> list[float] | None:

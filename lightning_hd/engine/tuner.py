@@ -17,7 +17,7 @@ from lightning_hd.engine.suggestion import suggestions
 from lightning_hd.hypergradient import PROBE, Displacement, LastStep, View, following, leave_copies
 from lightning_hd.optimizers import check_optimizer, get_lr, group_names, is_marked, parameters_of, unwrap
 from lightning_hd.processes import Notices, Ranks
-from lightning_hd.rules import Observation, Rule, RuleName
+from lightning_hd.rules import Observation, Rule, RuleName, rule_name
 
 _NONFINITE = 0.05
 """A GradScaler skips a few steps. If a larger part of them than this is not finite, the rates are not to be trusted."""
@@ -149,6 +149,9 @@ class HypergradientLR:
             self._tuning = Tuning(self._optimizer, checked, rates, view, ranks, notices, falling, stop_after)
             self._hooks: StepHooks | None = StepHooks(self._optimizer, self._tuning, notices)
 
+    def __repr__(self) -> str:
+        return f"{self._owner}({self._name}, rule={rule_name(type(self._tuning.rule).__name__)!r}, lrs={self.lrs})"
+
     # ------------------------------------------------------------------ what others read
 
     @property
@@ -202,7 +205,7 @@ class HypergradientLR:
         """The constant rate that the steps so far suggest for a training like this one without tuning.
 
         It is 0.6 times the 0.8-quantile of the rates in the first half of the steps so far, without the cooldown at the
-        end. Source: this project.
+        end, but not below the lowest of them. Source: this project.
 
         Args:
             by_group: Whether to return the rate of each parameter group by its name: ``"Adam/pg1"``, or ``"Adam/"`` and

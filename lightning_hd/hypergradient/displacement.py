@@ -267,7 +267,7 @@ class Displacement(View):
         self._device = device_of(self._optimizer)
         groups = enumerate(self._optimizer.param_groups)
         found = [(i, j, p) for i, group in groups for j, p in enumerate(group["params"]) if p.requires_grad]
-        self._choose(look(found, self._budget, self._ranks, flat_offsets(parameters, self._ranks)))
+        self._choose(look(found, self.budget, self._ranks, flat_offsets(parameters, self._ranks)))
         self._buckets = pack(self.slots, lambda slot: scopes[slot.group])
         self._pieces = self._views()
         self._memory = [Memory(bucket.size, bucket.dtype, bucket.device) for bucket in self._buckets]

@@ -181,7 +181,7 @@ class LastStep(View):
             return
         had = [(i, p) for i, _, p in seen if id(p) in moved[i]]
         steps = {id(p): self._steps_of(self._last[i], p) for i, p in had if self._is_there(self._last[i], p)}
-        self._choose(look(seen, self._budget, self._ranks, {}))
+        self._choose(look(seen, self.budget, self._ranks, {}))
         self._buckets = pack(self.slots, lambda slot: (alike[slot.group], steps.get(id(slot.p))), _CACHED, _ALONE)
         with_gradient = {scopes[i] for i, _, _ in seen}
         with_direction = {scopes[i] for i, _, p in seen if id(p) in steps}

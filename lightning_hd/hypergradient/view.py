@@ -56,7 +56,7 @@ class View(ABC):
 
     def __init__(self, optimizer: Optimizer, budget: int | None, ranks: Ranks, notices: Notices) -> None:
         self._optimizer = optimizer
-        self._budget = budget
+        self.budget = budget
         self._ranks = ranks
         self._notices = notices
         self._sums = Sums()

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from lightning_hd.optimizers import LARGEST
 from lightning_hd.reporting.runs import Curve, Curves, PlotError, load, natural
 
 if TYPE_CHECKING:  # matplotlib is an extra
@@ -58,7 +59,7 @@ class _Panel:
     def add(self, key: tuple[int, str], curve: Curve) -> None:
         """Add a line, with gaps where it cannot be drawn. A line that can be drawn nowhere is left out."""
         steps, values = (np.asarray(numbers, dtype=float) for numbers in curve)
-        visible = np.isfinite(values) & ((values > 0) | (not self.log))
+        visible = (abs(values) <= LARGEST) & ((values > 0) | (not self.log))
         if visible.any():
             self.lines.append((key, steps, np.where(visible, values, np.nan)))
 
@@ -68,8 +69,8 @@ def figure(curves: Sequence[Curves], width: float = COLUMN) -> "Figure":
 
     The thick lines of the cosines, and of losses with 100 points or more, are running means over a twentieth of the
     points, five at least. The thin lines below are the numbers themselves. Rates that are not above 0, and numbers that
-    are not finite, are gaps. The axis of the losses is logarithmic if all are above 0. Lines have the labels of the
-    legend, except for the thin ones.
+    are not finite in float32, are gaps. The axis of the losses is logarithmic if all are above 0. Lines have the labels
+    of the legend, except for the thin ones.
 
     Args:
         curves: The curves of each run. They need not come from files.
@@ -80,7 +81,7 @@ def figure(curves: Sequence[Curves], width: float = COLUMN) -> "Figure":
         ModuleNotFoundError: matplotlib is not installed.
     """
     names = {run.loss_name for run in curves if run.loss}
-    losses = [value for run in curves if run.loss for value in run.loss[1] if math.isfinite(value)]
+    losses = [value for run in curves if run.loss for value in run.loss[1] if abs(value) <= LARGEST]
     rates = _Panel("learning rate", log=True)
     loss = _Panel(names.pop() if len(names) == 1 else "loss", all(value > 0 for value in losses), smooth_from=100)
     cosines = _Panel("cosine", smooth_from=0, signed=True)

@@ -119,7 +119,7 @@ def _csv(folder: Path) -> Iterator[tuple[str, int, float]]:
     if not file.is_file():
         return
     try:
-        with file.open(newline="", encoding="utf-8") as lines:
+        with file.open(newline="", encoding="utf-8-sig") as lines:
             for row in csv.DictReader(lines):
                 numbers = {tag: number for tag, text in row.items() if (number := _number(text)) is not None}
                 step = numbers.pop("step", math.nan)

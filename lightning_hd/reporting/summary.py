@@ -11,7 +11,7 @@ from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from lightning_hd.reporting.recorder import Course, Recorder
 from lightning_hd.rules import Auto, Rule
 
-_SHORT = 300
+_SHORT = 100
 """In fewer steps, a tuned rate is better, because much of the run is the climb to the useful range."""
 
 _SAMPLE = 100
@@ -76,7 +76,7 @@ def announce(recorders: Sequence[Recorder], rule: Rule | str, max_lr: float | No
         part = f"{seen:,} of {count:,}" if seen < count else f"all {count:,}"
         parts.append(f"{recorder.name} (looks at {part} numbers)" if recorder.steps else recorder.name)
     rank_zero_info(f"HypergradientDescent tunes {', '.join(parts)} with the rule {rule!r}.")
-    if len(recorders) > 1 and max_lr is None and (rule == "auto" or isinstance(rule, Auto)):
+    if len(recorders) > 1 and max_lr is None and _is_auto(rule):
         rank_zero_info(
             "HypergradientDescent: if these optimizers train against each other, as in a GAN, neither gradients nor "
             "losses show that a rate is too high. Then set max_lr= to a rate that is known to work, such as 3e-3 for "
@@ -84,15 +84,20 @@ def announce(recorders: Sequence[Recorder], rule: Rule | str, max_lr: float | No
         )
 
 
-def summarize(recorders: Sequence[Recorder], seconds: float) -> None:
+def _is_auto(rule: Rule | str) -> bool:
+    return rule == "auto" or isinstance(rule, Auto)
+
+
+def summarize(recorders: Sequence[Recorder], rule: Rule | str, seconds: float) -> None:
     """Show the table and the remarks, on the first process.
 
     Args:
         recorders: The recorders of the optimizers.
+        rule: The rule.
         seconds: The time that training took.
     """
     if body := rows(recorders, seconds):
-        rank_zero_info("\n".join([_table(body), *remarks(recorders)]))
+        rank_zero_info("\n".join([_table(body), *remarks(recorders, rule)]))
 
 
 def rows(recorders: Sequence[Recorder], seconds: float) -> list[tuple[str, ...]]:
@@ -110,19 +115,31 @@ def rows(recorders: Sequence[Recorder], seconds: float) -> list[tuple[str, ...]]
     return found
 
 
-def remarks(recorders: Sequence[Recorder]) -> list[str]:
+def remarks(recorders: Sequence[Recorder], rule: Rule | str) -> list[str]:
     """A sentence for each thing that seems wrong."""
-    return [remark for recorder in recorders if recorder.steps for remark in _remarks(recorder)]
+    found = [recorder for recorder in recorders if recorder.steps]
+    own = [remark for recorder in found if _is_auto(rule) for remark in _remarks_on_auto(recorder)]
+    return own + [remark for recorder in found for remark in _remarks(recorder)]
+
+
+def _remarks_on_auto(recorder: Recorder) -> Iterator[str]:
+    taken = recorder.engine.step_count  # with those of former fits, for a warm start
+    if taken < _SHORT:
+        yield (
+            f"{recorder.name}: {taken} steps may be too few for the rate to reach its range. Below {_SHORT}, tune it "
+            "by hand. For many short fits, pass warm_start=True, so that each begins with what the last one has "
+            "learned."
+        )
+    elif recorder.engine.stats.loss is None:
+        yield (
+            f"{recorder.name}: no loss was reported. The rule is better if it knows it: in manual optimization, call "
+            "observe(loss) of the optimizer's engine, callback.engines[0] for example."
+        )
 
 
 def _remarks(recorder: Recorder) -> Iterator[str]:
     name, steps, stats = recorder.name, recorder.steps, recorder.engine.stats
-    taken = recorder.engine.step_count  # with those of former fits, for a warm start
-    if taken < _SHORT:
-        yield (
-            f"{name}: {taken} steps may be too few for the rate to reach its range. Below {_SHORT}, tune it by hand. "
-            "For many short fits, pass warm_start=True, so that each begins with what the last one has learned."
-        )
+    taken = recorder.engine.step_count
     if steps >= _SAMPLE:
         held = list(_held(recorder))
         yield from held

@@ -142,7 +142,7 @@ class Auto(Rule):
     long_horizon = True
 
     def __post_init__(self) -> None:
-        if self.start not in ("automatic", "configured"):
+        if not isinstance(self.start, str) or self.start not in ("automatic", "configured"):
             raise ValueError(f"start must be 'automatic' or 'configured', got {self.start!r}")
         self.picks_start = self.start == "automatic"
         self.backoffs = 0

@@ -18,7 +18,7 @@ from lightning_hd.hypergradient import copies_of, leave_copies, load_copies
 from lightning_hd.reporting import Recorder, figure, loggers, summary
 from lightning_hd.rules import Rule, RuleName
 from lightning_hd.trainer.attachment import Attachment, TrainerEngine, with_groups
-from lightning_hd.trainer.checkpoints import configured_rates, guard_states, restore
+from lightning_hd.trainer.checkpoints import check_saved, configured_rates, guard_states, restore
 from lightning_hd.trainer.checks import check_alone, check_own_arguments, check_strategy, strategies
 from lightning_hd.trainer.progress import axis, is_due
 
@@ -130,7 +130,8 @@ class HypergradientDescent(Callback):
         self._learned: dict[str, Any] = {}  # the state at the end of the last fit, for a warm start
         self._guards = ExitStack()  # they stay until the optimizers have loaded their states
         self._configured: dict[int, list[float]] = {}  # the rates of each optimizer before a checkpoint was loaded
-        self._since: float | None = None  # when the first step was over, in seconds
+        self._since = 0.0  # when training started, in seconds
+        self._announced = False  # whether what is tuned was reported
         self._began = False  # whether a batch of this training has begun
         self._trains = True  # whether the Trainer does more than to validate, test or predict
         self._evaluated = False  # whether ``_restored`` is of a checkpoint that was only validated or tested
@@ -208,13 +209,12 @@ class HypergradientDescent(Callback):
             last = self._attachment.state_dict() if self._evaluated else self.state_dict()
             self._learned = (self.warm_start and last) or self._learned
             self._attachment.forget()  # an error in another callback may have prevented it before
-            self._began, self._evaluated, self._restored, self._since = False, False, None, None
+            self._began, self._evaluated, self._announced, self._restored = False, False, False, None
             loggers.describe(trainer, pl_module, self._settings())
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Keep the state of a checkpoint until training starts. If it has started already, go on from that state."""
-        if not isinstance(state_dict, dict) or not isinstance(state_dict.get("optimizers"), list):
-            raise ValueError("the checkpoint's state of HypergradientDescent is damaged: it has no list of optimizers")
+        check_saved(state_dict)
         self._restored, self._evaluated = state_dict, not self._trains
         if self._attachment.active:
             self._restore()
@@ -238,6 +238,7 @@ class HypergradientDescent(Callback):
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Attach to every optimizer."""
         self._guards.close()
+        self._since = time.perf_counter()
         check_strategy(trainer)
         self._attachment.attach(trainer, self.scope, self._configured)
         summary.say_what_is_missing(trainer, self._recorders, self._restored or self._learned or None)
@@ -277,10 +278,9 @@ class HypergradientDescent(Callback):
             recorder.mark(axis(trainer))
             if self.log_every_n_steps == 0:
                 recorder.skip()
-        if self._since is None and any(recorder.steps for recorder in recorders):
-            self._since = time.perf_counter()
-            if self.summary:
-                summary.announce(recorders, self.rule, self.max_lr)
+        if self.summary and not self._announced and any(recorder.steps for recorder in recorders):
+            self._announced = True
+            summary.announce(recorders, self.rule, self.max_lr)
         if any(recorder.has_news for recorder in recorders) and is_due(trainer, self.log_every_n_steps, batch_idx):
             self._attachment.check_agreement()
             loggers.log(trainer, recorders, axis(trainer))
@@ -295,8 +295,8 @@ class HypergradientDescent(Callback):
         if self._began:
             summary.check_tuned(self._recorders)
         loggers.log_curves(trainer, self._recorders)
-        if self.summary and self._since is not None:
-            summary.summarize(self._recorders, time.perf_counter() - self._since)
+        if self._announced:
+            summary.summarize(self._recorders, self.rule, time.perf_counter() - self._since)
         self._attachment.detach()
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:

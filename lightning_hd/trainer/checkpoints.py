@@ -14,6 +14,13 @@ from lightning_hd.trainer.attachment import Attachment
 _WAY_OUT = "To start tuning anew, pass on_mismatch='restart'"
 
 
+def check_saved(state: Any) -> None:
+    """Raise ``ValueError`` if a checkpoint's state of the callback is damaged."""
+    parts = state if isinstance(state, dict) else {}
+    if not isinstance(parts.get("optimizers"), list) or not isinstance(parts.get("suggestion", {}), dict):
+        raise ValueError("the checkpoint's state of HypergradientDescent is damaged: it lacks what the engines learned")
+
+
 def configured_rates(optimizers: Sequence[Optimizer]) -> dict[int, list[float]]:
     """The rates in the groups of each optimizer, by its id. Optimizers with something else than rates are left out."""
     rates = {}

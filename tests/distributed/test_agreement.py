@@ -224,14 +224,16 @@ def disagree(what: str) -> None:
     scope: Any = "group" if what == "scope" and rank == 1 else "global"
     low = 0.01 if what == "min_lr" and rank == 1 else 0.0
     rule = Additive(beta, weight=inverse if what == "function" and rank == 1 else inverse_square)
-    HypergradientLR(optimizer, rule, scope=scope, min_lr=low)
+    others = {key: value for key, value in OTHERS.items() if key == what and rank == 1}
+    HypergradientLR(optimizer, rule, **{"scope": scope, "min_lr": low, "total_steps": 100, **others})
     if rank == 1 and what == "error":
         optimizer.param_groups[0]["lr"] = math.nan
     p[0].grad = None if what == "lrs" and rank == 0 else torch.ones(3)
     optimizer.step()
 
 
-DISAGREEMENTS = ("error", "rule", "function", "scope", "min_lr", "lrs", "lrs, one of them 0", "shapes")
+OTHERS: dict[str, Any] = {"total_steps": 101, "cooldown": 0.5, "stop_after": 10, "probe": 2, "scheduled": True}
+DISAGREEMENTS = ("error", "rule", "function", "scope", "min_lr", "lrs", "lrs, one of them 0", "shapes", *OTHERS)
 
 
 def disagree_in_turn() -> list[str]:
@@ -249,7 +251,7 @@ def test_processes_that_disagree_are_told_on_every_rank() -> None:
         assert not isinstance(told, Exception), told
         for what, words in zip(DISAGREEMENTS, told, strict=True):
             key = "rule" if what == "function" else what.partition(",")[0]
-            assert f"the settings of the processes differ: {key}" in words
+            assert f"HypergradientLR(SGD): the settings of the processes differ: {key}" in words
             assert what != "error" or "lr of SGD param_groups[0] must be a finite number" in words
 
 
