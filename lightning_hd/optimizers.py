@@ -30,7 +30,8 @@ _REFUSED = {
 def torch_class(optimizer_class: type[Optimizer]) -> type[Optimizer] | None:
     """The class of torch.optim whose ``step`` this class uses; ``None`` where it has a step of its own."""
     for base in optimizer_class.__mro__:
-        if issubclass(base, Optimizer) and base.__module__.startswith("torch.optim.") and base is not Optimizer:
+        torchs = f"{base.__module__}.".startswith("torch.optim.")
+        if torchs and issubclass(base, Optimizer) and base is not Optimizer:
             # torch wraps the step of each class that is instantiated, in order to run the hooks
             return base if inspect.unwrap(optimizer_class.step) is inspect.unwrap(base.step) else None
     return None

@@ -220,7 +220,8 @@ def flat_offsets(parameters: Sequence[Tensor], ranks: Ranks) -> dict[Tensor, tup
     flat = [p for p in parameters if is_flat_shard(p)]
     if not flat:
         return {}
-    content = sum(float(p.detach().double().sum()) for p in flat)
+    numbers = [*flat, *(p.grad for p in flat if p.grad is not None)]  # weights alone may all be 0
+    content = [float(number.detach().double().sum()) for number in numbers]
     everyone = ranks.gather(([p.numel() for p in flat], content))
     holding = [other for other in everyone if any(other[0])]
     if any(a == b for i, a in enumerate(holding) for b in holding[:i]):

@@ -6,8 +6,8 @@ from torch.optim import Optimizer
 
 from lightning_hd.checks import check_count, check_flag, check_number
 from lightning_hd.engine.cooldown import Cooldown
-from lightning_hd.optimizers import parameters_of
-from lightning_hd.processes import is_flat_shard
+from lightning_hd.optimizers import has_scheduler, is_marked, parameters_of
+from lightning_hd.processes import Notices, is_flat_shard
 from lightning_hd.rules import Rule, make_rule
 
 _PART = 0.2
@@ -64,17 +64,35 @@ def make_cooldown(part: float | str, total: int | None, rule: Rule) -> Cooldown:
     if isinstance(part, str) and part != "default":
         raise ValueError(f"cooldown must be a number from 0 to 1, or 'default', got {part!r}")
     if isinstance(part, str):
-        part = _PART if rule.picks_start else 0.0
+        part = _PART if rule.long_horizon else 0.0
     if total is not None and check_count("total_steps", total) == 0:
         raise ValueError("total_steps must be at least 1, or None where it is not known, got 0")
     return Cooldown(check_number("cooldown", part, 0.0, 1.0), total)
 
 
-def check_flat_shards(optimizer: Optimizer, rule: Rule) -> None:
-    """Raise ``TypeError`` if parameters are flat shards and the rule needs the direction of the last step."""
+def check_shards(optimizer: Optimizer, rule: Rule) -> None:
+    """Raise ``TypeError`` for flat shards if the rule needs the last direction, and for shards without a mesh."""
+    # torch marks shards of tensor parallelism so where DistributedDataParallel has made plain tensors of them. It has
+    # no public name for that.
+    if any(hasattr(p, "_st_info") for p in parameters_of(optimizer)):
+        raise TypeError(
+            "DistributedDataParallel or FullyShardedDataParallel over tensor parallelism is not supported: use "
+            "torch.distributed.fsdp.fully_shard on a mesh of two dimensions"
+        )
     flat = any(map(is_flat_shard, parameters_of(optimizer)))
     if flat and not rule.long_horizon:
         raise TypeError(
             f"rule {type(rule).__name__} does not support FullyShardedDataParallel: use rule='auto', or shard the "
             "model with torch.distributed.fsdp.fully_shard"
+        )
+
+
+def warn_of_marks(optimizer: Optimizer, total_steps: int | None, notices: Notices) -> None:
+    """Warn if the length of the run has no effect, because the optimizer itself has left a mark like a scheduler's."""
+    alone = is_marked(optimizer.param_groups) and not has_scheduler(optimizer) and not optimizer.state
+    if alone and total_steps is not None:
+        notices.warn(
+            "marks",
+            "its groups hold initial_lr, so their rates count as a schedule, and there is no cooldown. If there is no "
+            f"scheduler, pass {notices.owner}(scheduled=False)",
         )

@@ -21,7 +21,10 @@ _TRIAL = 2.0**-13
 keep the rate in its own state without harm. And it is long enough to be visible in float32."""
 
 _PATIENCE = 3
-"""After so many trial steps that left no trace, a longer one may be tried."""
+"""After so many trial steps that left no trace, a longer one may be tried where the gradient is tiny."""
+
+_SHORT = 2.0**-6
+"""A trial step is too short to be measured below this part of the length that it should have."""
 
 _LEFT_OUT = (
     "the norm of parameters, gradient or direction is not a finite number, so there is no first learning rate yet. The "
@@ -57,25 +60,35 @@ class Outlook(NamedTuple):
         """``‖d_1‖``; 0 if it is not known before the step."""
         return 0.0 if self.unknown else math.sqrt(self.direction_squared)
 
+    def length(self, rounding: float) -> float:
+        """The length of a trial step, where the parameters have this relative rounding."""
+        return max(_TRIAL, 4 * rounding) * (self.param_norm or 1.0)
+
     def trial_lr(self, rounding: float, vanished: int) -> float:
         """A rate at which a step is short, whether its length follows the gradient's or not.
 
-        The step vanishes in rounding if it follows a tiny gradient. Only then a longer one is tried after some steps
-        without a trace. An optimizer may also leave no trace because it does not move in its first steps.
+        The step vanishes in rounding if it does not follow a large gradient, or if it follows a tiny one. Only then a
+        longer one is tried, in the second case after some steps without a trace: an optimizer may also leave none
+        because it does not move in its first steps.
 
         Args:
             rounding: The relative rounding of the parameters.
             vanished: How many trial steps have left no trace.
         """
-        length = max(_TRIAL, 4 * rounding) * (self.param_norm or 1.0)
+        length = self.length(rounding)
         if not math.isfinite(length):
             return _TRIAL
         grad_norm, usual = math.sqrt(self.grad_squared), math.sqrt(self.size or 1.0)
         norm = max(grad_norm, usual) if math.isfinite(grad_norm) else usual
         invisible = length * grad_norm / norm < rounding * (self.param_norm or 1.0)
-        if vanished >= _PATIENCE and invisible and grad_norm:
-            norm = grad_norm
+        if grad_norm and vanished >= (_PATIENCE if invisible else 1):
+            norm = grad_norm if invisible else usual
         return min(length / norm, LARGEST)
+
+    def is_too_short(self, move_norm: float, lr: float, rounding: float) -> bool:
+        """Whether a longer trial step would be better than one at this rate, because the move is lost in rounding."""
+        length = self.length(rounding)
+        return move_norm < _SHORT * length and lr < length / math.sqrt(self.size or 1.0)
 
 
 @dataclass(eq=False)
@@ -112,7 +125,7 @@ class FirstRates:
                 if outlook.direction_norm:
                     self._pick(step, index, outlook.param_norm, outlook.direction_norm)
                     continue
-                step.awaiting[index] = outlook.param_norm
+                step.awaiting[index] = outlook
             step.trial |= dict.fromkeys(weights[index], outlook.trial_lr(rounding, scope.vanished))
         for i in step.trial:
             parameters = self.optimizer.param_groups[i]["params"]
@@ -185,13 +198,13 @@ class FirstRates:
             index: {i: step.weights[i] for i in self.rates.members(index) if i in step.trial} for index in step.awaiting
         }
         for (index, weights), norm in zip(trials.items(), self._move_norms(step, trials.values()), strict=True):
-            direction_norm = norm / step.trial[next(iter(weights))]
-            if not math.isfinite(direction_norm):
+            lr, outlook, scope = step.trial[next(iter(weights))], step.awaiting[index], self.rates.scopes[index]
+            if not math.isfinite(norm / lr):
                 self.rates.stay(step, _LEFT_OUT)
-            elif direction_norm:
-                self._pick(step, index, step.awaiting[index], direction_norm)
+            elif not norm or outlook.is_too_short(norm, lr, rounding_of(self.optimizer)):
+                scope.vanished += 1
             else:
-                self.rates.scopes[index].vanished += 1
+                self._pick(step, index, outlook.param_norm, norm / lr)
 
     def _move_norms(self, step: Step, scopes: Iterable[Weights]) -> list[float]:
         """``‖θ_0 - θ_1‖`` of some scopes. It takes one collective."""

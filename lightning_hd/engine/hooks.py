@@ -101,13 +101,14 @@ class StepHooks:
             return (args[0], self._wrap(closure), *args[2:]), kwargs
         return args, {**kwargs, "closure": self._wrap(closure)}
 
-    def _save(self, optimizer: Optimizer, state_dict: dict[str, Any]) -> dict[str, Any] | None:
+    def _save(self, optimizer: Optimizer, state_dict: dict[str, Any]) -> dict[str, Any]:
         """Save the rates that the groups hold between steps, if it is done in a step, as by a handler of a signal."""
-        if self._tuning.before is None:
-            return None
-        held, _ = self._tuning.before
-        groups = zip(state_dict["param_groups"], held, strict=False)
-        return {**state_dict, "param_groups": [{**group, "lr": like(group["lr"], lr)} for group, lr in groups]}
+        during, before, _ = self._tuning.before
+        groups = list(state_dict["param_groups"])
+        for i, (lr, held) in enumerate(zip(during, before, strict=False)):
+            if float(groups[i]["lr"]) == lr:  # else it was written since a step that failed
+                groups[i] = {**groups[i], "lr": like(groups[i]["lr"], held)}
+        return {**state_dict, "param_groups": groups}
 
     def _wrap(self, closure: Callable[[], Any]) -> Callable[[], Any]:
         """A closure that prepares the step when it has computed the gradients."""

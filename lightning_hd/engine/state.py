@@ -16,16 +16,15 @@ from lightning_hd.rules import Rule, rule_name
 def save(tuning: Tuning) -> dict[str, Any]:
     """The state: plain numbers, and what the view remembers."""
     if len(tuning.optimizer.param_groups) > len(tuning.rates.groups):
+        tuning.abandon()  # a step that failed
         tuning.sync()  # with the groups that were added since the last step
     return {
-        "optimizer": type(tuning.optimizer).__name__,
-        "rule": type(tuning.rule).__name__,
-        "scope": tuning.rates.kind,
+        **_kind(tuning),
         "step_count": tuning.step_count,
         "nonfinite_steps": tuning.nonfinite_steps,
         "begin": tuning.cooldown.begin,
         "nonlinear": tuning.linearity.failed,
-        "rates": _save_rates(tuning.rates, *(tuning.before or (get_lrs(tuning.optimizer.param_groups), ()))),
+        "rates": _save_rates(tuning.rates, *tuning.before),
         "view": tuning.view.state_dict(),
         "looks": tuning.looks.state_dict(),
     }
@@ -43,12 +42,12 @@ def load(tuning: Tuning, state_dict: dict[str, Any], loaded: bool) -> None:
     Raises:
         ValueError: The state is of another optimizer class, rule, scope or layout of parameter groups, or damaged.
     """
+    _check_kind(state_dict, tuning)
     tuning.abandon()
     before, held = [group.lr for group in tuning.rates.groups], get_lrs(tuning.optimizer.param_groups)
     written = [lr != was for lr, was in zip(held, before, strict=False)] + [False] * (len(held) - len(before))
-    tuning.rates.sync()
-    now = save(tuning)
-    _check_kind(state_dict, now)
+    tuning.sync()
+    kept = [(part, dict(vars(part))) for part in (tuning.looks, tuning.view)]
     scheduled = tuning.rates.under_schedule
     try:
         counts = [check_count(name, state_dict[name]) for name in ("step_count", "nonfinite_steps")]
@@ -59,8 +58,9 @@ def load(tuning: Tuning, state_dict: dict[str, Any], loaded: bool) -> None:
         stays = [loaded or was_written for was_written in written]
         _load_rates(tuning.rates, state_dict["rates"], stays)  # the last that can fail; it changes all or nothing
     except (LookupError, TypeError, ValueError, AttributeError, ArithmeticError, RuntimeError) as error:
-        tuning.looks.load_state_dict(now["looks"])
-        tuning.view.load_state_dict(now["view"])
+        for part, attributes in kept:
+            vars(part).clear()
+            vars(part).update(attributes)
         raise ValueError(f"the saved state is damaged, or of other parameter groups: {error!r}") from error
     tuning.lost_schedule = scheduled and not tuning.rates.under_schedule
     tuning.linearity.failed = nonlinear
@@ -76,8 +76,10 @@ def begin_from(tuning: Tuning, state_dict: dict[str, Any]) -> None:
     Raises:
         ValueError: The state is of another optimizer class, rule, scope or layout of parameter groups, or damaged.
     """
+    _check_kind(state_dict, tuning)
     rates = tuning.rates
-    rates.sync()
+    tuning.abandon()
+    tuning.sync()
     groups, scopes, scheduled = rates.groups, rates.scopes, rates.under_schedule
     load(tuning, state_dict, loaded=True)
     for i, (scope, own) in enumerate(zip(rates.scopes, scopes, strict=True)):
@@ -93,13 +95,19 @@ def begin_from(tuning: Tuning, state_dict: dict[str, Any]) -> None:
     tuning.cooldown.begin_at(tuning.step_count)
 
 
-def _check_kind(state_dict: Any, now: dict[str, Any]) -> None:
+def _kind(tuning: Tuning) -> dict[str, str]:
+    """What must be the same where a state is loaded."""
+    names = type(tuning.optimizer).__name__, type(tuning.rule).__name__
+    return {"optimizer": names[0], "rule": names[1], "scope": tuning.rates.kind}
+
+
+def _check_kind(state_dict: Any, tuning: Tuning) -> None:
     """Raise ``ValueError`` if a state is of another kind than this one."""
-    kinds = ("optimizer", "rule", "scope")
-    known = isinstance(state_dict, dict) and now.keys() <= state_dict.keys()
-    if not known or not all(isinstance(state_dict[key], str) for key in kinds):
+    now = _kind(tuning)
+    known = isinstance(state_dict, dict) and {*now, "rates", "view", "looks"} <= state_dict.keys()
+    if not known or not all(isinstance(state_dict[key], str) for key in now):
         raise ValueError("the state is not what HypergradientLR.state_dict() returned")
-    for key in kinds:
+    for key in now:
         if state_dict[key] != now[key]:
             saved, mine = (rule_name(d[key]) if key == "rule" else d[key] for d in (state_dict, now))
             raise ValueError(f"the saved state has {key}={saved!r}, now it is {mine!r}")
@@ -112,8 +120,13 @@ class _SavedGroup(Group):
     held: float = 0.0
 
 
-def _save_rates(rates: Rates, held: Sequence[float], rules: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """Save the rates, with what the groups hold between steps, and the first rules as they were before a step."""
+def _save_rates(
+    rates: Rates, during: Sequence[float], before: Sequence[float], rules: Sequence[dict[str, Any]]
+) -> dict[str, Any]:
+    """Save the rates as they were before a step that runs; see ``Tuning.before``."""
+    held = get_lrs(rates.optimizer.param_groups)
+    for i, (lr, was) in enumerate(zip(during, before, strict=False)):
+        held[i] = was if held[i] == lr else held[i]
     states = [*rules, *(scope.rule.state_dict() for scope in rates.scopes[len(rules) :])]
     return {
         "scheduled": rates.under_schedule,

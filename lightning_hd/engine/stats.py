@@ -12,9 +12,9 @@ class Stats:
             logger ``lightning_hd`` at the level INFO.
         nonfinite_steps: How many looks left the rate as it was, because a number was not finite.
         seconds: The time that tuning has taken on this process, in seconds.
-        coordinates: How many coordinates the last step looked at, and how many there are.
+        coordinates: How many coordinates a look sees, and how many there are.
         limits: The lower and the upper clamp on the rates. A clamp is infinite where there is none.
-        loss: The mean loss of the steps up to the last look, over the processes; ``None``: it is not known.
+        loss: The mean loss of the steps between the last two looks, over the processes; ``None``: it is not known.
         writes: Before how many steps of this process others have written rates, without a schedule. Each of these
             became the new rate.
     """

@@ -23,6 +23,9 @@ from lightning_hd.optimizers import give_back, parameters_of, put_back, set_lr
 from lightning_hd.processes import Notices, Ranks
 from lightning_hd.rules import Observation, Rule
 
+_IDLE = 20
+"""After so many first steps without a trace in the parameters, there is a warning."""
+
 
 @dataclass(eq=False)
 class Tuning:
@@ -133,7 +136,9 @@ class Tuning:
             self._step = None
         elif self._dry:
             self.view.make_room()
-        if self.rule.long_horizon:
+        if self._dry:
+            self.looks.pause()  # the parameters may be loaded next
+        elif self.rule.long_horizon:
             self.looks.leave()
         self.seconds += perf_counter() - begin
 
@@ -164,11 +169,11 @@ class Tuning:
         return self._passed is not None
 
     @property
-    def before(self) -> tuple[Sequence[float], Sequence[dict[str, Any]]] | None:
-        """What the groups held before a step that runs, and the states of the first rules; ``None`` between steps."""
+    def before(self) -> tuple[Sequence[float], Sequence[float], Sequence[dict[str, Any]]]:
+        """The rates of a step that runs, those before it, and the states of the first rules; nothing between steps."""
         if self._passed is not None:
-            return self._passed[1], ()
-        return None if self._step is None else (self._step.held, self._step.rules)
+            return *self._passed, ()
+        return ((), (), ()) if self._step is None else (self._step.lrs, self._step.held, self._step.rules)
 
     def abandon(self) -> None:
         """Forget a step that began but raised an error. The rate stays as it was."""
@@ -291,19 +296,24 @@ class Tuning:
 
     def _take_in(self, scope: Scope, sight: Sight) -> Observation | None:
         """What a scope learns from; ``None`` if there was no step before, or it was undone."""
+        if waits(scope) and scope.vanished == _IDLE:
+            self._warn_of_no_trace()
         if not sight.known or waits(scope):
             return None
         if sight.vanished and (scope.last is None or scope.last.grad_norm > 0):
             if scope.used == 0:
                 scope.vanished += 1
             else:
-                self.notices.warn(
-                    "vanished step",
-                    "the last step left no trace in the parameters, so its direction is unknown and the learning rate "
-                    "stays as it is. Either the optimizer does not move in its first steps (tuning begins once it "
-                    "does), or the rate is too small for the precision of the parameters",
-                )
+                self._warn_of_no_trace()
         return sight.observation if sight.observation.direction_norm or scope.moved else None
+
+    def _warn_of_no_trace(self) -> None:
+        self.notices.warn(
+            "vanished step",
+            "the last step left no trace in the parameters, so its direction is unknown and the learning rate stays as "
+            "it is. Either the optimizer does not move in its first steps (tuning begins once it does), or the rate is "
+            "too small for the precision of the parameters",
+        )
 
     # ------------------------------------------------------------------ after the update
 

@@ -6,7 +6,7 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 from torch.optim import Optimizer
 
-from lightning_hd.engine.arguments import check_arguments, check_flat_shards, make_cooldown
+from lightning_hd.engine.arguments import check_arguments, check_shards, make_cooldown, warn_of_marks
 from lightning_hd.engine.hooks import StepHooks, check_not_tuned
 from lightning_hd.engine.looks import check_loss
 from lightning_hd.engine.rates import Rates
@@ -39,9 +39,9 @@ class HypergradientLR:
 
     The default rule takes the derivative with respect to the logarithm of the rate that all remembered steps shared.
     It looks at a fixed sample of the coordinates, so its cost does not grow with the model, and at fewer steps later.
-    It keeps 40 bytes at most for each coordinate. The paper's rules look at all coordinates in each step. They keep one
-    copy of the parameters for SGD without momentum, Nesterov's, ASGD, and optimizers whose directions are measured, and
-    nothing for the others.
+    It keeps 36 bytes for each coordinate, or 72 in float64. The paper's rules look at all coordinates in each step.
+    They keep one copy of the parameters for SGD without momentum, Nesterov's, ASGD, and optimizers whose directions are
+    measured, and nothing for the others.
 
     ``g_t`` is the gradient that the optimizer sees: after clipping and unscaling, with L2 (coupled) weight decay, and
     with its sign flipped under ``maximize=True``. Step hooks run in the order in which they are registered, so a hook
@@ -72,7 +72,7 @@ class HypergradientLR:
             2^16 at most with the default rule, all with the paper's.
         process_group: The processes that train this model together, each with a copy (DDP) or with shards (DTensor
             parameters, as of ``fully_shard`` and tensor parallelism). Hypergradients are summed over them by one
-            ``all_reduce`` per step, and the rates are equal bit for bit. ``None``: the default group if
+            ``all_reduce`` per look, and the rates are equal bit for bit. ``None``: the default group if
             ``torch.distributed`` is initialized. Give models that train apart a group each.
         total_steps: How many steps the training takes; ``None``: it is not known.
         cooldown: The last part of these steps, from 0 to 1, over which the rates fall to 0; 0: none.
@@ -134,7 +134,7 @@ class HypergradientLR:
         ranks.check_meshes(parameters_of(optimizer))
         self._optimizer = unwrap(optimizer)
         check_not_tuned(self._optimizer)
-        check_flat_shards(self._optimizer, checked)
+        check_shards(self._optimizer, checked)
         self._name = type(self._optimizer).__name__
         notices = Notices(self._owner, self._name, ranks)
         self._loads = 0  # how often the optimizer had loaded a state when this loaded its own
@@ -147,6 +147,8 @@ class HypergradientLR:
             else:
                 view = LastStep(self._optimizer, None if probe == "default" else probe, ranks, notices, self._copies)
             self._tuning = Tuning(self._optimizer, checked, rates, view, ranks, notices, falling, stop_after)
+            if scheduled is None:
+                warn_of_marks(optimizer, total_steps, notices)
             self._hooks: StepHooks | None = StepHooks(self._optimizer, self._tuning, notices)
 
     def __repr__(self) -> str:
@@ -281,7 +283,7 @@ class HypergradientLR:
             leave_copies(self._optimizer, keep_state)
 
     def state_dict(self) -> dict[str, Any]:
-        """What was learned: plain numbers and, with the default rule, one number for each coordinate of the probe.
+        """What was learned: plain numbers and, with the default rule, four numbers for each coordinate of the probe.
 
         Tensors of the parameters' size are in ``optimizer.state_dict()``, under keys ``hd_*``. The state is the same on
         any number of processes. If parameters are sharded, call this on all processes.

@@ -188,6 +188,7 @@ class Memory:
     def note(self) -> None:
         """Take the parameters and the gradient of this step for the last ones. No move is lost."""
         self.arrive()
+        self.now.g.nan_to_num_(0.0, 0.0, 0.0)
         self.last, self.now = self.now, self.last
 
     def remember(self, kept: float, smoothing: float) -> None:

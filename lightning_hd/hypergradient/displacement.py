@@ -16,7 +16,7 @@ from torch.optim import Optimizer
 
 from lightning_hd.checks import check_count, check_fields, check_flag, save_fields
 from lightning_hd.hypergradient.buckets import ROWS, Bucket, Memory, are_safe, flatten, pack
-from lightning_hd.hypergradient.memory import Remembered, Saved, by_bucket, by_parameter, whole
+from lightning_hd.hypergradient.memory import Remembered, Saved, by_bucket, by_key, by_parameter, whole
 from lightning_hd.hypergradient.probe import Key, look
 from lightning_hd.hypergradient.view import Retained, Sight, View
 from lightning_hd.optimizers import device_of, parameters_of, to_objective
@@ -68,7 +68,7 @@ class Displacement(View):
         self._buckets: list[Bucket] = []
         self._pieces: list[list[Tensor]] = []  # of the parameters, for each bucket; none where they would be copies
         self._memory: list[Memory] = []  # of each bucket
-        self._loaded: dict[Key, Remembered] = {}  # the state of a checkpoint, until the next step
+        self._loaded: tuple[list[Saved], Tensor] = ([], torch.zeros(ROWS, 0))  # of a checkpoint, until the next step
         self._elsewhere = False  # whether others have set the parameters to where they are
         self._missing: frozenset[int] = frozenset()  # the places of parameters without a gradient
         self._present: set[Key] | None = None  # parameters that have a gradient now
@@ -228,7 +228,7 @@ class Displacement(View):
 
     def pass_over(self) -> None:
         """Note the groups whose moves do not count, after a step that was not looked at."""
-        self._apart, self._coming = self._apart | self._coming, set()
+        self._apart, self._coming, self._was_wide = self._apart | self._coming, set(), self._wide
 
     def remember(self, retained: Sequence[Retained | None]) -> None:
         """Add the last moves to the memory after a step. If numbers were not finite, the memory stays as it is."""
@@ -238,13 +238,13 @@ class Displacement(View):
                 memory.repair()
             else:
                 memory.remember(part.moves, part.smoothing)
-        self._apart, self._coming = self._coming, set()
+        self._apart, self._coming, self._was_wide = self._coming, set(), self._wide
         self._updated |= self._present or set()
         self._joined = set()
 
     def abandon(self) -> None:
         """Drop what was prepared for a step that was not taken."""
-        self._coming = set()
+        self._coming, self._wide = set(), self._was_wide
 
     def _count(self, parameters: Sequence[Tensor]) -> list[Tensor]:
         """Note which parameters need no gradient. Return the others."""
@@ -261,7 +261,8 @@ class Displacement(View):
             if places != self._places:
                 self._places, self._pieces = places, self._views()
             return
-        before = self._loaded or by_parameter(self.slots, self._buckets, self._memory)
+        loaded = by_key(*self._loaded)
+        before = loaded or by_parameter(self.slots, self._buckets, self._memory)
         keys = {id(slot.p): slot.key for slot in self.slots}
         self._parameters, self._places, self._sizes, self._present = parameters, places, sizes, None
         self._device = device_of(self._optimizer)
@@ -272,7 +273,7 @@ class Displacement(View):
         self._pieces = self._views()
         self._memory = [Memory(bucket.size, bucket.dtype, bucket.device) for bucket in self._buckets]
         self._carry(before, keys)
-        self._loaded = {}
+        self._loaded = ([], torch.zeros(ROWS, 0))
 
     def _flats(self) -> list[Tensor]:
         return flatten(self.slots, [p.detach() for p in self._parameters])
@@ -292,7 +293,7 @@ class Displacement(View):
         sources = [keys.get(id(slot.p), slot.key) for slot in self.slots]
         fits = {i: before[key].fit(self.slots[i]) for i, key in enumerate(sources) if key in before}
         known = {place: rows for place, rows in fits.items() if rows is not None}
-        self._updated = {self.slots[place].key for place in fits if sources[place] in self._updated}
+        self._updated = {slot.key for slot, key in zip(self.slots, sources, strict=True) if key in self._updated}
         replaced = {place for place in known if keys and id(self.slots[place].p) not in keys}
         if before and not known:
             self._updated = set()
@@ -309,18 +310,16 @@ class Displacement(View):
 
         If parameters are sharded, call it on every process.
         """
-        own = by_parameter(self.slots, self._buckets, self._memory)
-        if own:
+        saved, rows = self._loaded
+        if self.slots:
+            own = by_parameter(self.slots, self._buckets, self._memory)
             saved, rows = whole(self.slots, own, self._updated, self._ranks, self._device)
-        else:
-            loaded = self._loaded
-            saved = [Saved(*key, was.size, was.count, key in self._updated) for key, was in loaded.items()]
-            rows = torch.cat([torch.zeros(ROWS, 0), *(was.rows for was in loaded.values())], 1)
         return {
             "parameters": [save_fields(own) for own in saved],
             "memory": rows,
             "apart": sorted(self._apart),
-            "wide": self._wide,
+            "wide": self._was_wide,
+            "elsewhere": self._elsewhere,
         }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -331,16 +330,16 @@ class Displacement(View):
         """
         saved = [check_fields(Saved, entry) for entry in state_dict["parameters"]]
         apart = {check_count("apart", group) for group in state_dict["apart"]}
-        wide = check_flag("wide", state_dict["wide"])
+        wide, elsewhere = (check_flag(name, state_dict[name]) for name in ("wide", "elsewhere"))
         counts, rows = [own.count for own in saved], state_dict["memory"]
         if not isinstance(rows, Tensor) or rows.shape != (ROWS, sum(counts)) or not bool(rows.isfinite().all()):
             raise ValueError(f"memory must be {ROWS} times {sum(counts)} finite numbers")
         self._choose([])
         self._parameters, self._buckets, self._memory = [], [], []
-        self._apart, self._coming, self._elsewhere, self._wide = apart, set(), False, wide
-        parts = torch.split(rows, counts, 1) if counts else ()
-        self._loaded = {
-            (own.group, own.index): Remembered(own.size, own.count, None, part)
-            for own, part in zip(saved, parts, strict=True)
-        }
-        self._updated = {(own.group, own.index) for own in saved if own.updated}
+        self._apart, self._coming, self._elsewhere, self._wide, self._was_wide = apart, set(), elsewhere, wide, wide
+        self._loaded = saved, rows
+        self._updated = {own.key for own in saved if own.updated}
+        seen, groups = {own.key for own in saved}, enumerate(self._optimizer.param_groups)
+        now = {(i, j): p for i, group in groups for j, p in enumerate(group["params"])}
+        self.asleep = [p for key, p in now.items() if key not in seen]
+        self.unused = [p for key, p in now.items() if key in seen - self._updated]

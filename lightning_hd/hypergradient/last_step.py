@@ -248,10 +248,11 @@ class LastStep(View):
                 torch._foreach_sub_(copies, [local(p.detach()) for p in last.moved])
         self._last, self._next = self._next, []
         self._age += 1
+        self._was_wide = self._wide
 
     def abandon(self) -> None:
         """Drop what was prepared for a step that was not taken. The copies of the step before may be overwritten."""
-        self._next = []
+        self._next, self._wide = [], self._was_wide
 
     def start(self) -> None:
         """Forget the copies of a former run. It is not called for a resumed run, whose step count is loaded."""
@@ -286,7 +287,7 @@ class LastStep(View):
             own = set(map(id, last.moved))
             moved = [i for i, p in enumerate(group["params"]) if id(p) in own]
             groups.append({"weight": last.weight, "direction": last.direction.to_dict(), "moved": moved})
-        return {"groups": groups, "wide": self._wide}
+        return {"groups": groups, "wide": self._was_wide}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load what ``state_dict`` returned.
@@ -304,7 +305,7 @@ class LastStep(View):
             )
             for saved, group in zip(state_dict["groups"], self._optimizer.param_groups, strict=False)
         ]
-        self._layout, self._wide = None, wide
+        self._layout, self._wide, self._was_wide = None, wide, wide
 
 
 def products(

@@ -25,10 +25,11 @@ class Remembered:
     count: int  # of its coordinates in the probe
     runs: tuple[Range, ...] | None  # the part that this process holds; None: all of the probe
     rows: Tensor  # of shape (4, n)
+    order: Sequence[float]  # of the dimensions in memory; see ``Saved``
 
     def fit(self, slot: Slot) -> Tensor | None:
         """The rows for the coordinates that this process holds; ``None`` if they are of another parameter."""
-        if (self.size, self.count) != (slot.size, slot.count):
+        if (self.size, self.count, *self.order) != (slot.size, slot.count, *(slot.order or ())):
             return None
         if self.runs is None:
             return self.rows[:, slot.positions()]
@@ -43,7 +44,21 @@ class Saved:
     index: int
     size: int
     count: int
-    updated: bool
+    updated: bool  # whether it had a gradient in a remembered step
+    known: bool  # whether anything is remembered of it
+    order: list[float]  # the dimensions by descending stride, if that is not their own order
+
+    @property
+    def key(self) -> Key:
+        """The group and the place of the parameter."""
+        return self.group, self.index
+
+
+def by_key(saved: Sequence[Saved], rows: Tensor) -> dict[Key, Remembered]:
+    """What a checkpoint has of each parameter of which anything is known."""
+    parts = torch.split(rows, [own.count for own in saved], 1) if saved else ()
+    both = zip(saved, parts, strict=True)
+    return {own.key: Remembered(own.size, own.count, None, part, own.order) for own, part in both if own.known}
 
 
 def by_parameter(slots: Sequence[Slot], buckets: Sequence[Bucket], memories: Sequence[Memory]) -> dict[Key, Remembered]:
@@ -54,10 +69,11 @@ def by_parameter(slots: Sequence[Slot], buckets: Sequence[Bucket], memories: Seq
             split = torch.split(torch.stack(memory.rows), bucket.lengths, 1)
             for place, part in zip(bucket.parts, split, strict=True):
                 parts.setdefault(place, []).append(part)
-    return {
-        slots[place].key: Remembered(slots[place].size, slots[place].count, slots[place].runs, torch.cat(own, 1))
-        for place, own in parts.items()
-    }
+    remembered = {}
+    for place, own in parts.items():
+        slot = slots[place]
+        remembered[slot.key] = Remembered(slot.size, slot.count, slot.runs, torch.cat(own, 1), slot.order or ())
+    return remembered
 
 
 def by_bucket(
@@ -93,17 +109,20 @@ def whole(
     split = ranks.count > 1 and any(isinstance(slot.p, DTensor) or slot.offset is not None for slot in slots)
     parts, dtype = [], functools.reduce(torch.promote_types, (slot.dtype for slot in slots))
     for slot in slots:
-        rows = own[slot.key].rows if slot.key in own else torch.zeros(ROWS, 0)
-        part = torch.zeros(ROWS, slot.count, dtype=dtype, device=device)
-        if not split:
-            part = rows.to(part)
-        elif ranks.speaks_for(slot.p) and rows.shape[1]:
-            part[:, slot.positions().to(device)] = rows.to(part)
+        part, was = torch.zeros(ROWS, slot.count, dtype=dtype, device=device), own.get(slot.key)
+        if was is not None and not split:
+            part = was.rows.to(part)
+        elif was is not None and ranks.speaks_for(slot.p):
+            part[:, slot.positions().to(device)] = was.rows.to(part)
         parts.append(part)
-    flags = parts[0].new_tensor([slot.key in updated for slot in slots])
+    flags = parts[0].new_tensor([(slot.key in updated, slot.key in own) for slot in slots]).flatten()
     everything = torch.cat([torch.cat(parts, 1).flatten(), flags])
     everything = (ranks.sum(everything) if split else everything).cpu()
-    rows, flags = everything[: -len(slots)].view(ROWS, -1), everything[-len(slots) :]
+    rows, flags = everything[: -len(flags)].view(ROWS, -1), everything[-len(flags) :]
     rows = torch.where(rows.isfinite(), rows, 0.0)  # a last gradient that is not finite is not looked at again
-    saved = [Saved(*slot.key, slot.size, slot.count, bool(flag)) for slot, flag in zip(slots, flags, strict=True)]
+    found = flags.view(-1, 2).bool().tolist()
+    saved = [
+        Saved(*slot.key, slot.size, slot.count, had, known, [*map(float, slot.order or ())])
+        for slot, (had, known) in zip(slots, found, strict=True)
+    ]
     return saved, rows

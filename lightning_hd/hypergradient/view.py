@@ -61,6 +61,7 @@ class View(ABC):
         self._notices = notices
         self._sums = Sums()
         self._wide = True  # whether numbers are multiplied in float64
+        self._was_wide = True  # the same before a step that runs
         self._choose([])
 
     def _choose(self, slots: list[Slot]) -> None:

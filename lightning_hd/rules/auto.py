@@ -35,10 +35,10 @@ to turn round, and have turned round. Above the last one they do not turn."""
 
 _OPTIMISM, _EARLY = 0.3, 100.0
 """``r``, the additional weight of cosines that ask for a larger rate: early, a longer step is useful beyond the
-horizon. After ``n`` steps, optimism and the cap fade as ``1 / t``."""
+horizon. After ``m`` steps, optimism and the cap fade as ``1 / t``."""
 
 _FIRST_STEP = 1e-4
-"""``ρ``, the length of the first step over the norm of the parameters."""
+"""The length of the first step over the norm of the parameters."""
 
 _CAP, _CAREFUL_FROM, _CAREFUL_CAP = 0.5, 30.0, 0.05
 """The largest change of ``log α`` per step at the start. Once ``α`` was at this multiple of ``α_1``, it is the careful
@@ -78,11 +78,15 @@ class Auto(Rule):
     φ_t &= μ_t \exp(-(|\log γ_t - L_t| - w)^+), \qquad μ_t = 1 - 1 / \max(H, t / 2) \\
     h_t &= ρ_t \, g_t · E_t + (1 - ρ_t) \, g_t · Ē_t, \qquad ρ_t = \mathrm{clip}((-κ_t - 0.1) / 0.5, 0, 1) \\
     c_t &= -h_t / (G_t ‖E_t‖), \qquad G_t^2 = \text{running mean of } ‖g_t‖^2 \\
-    b_t &= c_t + r \min(1, n / t) \, |c_t + c_{t-1}| / 2 \\
+    b_t &= c_t + r \min(1, m / t) \, |c_t + c_{t-1}| / 2 \\
     \log α_t &= \log α_{t-1} + \mathrm{clip}(\frac{H}{\max(H, t / 2)} \, b_t / \sqrt{S_t}),
     \qquad S_t = (1 - 1 / s) S_{t-1} + b_t^2
     \end{aligned}
     ```
+
+    Here ``H`` is 450 steps, ``w`` is 0.5, ``r`` is 0.3, ``m`` is 100 steps and ``s`` is 60 steps. The clip is at 0.5
+    first, and at 0.05 once the rate was 30 times the first one. After ``m`` steps it shrinks as ``m / t``. The mean in
+    ``G`` is over some 10 steps, or a fiftieth of the steps taken.
 
     ``γ`` is ``α`` times the factor of the cooldown at the end of the run, in which ``α`` does not rise. ``L``
     is the mean of ``log γ`` over the moves in ``E``, each weighted by the part of it that is left. Moves at rates far
@@ -108,7 +112,7 @@ class Auto(Rule):
     With ``φ = 0`` and ``W = 1`` only the last move is left. ``h`` is then the paper's hypergradient times ``α``, so
     this is the paper's rule on ``log α``. ``c`` is the cosine, but a gradient larger than usual has a larger weight, as
     in the mean loss. It does not depend on the scale of the loss, so neither does the rule. ``S`` normalizes the steps
-    as AdaGrad does. All memories and the clip follow the number of steps taken.
+    as AdaGrad does.
 
     The first rate is ``α_1 = 10^{-4} ‖θ_1‖ / ‖d_1‖``, so the configured rates only set the ratios between groups. If
     steps vanish in the rounding of the parameters, ``E`` is zero, and ``log α`` rises by the cap. If ``G_t`` is below
@@ -158,7 +162,7 @@ class Auto(Rule):
         return bound
 
     def first_lr(self, param_norm: float, direction_norm: float) -> float:
-        """``α_1 = ρ ‖θ‖ / ‖d_1‖`` with the parameters ``θ`` before the first step; ``ρ / ‖d_1‖`` if all are zero."""
+        """``α_1 = 10^-4 ‖θ_1‖ / ‖d_1‖``, with the parameters before the first step; a norm of 0 counts as 1."""
         own = self._own
         own.first_lr = own.lr = _FIRST_STEP * (param_norm or 1.0) / direction_norm
         own.gap = own.moves = 0.0

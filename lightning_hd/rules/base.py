@@ -142,7 +142,7 @@ class Rule(ABC):
         """The first rate ``α_1``, for a rule with ``picks_start``.
 
         Args:
-            param_norm: ``‖θ_0‖``, the norm of the parameters before the first step.
+            param_norm: ``‖θ_1‖``, the norm of the parameters before the first step.
             direction_norm: ``‖d_1‖``, the norm of the first direction.
         """
         raise NotImplementedError(f"{type(self).__name__} picks its first rate, so it must implement first_lr()")
