@@ -1,6 +1,5 @@
 """Tags of the logged numbers. They are spelled as those of ``LearningRateMonitor``."""
 
-from collections import Counter
 from collections.abc import Sequence
 
 from torch.optim import Optimizer
@@ -28,10 +27,5 @@ def tag(quantity: str, name: str = "") -> str:
 
 def optimizer_names(optimizers: Sequence[Optimizer]) -> list[str]:
     """The class name of each optimizer, with ``-1``, ``-2`` for further ones of the same class."""
-    seen: Counter[str] = Counter()
-    names = []
-    for optimizer in optimizers:
-        name = type(optimizer).__name__
-        names.append(f"{name}-{seen[name]}" if seen[name] else name)
-        seen[name] += 1
-    return names
+    names = [type(optimizer).__name__ for optimizer in optimizers]
+    return [f"{name}-{before}" if (before := names[:i].count(name)) else name for i, name in enumerate(names)]
