@@ -5,11 +5,10 @@ import math
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from lightning_hd.checks import check_count, check_fields
+from lightning_hd.checks import check_count, check_fields, not_negative
 from lightning_hd.rules.base import Context, Event, Observation, Rule
 from lightning_hd.rules.bounds import Brake, Greedy
 from lightning_hd.rules.guard import LossGuard
-from lightning_hd.rules.learned import Learned
 
 _HORIZON, _GROWTH = 450.0, 0.5
 """``H``, the length of the memory: in steps at first, then as a part of the steps taken. Below 100 it is greedy."""
@@ -61,6 +60,27 @@ at the usual size would be a leap that ends the run."""
 
 _LARGEST_LOG = 700.0
 """About the largest number whose exponential is a float."""
+
+
+@dataclass
+class _Learned:
+    """The numbers that the rule itself holds, beside those of its parts."""
+
+    first_lr: float = not_negative()  # α_1; 0 where it is the configured one
+    lr: float = 0.0  # γ_{t-1}
+    gap: float = 0.0  # log γ_t - L_t
+    moves: float = not_negative()  # the sum of the weights of the moves in E
+    fresh: bool = False  # whether the memory starts anew
+    anew: bool = False  # whether it has done so because all parameters were new, and is still short
+    cosine: float = 0.0  # c_t
+    squares: float = not_negative()  # S_t
+    norm: float = not_negative()  # G, before the correction for its start at 0
+    norm_weight: float = not_negative()  # the square of that correction
+    largest_norm: float = not_negative()
+    peak: float = not_negative()  # the highest α_t so far
+    fallen: float = not_negative()  # how far log α has fallen beyond the cap, and has not risen beyond it since
+    turns: int = 0  # how many cosines of two gradients in a row were seen, 20 at most
+    turn: float = 0.0  # their running mean
 
 
 @dataclass
@@ -151,7 +171,7 @@ class Auto(Rule):
         self.picks_start = self.start == "automatic"
         self.backoffs = 0
         self._normalized = True
-        self._own, self._greedy, self._brake, self._guard = Learned(), Greedy(), Brake(), LossGuard()
+        self._own, self._greedy, self._brake, self._guard = _Learned(), Greedy(), Brake(), LossGuard()
         self._fits = LossGuard(whole=True)
         self._slope = 0.0  # g_t · (θ_t - θ_{t-1}), from update to watch
 
@@ -317,11 +337,9 @@ class Auto(Rule):
             KeyError, TypeError, ValueError: The state is damaged.
         """
         backoffs = check_count("backoffs", state_dict["backoffs"])
-        parts = [check_fields(type(part), state_dict[name], f"{name}.") for name, part in self._parts().items()]
-        self.backoffs = backoffs
-        self._own, self._greedy, self._brake, self._guard, self._fits = parts
+        parts = {name: check_fields(type(part), state_dict[name], f"{name}.") for name, part in self._parts().items()}
+        vars(self).update({f"_{name}": part for name, part in parts.items()}, backoffs=backoffs)
 
     def _parts(self) -> dict[str, Any]:
         """The parts that hold numbers, by their names."""
-        own, greedy, brake, guard, fits = self._own, self._greedy, self._brake, self._guard, self._fits
-        return {"own": own, "greedy": greedy, "brake": brake, "guard": guard, "fits": fits}
+        return {name: getattr(self, f"_{name}") for name in ("own", "greedy", "brake", "guard", "fits")}

@@ -5,10 +5,9 @@ Martínez Rubio, Schmidt, Wood; ICLR 2018; arXiv 1703.04782).
 """
 
 import copy
-from abc import abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 from lightning_hd.checks import check_number
 from lightning_hd.rules.base import Context, Observation, Rule
@@ -27,6 +26,9 @@ class _PaperRule(Rule):
     limit_lr: float | None = None
     weight: Callable[[int], float] = inverse_square
 
+    defaults: ClassVar[tuple[float, float]]
+    """β if the user gives none, for optimizers that follow the gradient, and for those that normalize it."""
+
     def __post_init__(self) -> None:
         if self.hypergrad_lr is not None:
             self.hypergrad_lr = check_number("hypergrad_lr", self.hypergrad_lr, minimum=0.0)
@@ -44,17 +46,12 @@ class _PaperRule(Rule):
     def bind(self, normalized: bool) -> "_PaperRule":
         bound = copy.deepcopy(self)
         if bound.hypergrad_lr is None:
-            bound.hypergrad_lr = self.default_hypergrad_lr(normalized)
+            bound.hypergrad_lr = self.defaults[normalized]
         return bound
 
     def state_dict(self) -> dict[str, Any]:
         """Nothing, because these rules learn no numbers. β may change when a run is resumed."""
         return {}
-
-    @staticmethod
-    @abstractmethod
-    def default_hypergrad_lr(normalized: bool) -> float:
-        """β if the user gives none."""
 
 
 @dataclass
@@ -76,15 +73,12 @@ class Additive(_PaperRule):
         ValueError: ``hypergrad_lr`` is negative, or an argument not finite.
     """
 
+    defaults = (1e-3, 1e-7)
+
     def update(self, lr: float, seen: Observation, context: Context) -> float:
         """``α_t = α_{t-1} - β h_t``."""
         assert self.hypergrad_lr is not None, "bind() sets it"
         return lr - self.hypergrad_lr * seen.hypergradient
-
-    @staticmethod
-    def default_hypergrad_lr(normalized: bool) -> float:
-        """1e-3, or 1e-7 for optimizers that normalize the gradient."""
-        return 1e-7 if normalized else 1e-3
 
 
 @dataclass
@@ -106,6 +100,8 @@ class Multiplicative(_PaperRule):
         ValueError: ``hypergrad_lr`` is negative, or an argument not finite.
     """
 
+    defaults = (0.1, 0.1)
+
     def update(self, lr: float, seen: Observation, context: Context) -> float:
         """``α_t = α_{t-1} (1 + β' cos(g_t, d_{t-1}))``."""
         assert self.hypergrad_lr is not None, "bind() sets it"
@@ -118,11 +114,6 @@ class Multiplicative(_PaperRule):
                 "rule 'multiplicative' cannot leave a learning rate of 0: configure a positive lr in the optimizer, or "
                 "use rule='additive'"
             )
-
-    @staticmethod
-    def default_hypergrad_lr(normalized: bool) -> float:
-        """0.1 for every optimizer."""
-        return 0.1
 
 
 PAPER_RULES: dict[str, type[_PaperRule]] = {"additive": Additive, "multiplicative": Multiplicative}
