@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.optim import SGD, Adam, Optimizer
 
 from lightning_hd import HypergradientLR, Observation
-from lightning_hd.hypergradient.directions import direction_from_dict, direction_of
+from lightning_hd.hypergradient.directions import Direction, direction_of
 from lightning_hd.optimizers import is_coupled
 
 LR = 0.02
@@ -189,7 +189,7 @@ def test_a_subclass_with_its_parents_step_needs_no_copy() -> None:
 @pytest.mark.parametrize("saved", [{}, {"family": "Guess"}, {"family": "Measured"}, {"family": "HeavyBall", "lr": 1}])
 def test_what_is_no_saved_direction_is_refused(saved: dict[str, Any]) -> None:
     with pytest.raises(KeyError, match=r"family|Guess|lr|momentum"):
-        direction_from_dict(saved)
+        Direction.from_dict(saved)
 
 
 def observed(hd: HypergradientLR) -> Observation:

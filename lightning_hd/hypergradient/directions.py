@@ -82,8 +82,17 @@ class Direction(ABC):
         return None
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain numbers from which ``direction_from_dict`` builds the direction again."""
+        """Plain numbers from which ``from_dict`` builds the direction again."""
         return {"family": type(self).__name__, **asdict(self)}
+
+    @staticmethod
+    def from_dict(saved: dict[str, Any]) -> "Direction":
+        """The inverse of ``to_dict``.
+
+        Raises:
+            KeyError, TypeError, ValueError: It does not describe a direction.
+        """
+        return check_fields({cls.__name__: cls for cls in Direction.__subclasses__()}[saved["family"]], saved)
 
 
 @dataclass(frozen=True)
@@ -122,10 +131,7 @@ class HeavyBall(Direction):
     momentum: float
     dampening: float
 
-    @property
-    def needs(self) -> tuple[str, ...]:
-        """The optimizer's buffer."""
-        return ("momentum_buffer",)
+    needs = ("momentum_buffer",)
 
     def read(self, get: Quantities, step: int) -> Tensor:
         """The optimizer's own buffer."""
@@ -196,17 +202,11 @@ class Measured(Direction):
 
     lr: float
 
-    @property
-    def needs(self) -> tuple[str, ...]:
-        """The copy."""
-        return (COPY,)
+    needs = (COPY,)
 
     def read(self, get: Quantities, step: int) -> Tensor:
         """The difference over ``α_t``. At a rate of 0 there was no step, and the difference is 0."""
         return get(COPY) / self.lr if self.lr else get(COPY)
-
-
-_FAMILIES: dict[str, type[Direction]] = {cls.__name__: cls for cls in (Gradient, HeavyBall, AdaptiveMoments, Measured)}
 
 
 def direction_of(optimizer: Optimizer, group: dict[str, Any], lr: float) -> Direction:
@@ -229,12 +229,3 @@ def direction_of(optimizer: Optimizer, group: dict[str, Any], lr: float) -> Dire
         decoupled = 0.0 if is_coupled(optimizer, group) else float(group["weight_decay"])
         return AdaptiveMoments(lr, beta1, beta2, float(group["eps"]), decoupled, bool(group["amsgrad"]))
     return Measured(lr)
-
-
-def direction_from_dict(saved: dict[str, Any]) -> Direction:
-    """The inverse of ``Direction.to_dict``.
-
-    Raises:
-        KeyError, TypeError, ValueError: It does not describe a direction.
-    """
-    return check_fields(_FAMILIES[saved["family"]], saved)

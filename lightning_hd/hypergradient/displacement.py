@@ -199,15 +199,9 @@ class Displacement(View):
 
     def _sight(self, sums: _Sums) -> Sight:
         g_norm, norms = math.sqrt(sums.g_squared), math.sqrt(sums.g_squared) * math.sqrt(sums.last_squared)
-        observation = Observation(
-            hypergradient=sums.derivative,
-            grad_norm=g_norm,
-            direction_norm=math.sqrt(sums.sum_squared),
-            late=sums.late,
-            turn=sums.turn / norms if norms else 0.0,
-            slope=sums.slope,
-            move_norm=math.sqrt(sums.move_squared),
-        )
+        e_norm, move_norm = math.sqrt(sums.sum_squared), math.sqrt(sums.move_squared)
+        turn = sums.turn / norms if norms else 0.0
+        observation = Observation(sums.derivative, g_norm, e_norm, sums.late, turn, sums.slope, move_norm)
         gradient, known = sums.has_gradient > 0, sums.known > 0
         joined = sums.joined > 0 and sums.joined > self._ranks.count / 2  # else gradients may only have been missing
         return Sight(gradient, known, observation, joined, lost=gradient and not known)

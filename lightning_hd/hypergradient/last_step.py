@@ -1,7 +1,7 @@
 """LastStep, the view of the paper's rules: it compares the new gradient with the direction of the last step."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import partial
@@ -14,16 +14,7 @@ from torch.optim import Optimizer
 from lightning_hd.checks import check_count, check_fields, check_flag
 from lightning_hd.hypergradient.buckets import Bucket, are_safe, flatten, gather, pack
 from lightning_hd.hypergradient.copies import Copies
-from lightning_hd.hypergradient.directions import (
-    COPY,
-    PARAMETER,
-    Direction,
-    Gradient,
-    Measured,
-    Quantities,
-    direction_from_dict,
-    direction_of,
-)
+from lightning_hd.hypergradient.directions import COPY, PARAMETER, Direction, Gradient, Measured, direction_of
 from lightning_hd.hypergradient.probe import look
 from lightning_hd.hypergradient.view import Retained, Sight, View
 from lightning_hd.optimizers import changes_gradients, coupled_decay, device_of, to_objective
@@ -147,7 +138,7 @@ class LastStep(View):
             raise _LostError
         return found
 
-    def _gradient(self, bucket: Bucket, get: Quantities) -> Tensor:
+    def _gradient(self, bucket: Bucket, get: Callable[[str], Tensor]) -> Tensor:
         """``g_t`` of a bucket."""
         group, _ = bucket.key
         param_group = self._optimizer.param_groups[group]
@@ -300,7 +291,7 @@ class LastStep(View):
             check_fields(
                 Last,
                 saved,
-                direction=direction_from_dict(saved["direction"]),
+                direction=Direction.from_dict(saved["direction"]),
                 moved=[group["params"][check_count("moved", i)] for i in saved["moved"]],
             )
             for saved, group in zip(state_dict["groups"], self._optimizer.param_groups, strict=False)
