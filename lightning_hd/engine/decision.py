@@ -10,12 +10,26 @@ from lightning_hd.hypergradient import Retained, Sight
 from lightning_hd.rules import Observation
 
 
+class Seen(NamedTuple):
+    """What the rules learn from in a step."""
+
+    sights: Sequence[Sight]  # of each scope
+    loss: float | None  # the mean of those since the look before, over the processes as well; None: it is not known
+
+
+class Look(NamedTuple):
+    """Whether a step is looked at, and what is new in it."""
+
+    taken: bool
+    seen: Seen | None  # by this look, or by one that is read late; None: nothing new
+    stride: int  # for how many steps the last look stands
+
+
 class Decision(NamedTuple):
     """The next rate of a scope."""
 
     lr: float  # α_t
     used: float  # γ_t
-    seen: Observation | None  # None: there was no step before, or it was undone
 
 
 @dataclass
@@ -23,17 +37,15 @@ class Step:
     """One call of ``optimizer.step``, from when the gradients are ready until the parameters have moved."""
 
     number: int  # counted from 1
-    looked: bool  # whether the view looks at this step
-    informed: bool  # whether anything new is known, of this step or of a former one
-    stride: int  # for how many steps the last look stands
+    look: Look
     sights: Sequence[Sight]  # of each scope
-    loss: float | None  # averaged over the processes, where it is known
+    loss: float | None
     cooldown: float  # the length of the cooldown that is still to come
     factor: float  # of all rates, in the cooldown
     stopped: bool  # whether the learned scales stay as they are
     nonlinear: bool  # whether the optimizer's step is found not to be linear in its rate
     held: list[float]  # what param_groups[i]["lr"] held before
-    seen: Sequence[Observation | None] = ()  # what each scope learns from
+    seen: Sequence[Observation | None] = ()  # what each scope learns from; None: there was no step before
     rules: list[dict[str, Any]] = field(default_factory=list)  # the states of the rules before, where they may change
     finite: bool = True  # otherwise a scope stays at its rates
     decisions: list[Decision] = field(default_factory=list)  # of each scope

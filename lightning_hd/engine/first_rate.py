@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from lightning_hd.engine.decision import Step
+from lightning_hd.engine.decision import Decision, Step
 from lightning_hd.engine.rates import Rates, number, waits
 from lightning_hd.hypergradient import Measured, direction_of, squared_norm
 from lightning_hd.optimizers import LARGEST, device_of, rounding_of, set_lr, to_objective
@@ -115,7 +115,8 @@ class FirstRates:
         if not weights:
             return
         rounding = rounding_of(self.optimizer)
-        for index, outlook in self._outlooks(weights).items():
+        sums = self.ranks.sum(torch.stack([self._look(own) for own in weights.values()]))  # by one collective
+        for index, outlook in zip(weights, map(Outlook._make, sums.tolist()), strict=True):
             scope = self.rates.scopes[index]
             if waits(scope) and not outlook.is_finite:
                 self.rates.stay(step, _LEFT_OUT)
@@ -153,13 +154,8 @@ class FirstRates:
         if not math.isfinite(lr):
             raise ValueError(f"{type(rule).__name__}.first_lr must return a finite number, got {lr}")
         lr = self.rates.clamp(index, min(max(lr, -LARGEST), LARGEST))
-        step.decisions[index] = step.decisions[index]._replace(lr=lr, used=lr)
+        step.decisions[index] = Decision(lr, lr)
         step.picked.add(index)
-
-    def _outlooks(self, scopes: Mapping[int, Weights]) -> dict[int, Outlook]:
-        """What is known of some scopes before their first steps. It takes one collective."""
-        sums = self.ranks.sum(torch.stack([self._look(weights) for weights in scopes.values()]))
-        return dict(zip(scopes, map(Outlook._make, sums.tolist()), strict=True))
 
     def _look(self, weights: Weights) -> Tensor:
         """The numbers of an ``Outlook`` for one scope, on this process."""
@@ -173,14 +169,8 @@ class FirstRates:
                     nonzero = bool(g.any())
                     to_objective(self.optimizer, group, [g], [theta])
                     d = direction.ahead(g, theta, partial(self._state, p))
-                    row = Outlook(
-                        param_squared=float(squared_norm(theta)),
-                        grad_squared=float(squared_norm(g)),
-                        size=theta.numel(),
-                        direction_squared=0.0 if d is None else weight**2 * float(squared_norm(d)),
-                        unknown=d is None,
-                        nonzero=nonzero,
-                    )
+                    theta2, g2, d2 = (0.0 if x is None else float(squared_norm(x)) for x in (theta, g, d))
+                    row = Outlook(theta2, g2, theta.numel(), weight**2 * d2, d is None, nonzero)
                     sums += sums.new_tensor(row) / self.ranks.replicas(p)
         return sums
 

@@ -4,15 +4,16 @@ import math
 import operator
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
 from lightning_hd.checks import check_fields, not_zero, save_fields
+from lightning_hd.engine.decision import Look, Seen
 from lightning_hd.engine.rates import Rates
-from lightning_hd.hypergradient import Sight, View
+from lightning_hd.hypergradient import View
 from lightning_hd.optimizers import check_gradients, parameters_of
 from lightning_hd.processes import Ranks, Sum
 
@@ -59,26 +60,6 @@ def check_loss(value: Any) -> Tensor | float:
 def versions(parameters: Sequence[Tensor]) -> list[int]:
     """How often each parameter was written to. torch has no public name for the counter that autograd keeps."""
     return list(map(operator.attrgetter("_version"), parameters))
-
-
-def _are_same(some: Sequence[Tensor], others: Sequence[Tensor]) -> bool:
-    """Whether these are the same objects, in the same order."""
-    return len(some) == len(others) and all(map(operator.is_, some, others))
-
-
-class Seen(NamedTuple):
-    """What the rules learn from in a step."""
-
-    sights: Sequence[Sight]  # of each scope; none: a GradScaler has made the optimizer skip the step
-    loss: float | None  # the mean of those since the look before, over the processes as well; None: it is not known
-
-
-class Look(NamedTuple):
-    """Whether a step is looked at, and what is new in it."""
-
-    taken: bool
-    seen: Seen | None  # by this look, or by one that is read late; None: nothing new
-    stride: int  # for how many steps the last look stands
 
 
 @dataclass(frozen=True)
@@ -140,12 +121,13 @@ class Looks:
         if all(p.grad is None for p in parameters) and (self.ranks.count == 1 or not parameters):
             return None
         # those that are new, or come to life, must not move at a rate that was found without them
-        joined = not _are_same(parameters, self._parameters) or self._wakes()
+        same = len(parameters) == len(self._parameters) and all(map(operator.is_, parameters, self._parameters))
+        joined = not same or self._wakes()
         self._parameters = parameters
         if joined:
             self.wake()
         untouched = self._see_writes(joined)
-        seen = None if self.plan.pending is None else self._read_late(self.plan.pending.read())
+        seen = None if self.plan.pending is None else self._read(self.plan.pending.read())
         calm, rested = self.plan.calm, self.plan.rested + 1
         wanted = self._wanted(step, calm)
         if rested < wanted or not (self.plan.noted or joined):
@@ -157,7 +139,7 @@ class Looks:
         begun = self._begin()
         if wanted == 1:
             seen = self._read(begun.read())
-            if not any(sight.has_gradient for sight in seen.sights):
+            if seen is None:
                 return None
         else:
             begun.fetch()
@@ -235,8 +217,8 @@ class Looks:
             flags[2], self._rewritten = 1.0, False
         return self.ranks.begin_sum(torch.cat([sums.flatten(), flags, self.losses.take(sums)]))
 
-    def _read(self, sums: Sequence[float]) -> Seen:
-        """What a look has shown."""
+    def _read(self, sums: Sequence[float]) -> Seen | None:
+        """What a look has shown; ``None``: nothing to learn from, as where a GradScaler has the step skipped."""
         *numbers, skipped, event, rewritten, loss, known = sums
         if event:
             self.wake()
@@ -245,13 +227,10 @@ class Looks:
                 scope.rule.begin("rewritten")
         width = self.view.width
         table = [] if skipped else [numbers[i : i + width] for i in range(0, len(numbers), width)]
-        return Seen(self.view.sights(table), loss / known if known and math.isfinite(loss) else None)
-
-    def _read_late(self, sums: Sequence[float]) -> Seen | None:
-        """What the look of a former step has shown; ``None``: nothing to learn from."""
-        seen = self._read(sums)
-        known = len(seen.sights) == len(self.rates.scopes) and any(sight.has_gradient for sight in seen.sights)
-        return seen if known else None
+        sights = self.view.sights(table)
+        if len(sights) != len(self.rates.scopes) or not any(sight.has_gradient for sight in sights):
+            return None
+        return Seen(sights, loss / known if known and math.isfinite(loss) else None)
 
     # ------------------------------------------------------------------ what is saved
 
@@ -274,9 +253,7 @@ class Looks:
         Raises:
             KeyError, TypeError, ValueError: The state is damaged.
         """
-        losses = Losses(
-            *([check_loss(loss) for loss in state_dict[name]] for name in ("reported", "returned", "passed"))
-        )
+        losses = Losses(*([check_loss(loss) for loss in state_dict[name]] for name in vars(self.losses)))
         numbers = [float(number) for number in state_dict["pending"]]
         if numbers and len(numbers) != len(self.rates.scopes) * self.view.width + _OTHERS:
             raise ValueError(f"pending must not be {len(numbers)} numbers")

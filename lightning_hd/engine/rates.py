@@ -162,7 +162,7 @@ class Rates(Scopes):
     def _decide(self, step: Step, index: int, seen: Observation | None) -> Decision:
         scope = self.scopes[index]
         rule, context, backoffs = scope.rule, self._context(step, scope), scope.rule.backoffs
-        if step.looked or step.informed:
+        if step.look.taken or step.look.seen:
             step.rules.append(rule.state_dict())
         finite = seen is None or all(map(math.isfinite, seen))
         stopped = step.stopped and scope.tuned
@@ -184,14 +184,14 @@ class Rates(Scopes):
                 if rule.backoffs > backoffs:
                     backed_off = f"the rate backs off from {scope.used:.3g} to {used:.3g}"
                     self._notices.log(f"step {step.number}: {cause}; {backed_off}")
-                return Decision(lr, used, seen)
+                return Decision(lr, used)
         made = f"the rate that {type(rule).__name__} made of {seen}"
         what = made if finite else f"one of (hypergradient, ‖g‖, ‖d‖) = {tuple(seen or ())}"
         self.stay(step, f"{what} is not a finite number; the learning rate stays at {scope.used:g}")
-        return Decision(scope.lr, scope.used, seen)
+        return Decision(scope.lr, scope.used)
 
     def _context(self, step: Step, scope: Scope) -> Context:
-        return Context(step.number - scope.since, step.cooldown, self._rounding, step.nonlinear, step.stride)
+        return Context(step.number - scope.since, step.cooldown, self._rounding, step.nonlinear, step.look.stride)
 
     def _minimized(self, loss: float | None, index: int) -> float | None:
         """The loss with its sign flipped if the groups of a scope maximize it; unknown if only some of them do."""
@@ -259,8 +259,8 @@ class Rates(Scopes):
         for group, lr in zip(self.groups, step.lrs, strict=True):
             group.lr = lr
         for i, (scope, decision) in enumerate(zip(self.scopes, step.decisions, strict=True)):
-            scope.lr, scope.used = decision.lr, decision.used
-            scope.last = decision.seen if step.informed else scope.last
+            scope.lr, scope.used = decision
+            scope.last = step.seen[i] if step.look.seen else scope.last
             members = self.members(i)
             follows = step.sights[i].has_gradient and any(step.weights[j] for j in members)
             scope.tuned |= follows and (i in step.picked or not waits(scope))

@@ -10,10 +10,10 @@ import torch
 from torch.optim import Optimizer
 
 from lightning_hd.engine.cooldown import Cooldown
-from lightning_hd.engine.decision import Step
+from lightning_hd.engine.decision import Look, Step
 from lightning_hd.engine.first_rate import FirstRates
 from lightning_hd.engine.linearity import Linearity
-from lightning_hd.engine.looks import Look, Looks, check_loss
+from lightning_hd.engine.looks import Looks, check_loss
 from lightning_hd.engine.precheck import Precheck
 from lightning_hd.engine.rates import Rates, waits
 from lightning_hd.engine.scopes import Scope
@@ -132,7 +132,8 @@ class Tuning:
             self._passed = None
         elif self._step is not None:
             self._remember(self._step)
-            self._last = None if self._step.looked or self._step.informed or self._step.trial else self._step
+            look = self._step.look
+            self._last = None if look.taken or look.seen or self._step.trial else self._step
             self._step = None
         elif self._dry:
             self.view.make_room()
@@ -234,7 +235,7 @@ class Tuning:
         self.rates.decide(step)
         if not self.rule.long_horizon or any(map(waits, self.rates.scopes)):
             self._first_rates.prepare(step)
-        if step.looked:
+        if step.look.taken:
             self.rates.retain(step)
         self.rates.apply(step)
 
@@ -271,28 +272,17 @@ class Tuning:
 
     def _new_step(self, look: Look) -> Step:
         sights, loss = look.seen or ([UNSEEN] * len(self.rates.scopes), None)
-        number, left, factor = self.step_count + 1, 0.0, 1.0
+        number, cooldown, factor = self.step_count + 1, 0.0, 1.0
         if self.cooldown.total is not None and not self.rates.under_schedule:  # a schedule falls by itself
-            left, factor = self.cooldown.left(number), self.cooldown.factor(number)
+            cooldown, factor = self.cooldown.left(number), self.cooldown.factor(number)
             if self.cooldown.is_over(number):
                 self.notices.warn(
                     "longer",
                     f"training goes on after the {self.cooldown.total} steps that it was to take. It keeps the rate of "
                     "the last one",
                 )
-        return Step(
-            number=number,
-            looked=look.taken,
-            informed=look.seen is not None,
-            stride=look.stride,
-            sights=sights,
-            loss=loss,
-            cooldown=left,
-            factor=factor,
-            stopped=self._stopped,
-            nonlinear=self.linearity.failed,
-            held=list(self.rates.held),
-        )
+        held, nonlinear = list(self.rates.held), self.linearity.failed
+        return Step(number, look, sights, loss, cooldown, factor, self._stopped, nonlinear, held)
 
     def _take_in(self, scope: Scope, sight: Sight) -> Observation | None:
         """What a scope learns from; ``None`` if there was no step before, or it was undone."""
@@ -329,7 +319,7 @@ class Tuning:
                     p.copy_(before)
                 self.abandon()
                 raise
-        if step.looked:
+        if step.look.taken:
             self.view.remember(step.retained)
         else:
             self.view.pass_over()
@@ -339,7 +329,7 @@ class Tuning:
         if self.rates.under_schedule:
             give_back(self.optimizer, step.lrs, step.held)
         self.nonfinite_steps += not step.finite
-        self.loss = step.loss if step.informed else self.loss
+        self.loss = step.loss if step.look.seen else self.loss
         self.looks.finish()
         if not step.finite:
             self.looks.wake()
