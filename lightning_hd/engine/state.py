@@ -50,8 +50,7 @@ def load(tuning: Tuning, state_dict: dict[str, Any], loaded: bool) -> None:
     kept = [(part, dict(vars(part))) for part in (tuning.looks, tuning.view)]
     scheduled = tuning.rates.under_schedule
     try:
-        counts = [check_count(name, state_dict[name]) for name in ("step_count", "nonfinite_steps")]
-        begin = check_count("begin", state_dict["begin"])
+        *counts, begin = (check_count(name, state_dict[name]) for name in ("step_count", "nonfinite_steps", "begin"))
         nonlinear = check_flag("nonlinear", state_dict["nonlinear"])
         tuning.looks.load_state_dict(state_dict["looks"])
         tuning.view.load_state_dict(state_dict["view"])

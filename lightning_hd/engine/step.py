@@ -14,7 +14,7 @@ from lightning_hd.engine.decision import Look, Step
 from lightning_hd.engine.first_rate import FirstRates
 from lightning_hd.engine.linearity import Linearity
 from lightning_hd.engine.looks import Looks, check_loss
-from lightning_hd.engine.precheck import Precheck
+from lightning_hd.engine.precheck import check, is_dry
 from lightning_hd.engine.rates import Rates, waits
 from lightning_hd.engine.scopes import Scope
 from lightning_hd.engine.writes import Writes
@@ -66,7 +66,6 @@ class Tuning:
     def __post_init__(self) -> None:
         self.looks = Looks(self.optimizer, self.rates, self.view, self.ranks)
         self.linearity = Linearity(self.optimizer, self.ranks, self.notices, self.rule.long_horizon)
-        self._precheck = Precheck(self.optimizer, self.ranks, self.notices)
         self._first_rates = FirstRates(self.optimizer, self.rates, self.ranks, self.rule.long_horizon)
         self.writes = Writes(self.notices)
 
@@ -103,12 +102,13 @@ class Tuning:
 
     def _prepare(self) -> bool:
         fresh = not self.step_count
-        self._dry = bool(fresh or not self.optimizer.state) and self._precheck.is_dry(fresh)
+        self._dry = bool(fresh or not self.optimizer.state) and is_dry(self.optimizer, self.ranks, fresh)
         if self._dry:
             return False
         if not self._checked:
             own = {"total_steps": self.cooldown.total, "cooldown": self.cooldown.part, "stop_after": self.stop_after}
-            self._precheck.check(self.rates, self.rule, self.view, {"step_count": self.step_count, **own})
+            others = {"step_count": self.step_count, **own}
+            check(self.rates, self.rule, self.view, self.ranks, self.notices.name, others)
             if fresh:
                 self.view.start()
             self._checked = True
