@@ -7,7 +7,7 @@ import math
 import random
 from collections.abc import Iterator, Sequence
 from itertools import accumulate
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
@@ -88,10 +88,7 @@ class Linearity:
             self.due = []
             return
         rates = {i: lr for i, lr in enumerate(lrs) if lr}
-        found = _replay(self._optimizer, rates) if rates else None
-        votes = [False, False, False]
-        if found is not None:
-            votes = [True, found.ignores, found.growth > _GROWTH if self._long_horizon else found.left > _PART]
+        votes = _replay(self._optimizer, rates, self._long_horizon) if rates else _UNKNOWN
         counts = torch.tensor(votes, dtype=torch.float32, device=device_of(self._optimizer))
         moved, ignoring, failed = self._ranks.sum(counts).tolist()  # how many processes vote for each
         if not moved:
@@ -111,34 +108,31 @@ class Linearity:
             del self.due[0]
 
 
-class _Found(NamedTuple):
-    """The comparison of two moves, at a rate and at twice the rate."""
-
-    left: float  # the part of the second move that is not twice the first
-    growth: float  # the norm of their difference over that of the first
-    ignores: bool  # whether they do not differ
+_UNKNOWN = (False, False, False)
+"""The optimizer cannot be copied, or its moves are lost in rounding."""
 
 
-def _replay(optimizer: Optimizer, rates: dict[int, float]) -> _Found | None:
-    """Compare two moves of a copy; ``None`` if the optimizer cannot be copied or its moves are lost in rounding."""
+def _replay(optimizer: Optimizer, rates: dict[int, float], long_horizon: bool) -> tuple[bool, bool, bool]:
+    """Compare two moves of a copy: do they show anything, are they the same, do they fail to be proportional?"""
     parameters = [p for i in rates for p in optimizer.param_groups[i]["params"] if p.grad is not None]
     chosen = _smallest(parameters)
     groups = [{**group, "params": None} for group in optimizer.param_groups]
     states = [dict(optimizer.state[p]) for p in chosen if p in optimizer.state]
     if not _is_plain([_attributes(optimizer), groups, states]):
-        return None
+        return _UNKNOWN
     try:
         once = _moves(optimizer, rates, chosen)
         twice = _moves(optimizer, {i: 2 * lr for i, lr in rates.items()}, chosen)
     except Exception:  # such an optimizer may need what the copy does not have
-        return None
+        return _UNKNOWN
     rounding = _norm([torch.finfo(p.dtype).eps * as_real(local(p.detach())).double() for p in chosen])
     first, size = _norm(once), _norm(twice)
     left = _norm([b - 2 * a for a, b in zip(once, twice, strict=True)])
     growth = _norm([b - a for a, b in zip(once, twice, strict=True)])
     if not math.isfinite(left) or size <= 2 * rounding / _PART:
-        return None
-    return _Found(max(left - 4 * rounding, 0.0) / size, growth / max(first, rounding), growth <= 2 * rounding)
+        return _UNKNOWN
+    fails = growth / max(first, rounding) > _GROWTH if long_horizon else max(left - 4 * rounding, 0.0) / size > _PART
+    return True, growth <= 2 * rounding, fails
 
 
 def _smallest(parameters: list[Tensor]) -> list[Tensor]:

@@ -129,7 +129,8 @@ class Looks:
         untouched = self._see_writes(joined)
         seen = None if self.plan.pending is None else self._read(self.plan.pending.read())
         calm, rested = self.plan.calm, self.plan.rested + 1
-        wanted = self._wanted(step, calm)
+        # looks may be as far apart as the rules of all scopes allow
+        wanted = min([s.rule.stride(step - s.since, calm) if s.tuned else 1 for s in self.rates.scopes])
         if rested < wanted or not (self.plan.noted or joined):
             notes = rested + 1 >= wanted
             if notes:
@@ -164,10 +165,6 @@ class Looks:
             self.report()
             self._rewritten = True
         return 0
-
-    def _wanted(self, step: int, calm: int) -> int:
-        """How far apart looks may be: as far as the rules of all scopes allow."""
-        return min([s.rule.stride(step - s.since, calm) if s.tuned else 1 for s in self.rates.scopes])
 
     def _scopes(self) -> list[int]:
         return [group.scope for group in self.rates.groups]

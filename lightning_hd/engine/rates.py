@@ -12,7 +12,7 @@ from torch.optim import Optimizer
 
 from lightning_hd.checks import not_zero
 from lightning_hd.engine.decision import Decision, Step
-from lightning_hd.engine.scopes import Scope, Scopes, check_groups, grow, restarted, write
+from lightning_hd.engine.scopes import Scope, Scopes, check_groups, grow, write
 from lightning_hd.hypergradient import Retained, copies_of
 from lightning_hd.optimizers import LARGEST, apply_lr, has_scheduler, is_marked, read_lrs, rounding_of, unwrap
 from lightning_hd.processes import Notices
@@ -139,7 +139,10 @@ class Rates(Scopes):
 
     def restart(self, index: int, step_count: int) -> None:
         """Let the rule of a scope pick the first rate again, after ``step_count`` steps."""
-        self.scopes[index] = restarted(self.scopes[index], self._bound_rule(), step_count)
+        scope, rule = self.scopes[index], self._bound_rule()
+        rule.backoffs = scope.rule.backoffs
+        scope.rule, scope.since, scope.vanished = rule, step_count, 0
+        scope.tuned = scope.moved = scope.low = False
         self.trajectories[index] = Trajectory()
 
     # ------------------------------------------------------------------ what each scope learns

@@ -1,6 +1,5 @@
 """Scopes and groups: a learned rate, the rates that follow it, and how both take over what others have changed."""
 
-import dataclasses
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -76,12 +75,6 @@ def grow(scope: Scope, factor: float) -> None:
     scope.reference *= factor
     scope.lr *= factor
     scope.used *= factor
-
-
-def restarted(scope: Scope, rule: Rule, step_count: int) -> Scope:
-    """The scope with a new rule, which picks the first rate again, after ``step_count`` steps."""
-    rule.backoffs = scope.rule.backoffs
-    return dataclasses.replace(scope, rule=rule, tuned=False, moved=False, low=False, since=step_count, vanished=0)
 
 
 def join(scope: Scope, group: Group, default: float, scheduled: bool) -> bool:

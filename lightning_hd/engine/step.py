@@ -101,6 +101,7 @@ class Tuning:
             self.seconds += perf_counter() - begin
 
     def _prepare(self) -> bool:
+        """Set the rates; ``False`` if the step does not count."""
         fresh = not self.step_count
         self._dry = bool(fresh or not self.optimizer.state) and is_dry(self.optimizer, self.ranks, fresh)
         if self._dry:
@@ -112,7 +113,16 @@ class Tuning:
             if fresh:
                 self.view.start()
             self._checked = True
-        return self._tune()
+        self.sync()
+        look = self.looks.look(self.step_count + 1, parameters_of(self.optimizer))
+        if look is None:
+            return False
+        repeated = self._repeated(look)
+        step = self._step = repeated or self._new_step(look)
+        if repeated is None:
+            self._decide(step)
+        self.view.prepare(step.lrs, step.weights)
+        return True
 
     def hear(self, returned: Any) -> None:
         """Take in what a closure has returned, if it is a loss and none is reported. ``prepare`` comes next."""
@@ -195,19 +205,6 @@ class Tuning:
             )
 
     # ------------------------------------------------------------------ before the update
-
-    def _tune(self) -> bool:
-        """Set the rates; ``False`` if the step does not count."""
-        self.sync()
-        look = self.looks.look(self.step_count + 1, parameters_of(self.optimizer))
-        if look is None:
-            return False
-        repeated = self._repeated(look)
-        step = self._step = repeated or self._new_step(look)
-        if repeated is None:
-            self._decide(step)
-        self.view.prepare(step.lrs, step.weights)
-        return True
 
     def _repeated(self, look: Look) -> Step | None:
         """The last step once more, if nothing is new and its rates stay; otherwise ``None``."""

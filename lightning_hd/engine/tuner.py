@@ -145,7 +145,7 @@ class HypergradientLR:
                 self._copies.tensors.clear()  # they belong to a rule that this training had before
                 view = Displacement(self._optimizer, PROBE if probe == "default" else probe, ranks, notices)
             else:
-                view = LastStep(self._optimizer, None if probe == "default" else probe, ranks, notices, self._copies)
+                view = LastStep(self._optimizer, None if probe == "default" else probe, ranks, notices)
             self._tuning = Tuning(self._optimizer, checked, rates, view, ranks, notices, falling, stop_after)
             if scheduled is None:
                 warn_of_marks(optimizer, total_steps, notices)

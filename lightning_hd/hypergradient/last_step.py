@@ -13,7 +13,7 @@ from torch.optim import Optimizer
 
 from lightning_hd.checks import check_count, check_fields, check_flag
 from lightning_hd.hypergradient.buckets import Bucket, are_safe, flatten, gather, pack
-from lightning_hd.hypergradient.copies import Copies
+from lightning_hd.hypergradient.copies import copies_of
 from lightning_hd.hypergradient.directions import COPY, PARAMETER, Direction, Gradient, Measured, direction_of
 from lightning_hd.hypergradient.probe import look
 from lightning_hd.hypergradient.view import Retained, Sight, View
@@ -66,19 +66,16 @@ class LastStep(View):
         budget: How many coordinates to look at; ``None``: all.
         ranks: The processes that train together.
         notices: Where warnings go.
-        copies: The tensors of the parameters' size that are kept.
     """
 
     width = len(_Sums._fields)
 
-    def __init__(
-        self, optimizer: Optimizer, budget: int | None, ranks: Ranks, notices: Notices, copies: Copies
-    ) -> None:
+    def __init__(self, optimizer: Optimizer, budget: int | None, ranks: Ranks, notices: Notices) -> None:
         super().__init__(optimizer, budget, ranks, notices)
-        self._copies = copies
+        self._copies = copies_of(optimizer)
         self._last = [Last() for _ in optimizer.param_groups]  # of each group
         self._next: list[Last] = []  # filled during a step
-        self._loads = copies.loads
+        self._loads = self._copies.loads
         self._layout: Any = None  # what the buckets are made for
         self._age = 0  # the number of steps since the buckets were made
         self._buckets: list[Bucket] = []
