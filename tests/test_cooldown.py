@@ -13,7 +13,7 @@ from torch import nn
 from torch.optim import SGD
 from torch.utils.data import DataLoader
 
-from lightning_hd import HypergradientDescent, HypergradientLR
+from lightning_hd import Auto, HypergradientDescent, HypergradientLR
 from lightning_hd.trainer.attachment import TrainerEngine
 from tests.test_callback import Reference, make_trainer
 
@@ -49,6 +49,21 @@ class Longer(Callback):
     def on_train_epoch_start(self, trainer: Trainer, *_: Any) -> None:
         if trainer.current_epoch == 1:
             trainer.fit_loop.max_epochs = 6
+
+
+@pytest.mark.parametrize(
+    ("rule", "falls"),
+    [("auto", True), (Auto(start="configured"), True), ("additive", False), ("multiplicative", False)],
+)
+def test_the_default_is_a_fifth_with_auto_and_none_with_the_paper_s_rules(rule: Any, falls: bool) -> None:
+    p = nn.Parameter(torch.ones(3))
+    hd = HypergradientLR(SGD([p], lr=0.1), rule, total_steps=100)
+    lrs: list[float] = []
+    for _ in range(100):
+        p.grad = torch.randn(3, generator=torch.Generator().manual_seed(len(lrs)))
+        hd._optimizer.step()
+        lrs += hd.lrs
+    assert (lrs[-1] < 0.1 * lrs[79]) == falls
 
 
 @pytest.mark.parametrize(

@@ -137,7 +137,8 @@ def kinds(ratios: Ratios) -> list[list[str]]:
     def add(name: str, cases: Sequence[tuple[str, str]], measure: Measure = "train_loss") -> None:
         means = [ratios.mean(cases, other, measure) for other in others]
         if any(means):
-            rows.append([name, str(len(cases)), *means])
+            measured = [one for case in cases if (one := ratios.one(case, "constant", measure)) == one]
+            rows.append([name, str(len(measured)), *means])
 
     add("**all but the digits**", ratios.lasting)
     add("the same, validation loss", ratios.lasting, "val_loss")
