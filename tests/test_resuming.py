@@ -279,6 +279,29 @@ def test_an_optimizer_that_idles_gets_the_same_first_rate(scale: float) -> None:
     assert first_rate(Sign, scale, idle=12) == pytest.approx(first_rate(Sign, 1.0), rel=0.1)
 
 
+class Projected(SGD):
+    """Sets the norms of all rows to 1 at the end of each step."""
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]
+        for p in self.param_groups[0]["params"]:
+            if p.grad is not None:
+                p.sub_(p.grad, alpha=self.param_groups[0]["lr"])
+                p.div_(p.norm(dim=-1, keepdim=True))
+
+
+def test_a_projection_in_the_first_step_is_no_part_of_the_direction() -> None:
+    torch.manual_seed(0)
+    rates = []
+    for cls in (SGD, Projected):
+        w = nn.Parameter(torch.linspace(1, 4, 40).view(4, 10))
+        hd = HypergradientLR(optimizer := cls([w], lr=0.01))
+        w.grad = torch.linspace(-1, 2, 40).view(4, 10).sin()
+        optimizer.step()
+        rates += hd.lrs
+    assert 0.5 < rates[1] / rates[0] < 30, "rows are some ten times as long as 1, so directions are as much shorter"
+
+
 def test_an_optimizer_that_never_moves_is_reported() -> None:
     with pytest.warns(RuntimeWarning, match="the optimizer does not move in its first steps"):
         assert math.isnan(first_rate(Sign, 1.0, idle=1000))

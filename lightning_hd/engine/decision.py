@@ -55,6 +55,7 @@ class Step:
     weights: list[float] = field(default_factory=list)  # derivative of the group's rate with respect to the scope's
     trial: dict[int, float] = field(default_factory=dict)  # rates of short trial steps, for groups of unknown direction
     awaiting: dict[int, Any] = field(default_factory=dict)  # the outlooks of scopes that get their first rate so
+    dependence: float = 1.0  # how much of a trial step depends on its rate
     before: dict[Tensor, Tensor] = field(default_factory=dict)  # θ_{t-1} of the groups on trial
     left_out: dict[Tensor, Tensor | None] = field(default_factory=dict)  # gradients that the optimizer must not see
 

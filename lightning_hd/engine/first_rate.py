@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from lightning_hd.engine.decision import Decision, Step
+from lightning_hd.engine.linearity import dependence
 from lightning_hd.engine.rates import Rates, number, waits
 from lightning_hd.hypergradient import Measured, direction_of, squared_norm
 from lightning_hd.optimizers import LARGEST, device_of, rounding_of, set_lr, to_objective
@@ -22,6 +23,9 @@ keep the rate in its own state without harm. And it is long enough to be visible
 
 _PATIENCE = 3
 """After so many trial steps that left no trace, a longer one may be tried where the gradient is tiny."""
+
+_PROJECTED = 0.5
+"""If less of a trial step than this depends on its rate, only this part is the direction."""
 
 _SHORT = 2.0**-6
 """A trial step is too short to be measured below this part of the length that it should have."""
@@ -128,6 +132,8 @@ class FirstRates:
                     continue
                 step.awaiting[index] = outlook
             step.trial |= dict.fromkeys(weights[index], outlook.trial_lr(rounding, scope.vanished))
+        if step.awaiting:
+            step.dependence = dependence(self.optimizer, step.trial, self.ranks)
         for i in step.trial:
             parameters = self.optimizer.param_groups[i]["params"]
             step.before |= {p: p.clone(memory_format=torch.preserve_format) for p in parameters}
@@ -194,7 +200,9 @@ class FirstRates:
             elif not norm or outlook.is_too_short(norm, lr, rounding_of(self.optimizer)):
                 scope.vanished += 1
             else:
-                self._pick(step, index, outlook.param_norm, norm / lr)
+                # a projection that is a part of every step does not depend on the rate
+                own = step.dependence if step.dependence < _PROJECTED else 1.0
+                self._pick(step, index, outlook.param_norm, own * norm / lr)
 
     def _move_norms(self, step: Step, scopes: Iterable[Weights]) -> list[float]:
         """``‖θ_0 - θ_1‖`` of some scopes. It takes one collective."""

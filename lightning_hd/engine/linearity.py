@@ -7,7 +7,7 @@ import math
 import random
 from collections.abc import Iterator, Sequence
 from itertools import accumulate
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -88,7 +88,7 @@ class Linearity:
             self.due = []
             return
         rates = {i: lr for i, lr in enumerate(lrs) if lr}
-        votes = _replay(self._optimizer, rates, self._long_horizon) if rates else _UNKNOWN
+        votes = self._votes(_replay(self._optimizer, rates)) if rates else (False, False, False)
         counts = torch.tensor(votes, dtype=torch.float32, device=device_of(self._optimizer))
         moved, ignoring, failed = self._ranks.sum(counts).tolist()  # how many processes vote for each
         if not moved:
@@ -107,32 +107,55 @@ class Linearity:
         else:
             del self.due[0]
 
+    def _votes(self, moves: "_Moves | None") -> tuple[bool, bool, bool]:
+        """Whether two moves show anything, whether they are the same, and whether they fail to be proportional."""
+        if moves is None or moves.second <= 2 * moves.rounding / _PART:
+            return False, False, False
+        growth = moves.growth / max(moves.first, moves.rounding)
+        left = max(moves.left - 4 * moves.rounding, 0.0) / moves.second
+        return True, moves.growth <= 2 * moves.rounding, growth > _GROWTH if self._long_horizon else left > _PART
 
-_UNKNOWN = (False, False, False)
-"""The optimizer cannot be copied, or its moves are lost in rounding."""
+
+def dependence(optimizer: Optimizer, rates: dict[int, float], ranks: Ranks) -> float:
+    """How much of a move depends on the rates: the move at twice the rates minus that at these, over that at these.
+
+    It is 1 where moves are proportional to the rates, or are not known. It is less where a part of every step does not
+    depend on them, as a projection of the weights.
+    """
+    moves = _replay(optimizer, rates) if torch_class(type(optimizer)) is None else None
+    seen = moves is not None and moves.growth > 2 * moves.rounding
+    squares = [moves.growth**2, moves.first**2] if moves is not None and seen else [0.0, 0.0]
+    growth, first = ranks.sum(torch.tensor(squares, dtype=torch.float32, device=device_of(optimizer))).tolist()
+    return min(1.0, math.sqrt(growth / first)) if first else 1.0
 
 
-def _replay(optimizer: Optimizer, rates: dict[int, float], long_horizon: bool) -> tuple[bool, bool, bool]:
-    """Compare two moves of a copy: do they show anything, are they the same, do they fail to be proportional?"""
+class _Moves(NamedTuple):
+    """The norms of two moves of a copy, at some rates and at twice these."""
+
+    first: float
+    second: float
+    left: float  # of what is left of the second without twice the first
+    growth: float  # of their difference
+    rounding: float  # of the parameters
+
+
+def _replay(optimizer: Optimizer, rates: dict[int, float]) -> _Moves | None:
+    """Compare two moves of a copy; ``None`` if the optimizer cannot be copied, or they are not finite."""
     parameters = [p for i in rates for p in optimizer.param_groups[i]["params"] if p.grad is not None]
     chosen = _smallest(parameters)
     groups = [{**group, "params": None} for group in optimizer.param_groups]
     states = [dict(optimizer.state[p]) for p in chosen if p in optimizer.state]
     if not _is_plain([_attributes(optimizer), groups, states]):
-        return _UNKNOWN
+        return None
     try:
         once = _moves(optimizer, rates, chosen)
         twice = _moves(optimizer, {i: 2 * lr for i, lr in rates.items()}, chosen)
     except Exception:  # such an optimizer may need what the copy does not have
-        return _UNKNOWN
+        return None
     rounding = _norm([torch.finfo(p.dtype).eps * as_real(local(p.detach())).double() for p in chosen])
-    first, size = _norm(once), _norm(twice)
     left = _norm([b - 2 * a for a, b in zip(once, twice, strict=True)])
     growth = _norm([b - a for a, b in zip(once, twice, strict=True)])
-    if not math.isfinite(left) or size <= 2 * rounding / _PART:
-        return _UNKNOWN
-    fails = growth / max(first, rounding) > _GROWTH if long_horizon else max(left - 4 * rounding, 0.0) / size > _PART
-    return True, growth <= 2 * rounding, fails
+    return _Moves(_norm(once), _norm(twice), left, growth, rounding) if math.isfinite(left) else None
 
 
 def _smallest(parameters: list[Tensor]) -> list[Tensor]:

@@ -217,13 +217,10 @@ class Rates(Scopes):
         return min(lr, scope.lr) if step.factor < 1 else lr
 
     def _follow_schedule(self, index: int, stopped: bool) -> float:
-        """Raise a scope's reference and its rate with the schedule. The rule works on the rate at the peak.
+        """Raise a scope's reference and its rate with the schedule. Return the factor by which the rate rose.
 
-        If the rule picks its own first rate, the rate does not rise: it was learned where the schedule was before. But
-        once tuning has stopped, the scale stays as it is.
-
-        Returns:
-            The factor by which the rate rose.
+        The rule works on the rate at the peak. If the rule picks its own first rate, the rate does not rise: it was
+        learned where the schedule was before. But once tuning has stopped, the scale stays as it is.
         """
         if not self.under_schedule:
             return 1.0
