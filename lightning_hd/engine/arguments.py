@@ -6,7 +6,7 @@ from torch.optim import Optimizer
 
 from lightning_hd.checks import check_count, check_flag, check_number
 from lightning_hd.engine.cooldown import Cooldown
-from lightning_hd.optimizers import has_scheduler, is_marked, parameters_of
+from lightning_hd.optimizers import has_scheduler, is_marked, parameters_of, unwrap
 from lightning_hd.processes import Notices, is_flat_shard
 from lightning_hd.rules import Rule, make_rule
 
@@ -89,10 +89,12 @@ def check_shards(optimizer: Optimizer, rule: Rule) -> None:
 
 def warn_of_marks(optimizer: Optimizer, total_steps: int | None, notices: Notices) -> None:
     """Warn if the length of the run has no effect, because the optimizer itself has left a mark like a scheduler's."""
-    alone = is_marked(optimizer.param_groups) and not has_scheduler(optimizer) and not optimizer.state
+    alone = (
+        is_marked(optimizer.param_groups) and not has_scheduler(optimizer, unwrap(optimizer)) and not optimizer.state
+    )
     if alone and total_steps is not None:
         notices.warn(
             "marks",
             "its groups hold initial_lr, so their rates count as a schedule, and there is no cooldown. If there is no "
-            f"scheduler, pass {notices.owner}(scheduled=False)",
+            f"scheduler, pass {notices.owner}(scheduled=False), and scheduled=True if there is one",
         )

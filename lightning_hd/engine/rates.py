@@ -189,7 +189,7 @@ class Rates(Scopes):
                     self._notices.log(f"step {step.number}: {cause}; {backed_off}")
                 return Decision(lr, used)
         made = f"the rate that {type(rule).__name__} made of {seen}"
-        what = made if finite else f"one of (hypergradient, ‖g‖, ‖d‖) = {tuple(seen or ())}"
+        what = made if finite else f"a number of {seen}"
         self.stay(step, f"{what} is not a finite number; the learning rate stays at {scope.used:g}")
         return Decision(scope.lr, scope.used)
 
