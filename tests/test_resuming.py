@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 from torch.optim import SGD, Adafactor, Adagrad, Adam, AdamW, NAdam, Optimizer, RMSprop
-from torch.optim.lr_scheduler import ExponentialLR
+from torch.optim.lr_scheduler import ConstantLR, ExponentialLR
 
 from lightning_hd import HypergradientLR
 
@@ -202,6 +202,90 @@ def test_a_load_that_fails_takes_nothing_over() -> None:
             optimizer.step()
         told.append(hd.stats.writes)
     assert told == [0, 1, 2]
+
+
+def test_a_load_that_fails_late_takes_nothing_over_either() -> None:
+    p = nn.Parameter(torch.ones(3))
+    optimizer = SGD([p], lr=0.1)
+    hd = HypergradientLR(optimizer, "additive")
+    for _ in range(2):
+        p.grad = p.detach().clone()
+        optimizer.step()
+    optimizer.param_groups[0]["lr"] = 0.05
+    before = hd.lrs
+    for warm_start in (False, True):
+        with pytest.raises(ValueError, match="damaged"):
+            hd.load_state_dict({**hd.state_dict(), "looks": {}}, warm_start=warm_start)
+        assert hd.lrs == before
+        assert hd.stats.writes == 0
+
+
+def test_a_group_with_a_rate_of_its_own_can_be_added_while_a_look_is_on_its_way() -> None:
+    def build() -> Loop:
+        loop = Loop()
+        loop.hd.detach()
+        loop.hd = HypergradientLR(loop.optimizer, scope="group")
+        return loop
+
+    def add(loop: Loop) -> None:
+        loop.optimizer.add_param_group({"params": [nn.Parameter(torch.zeros(3))]})
+
+    loop = build()
+    loop.steps(range(1200))
+    for number in range(1200, 1210):
+        loop.steps([number])
+        network, optimizer, hd = copy.deepcopy((loop.network, loop.optimizer, loop.hd))
+        optimizer.add_param_group({"params": [nn.Parameter(torch.zeros(3))]})
+        resumed = build()
+        add(resumed)
+        resumed.load([part.state_dict() for part in (network, optimizer, hd)])
+        assert resumed.hd.step_count == number + 1
+
+
+@pytest.mark.filterwarnings("ignore:.*lr_scheduler.step.*before.*optimizer.step")
+@pytest.mark.parametrize("saved", [False, True])
+def test_a_first_step_that_fails_under_a_schedule_leaves_the_scale(saved: bool) -> None:
+    p = nn.Parameter(torch.zeros(1))
+    optimizer = SGD([p], lr=0.01)
+    ConstantLR(optimizer, 0.3, 4)
+    hd, states = HypergradientLR(optimizer), list[Any]()
+
+    def save(*_: Any) -> None:
+        states.append(hd.state_dict())
+        raise MemoryError
+
+    p.grad = torch.ones(1)
+    handle = optimizer.register_step_pre_hook(save)
+    with pytest.raises(MemoryError):
+        optimizer.step()
+    handle.remove()
+    if saved:
+        hd.load_state_dict(states[0])
+    hd.paused = True
+    optimizer.step()
+    assert p.item() == pytest.approx(-0.003)
+
+
+@pytest.mark.parametrize("saves", [False, True])
+def test_a_rate_that_is_written_into_all_groups_is_the_new_one_also_where_one_was_added(saves: bool) -> None:
+    p, q = (nn.Parameter(torch.ones(3)) for _ in range(2))
+    optimizer = SGD([p], lr=0.1)
+    hd = HypergradientLR(optimizer, "additive")
+
+    def step() -> None:
+        for x in (p, q):
+            x.grad = x.detach().clone()
+        optimizer.step()
+
+    step()
+    step()
+    optimizer.add_param_group({"params": [q], "lr": 0.1})
+    if saves:
+        hd.state_dict()
+    for group in optimizer.param_groups:
+        group["lr"] = 0.01
+    step()
+    assert hd.lrs == pytest.approx([0.01218] * 2, rel=1e-3)
 
 
 @pytest.mark.parametrize("engine_first", [False, True])

@@ -45,6 +45,7 @@ class Step:
     stopped: bool  # whether the learned scales stay as they are
     nonlinear: bool  # whether the optimizer's step is found not to be linear in its rate
     held: list[float]  # what param_groups[i]["lr"] held before
+    anchors: Sequence[dict[str, Any]] = ()  # what of each scope a schedule may change in the step, as it was before
     seen: Sequence[Observation | None] = ()  # what each scope learns from; None: there was no step before
     rules: list[dict[str, Any]] = field(default_factory=list)  # the states of the rules before, where they may change
     finite: bool = True  # otherwise a scope stays at its rates

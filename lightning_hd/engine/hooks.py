@@ -103,7 +103,7 @@ class StepHooks:
 
     def _save(self, optimizer: Optimizer, state_dict: dict[str, Any]) -> dict[str, Any]:
         """Save the rates that the groups hold between steps, if it is done in a step, as by a handler of a signal."""
-        during, before, _ = self._tuning.before
+        during, before, *_ = self._tuning.before
         groups = list(state_dict["param_groups"])
         for i, (lr, held) in enumerate(zip(during, before, strict=False)):
             if float(groups[i]["lr"]) == lr:  # else it was written since a step that failed

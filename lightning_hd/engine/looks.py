@@ -252,7 +252,8 @@ class Looks:
         """
         losses = Losses(*([check_loss(loss) for loss in state_dict[name]] for name in vars(self.losses)))
         numbers = [float(number) for number in state_dict["pending"]]
-        if numbers and len(numbers) != len(self.rates.scopes) * self.view.width + _OTHERS:
+        scopes, rest = divmod(len(numbers) - _OTHERS, self.view.width)
+        if numbers and (rest or not 0 < scopes <= len(self.rates.scopes)):  # scopes may have been added since
             raise ValueError(f"pending must not be {len(numbers)} numbers")
         pending = Sum(torch.tensor(numbers, dtype=torch.float64)) if numbers else None
         self.pause()  # the parameters may be loaded, too

@@ -102,15 +102,15 @@ class Rates(Scopes):
             self._go_on()
         held = read_lrs(self.optimizer, signed=scheduled or self.limits[0] < 0)
         fresh = set(range(len(self.scopes))) if scheduled != self.under_schedule else set()
-        self.held, self.under_schedule = held, scheduled
-        if len(held) > len(self.groups):
+        self.held, self.under_schedule, known = held, scheduled, len(self.groups)
+        if len(held) > known:
             fresh |= self._add_groups()
             self.trajectories += [Trajectory() for _ in self.scopes[len(self.trajectories) :]]
         for group, lr in zip(self.groups, held, strict=True):
             if scheduled:
                 group.share = lr * group.join
             elif lr != group.lr and group.scope not in fresh:
-                if all(held[i] != self.groups[i].lr for i in self.members(group.scope)):
+                if all(held[i] != self.groups[i].lr for i in self.members(group.scope) if i < known):
                     fresh.add(group.scope)
                 else:
                     write(self.scopes[group.scope], group, lr)

@@ -12,6 +12,9 @@ from lightning_hd.engine.step import Tuning
 from lightning_hd.optimizers import as_held, get_lrs, set_lr
 from lightning_hd.rules import Rule, rule_name
 
+_LEARNED = ("scopes", "groups", "held", "trajectories", "under_schedule")
+"""What loading changes in the rates, or what comes before it."""
+
 
 def save(tuning: Tuning) -> dict[str, Any]:
     """The state: plain numbers, and what the view remembers."""
@@ -46,8 +49,11 @@ def load(tuning: Tuning, state_dict: dict[str, Any], loaded: bool) -> None:
     tuning.abandon()
     before, held = [group.lr for group in tuning.rates.groups], get_lrs(tuning.optimizer.param_groups)
     written = [lr != was for lr, was in zip(held, before, strict=False)] + [False] * (len(held) - len(before))
+    parts: list[Any] = [tuning.looks, tuning.view, tuning.writes]
+    kept = [(part, dict(vars(part))) for part in parts]
+    learned = copy.deepcopy({name: getattr(tuning.rates, name) for name in _LEARNED})
+    kept.append((tuning.rates, {**vars(tuning.rates), **learned}))
     tuning.sync()
-    kept = [(part, dict(vars(part))) for part in (tuning.looks, tuning.view)]
     scheduled = tuning.rates.under_schedule
     try:
         *counts, begin = (check_count(name, state_dict[name]) for name in ("step_count", "nonfinite_steps", "begin"))
@@ -77,9 +83,7 @@ def begin_from(tuning: Tuning, state_dict: dict[str, Any]) -> None:
     """
     _check_kind(state_dict, tuning)
     rates = tuning.rates
-    tuning.abandon()
-    tuning.sync()
-    groups, scopes, scheduled = rates.groups, rates.scopes, rates.under_schedule
+    groups, scopes, scheduled = rates.groups, rates.scopes, rates.is_scheduled()  # load() syncs them
     load(tuning, state_dict, loaded=True)
     for i, (scope, own) in enumerate(zip(rates.scopes, scopes, strict=True)):
         bases = [abs(rates.groups[j].base) for j in rates.members(i)]
@@ -120,18 +124,23 @@ class _SavedGroup(Group):
 
 
 def _save_rates(
-    rates: Rates, during: Sequence[float], before: Sequence[float], rules: Sequence[dict[str, Any]]
+    rates: Rates,
+    during: Sequence[float],
+    before: Sequence[float],
+    rules: Sequence[dict[str, Any]],
+    anchors: Sequence[dict[str, Any]],
 ) -> dict[str, Any]:
     """Save the rates as they were before a step that runs; see ``Tuning.before``."""
     held = get_lrs(rates.optimizer.param_groups)
     for i, (lr, was) in enumerate(zip(during, before, strict=False)):
         held[i] = was if held[i] == lr else held[i]
     states = [*rules, *(scope.rule.state_dict() for scope in rates.scopes[len(rules) :])]
+    owns = [*anchors, *({} for _ in rates.scopes[len(anchors) :])]
     return {
         "scheduled": rates.under_schedule,
         "scopes": [
-            {**save_fields(scope, without=("rule", "last")), "rule": state}
-            for scope, state in zip(rates.scopes, states, strict=True)
+            {**save_fields(scope, without=("rule", "last")), **own, "rule": state}
+            for scope, own, state in zip(rates.scopes, owns, states, strict=True)
         ],
         "trajectories": [save_fields(trajectory) for trajectory in rates.trajectories],
         "groups": [{**save_fields(group), "held": lr} for group, lr in zip(rates.groups, held, strict=False)],

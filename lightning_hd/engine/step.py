@@ -23,6 +23,8 @@ from lightning_hd.optimizers import give_back, parameters_of, put_back, set_lr
 from lightning_hd.processes import Notices, Ranks
 from lightning_hd.rules import Observation, Rule
 
+_ANCHORS = ("reference", "lr", "used", "from_zero")
+
 _IDLE = 20
 """After so many first steps without a trace in the parameters, there is a warning."""
 
@@ -180,11 +182,12 @@ class Tuning:
         return self._passed is not None
 
     @property
-    def before(self) -> tuple[Sequence[float], Sequence[float], Sequence[dict[str, Any]]]:
-        """The rates of a step that runs, those before it, and the states of the first rules; nothing between steps."""
+    def before(self) -> tuple[Sequence[float], Sequence[float], Sequence[dict[str, Any]], Sequence[dict[str, Any]]]:
+        """The rates of a step that runs, and from before it the rates, the states of rules, and ``Step.anchors``."""
         if self._passed is not None:
-            return *self._passed, ()
-        return ((), (), ()) if self._step is None else (self._step.lrs, self._step.held, self._step.rules)
+            return *self._passed, (), ()
+        step = self._step
+        return ((), (), (), ()) if step is None else (step.lrs, step.held, step.rules, step.anchors)
 
     def abandon(self) -> None:
         """Forget a step that began but raised an error. The rate stays as it was."""
@@ -197,6 +200,8 @@ class Tuning:
         self.view.abandon()
         for scope, rule in zip(self.rates.scopes, step.rules, strict=False):
             scope.rule.load_state_dict(rule)
+        for scope, anchors in zip(self.rates.scopes, step.anchors, strict=False):
+            vars(scope).update(anchors)
         if not put_back(self.optimizer, step.lrs, step.held) and self.rates.under_schedule:
             self.notices.warn(
                 "schedule",
@@ -221,6 +226,8 @@ class Tuning:
 
     def _decide(self, step: Step) -> None:
         """Take in what is new, and set the rates."""
+        if self.rates.under_schedule:
+            step.anchors = [{name: getattr(scope, name) for name in _ANCHORS} for scope in self.rates.scopes]
         for i, sight in enumerate(step.sights):
             if sight.joined:
                 self._restart(i)
