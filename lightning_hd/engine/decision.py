@@ -25,6 +25,20 @@ class Look(NamedTuple):
     stride: int  # for how many steps the last look stands
 
 
+class Before(NamedTuple):
+    """What holds without a step that runs; empty between steps."""
+
+    during: Sequence[float] = ()  # the rates of the step
+    held: Sequence[float] = ()  # the rates before it
+    rules: Sequence[dict[str, Any]] = ()  # the states of the first rules
+    anchors: Sequence[dict[str, Any]] = ()  # see ``Step.anchors``
+
+    def lrs(self, holding: Sequence[float]) -> list[float]:
+        """The rates of all groups, from what they hold: those before the step, unless others have written since."""
+        known = [was if held == lr else held for held, lr, was in zip(holding, self.during, self.held, strict=False)]
+        return known + list(holding[len(known) :])
+
+
 class Decision(NamedTuple):
     """The next rate of a scope."""
 

@@ -13,7 +13,7 @@ from torch.utils.hooks import RemovableHandle
 
 from lightning_hd.engine.looks import versions
 from lightning_hd.engine.step import Tuning
-from lightning_hd.optimizers import like, parameters_of
+from lightning_hd.optimizers import get_lrs, like, parameters_of
 from lightning_hd.processes import Notices, is_flat_shard
 
 _GRADIENTS, _PASSES = 20, 1000
@@ -103,12 +103,10 @@ class StepHooks:
 
     def _save(self, optimizer: Optimizer, state_dict: dict[str, Any]) -> dict[str, Any]:
         """Save the rates that the groups hold between steps, if it is done in a step, as by a handler of a signal."""
-        during, before, *_ = self._tuning.before
-        groups = list(state_dict["param_groups"])
-        for i, (lr, held) in enumerate(zip(during, before, strict=False)):
-            if float(groups[i]["lr"]) == lr:  # else it was written since a step that failed
-                groups[i] = {**groups[i], "lr": like(groups[i]["lr"], held)}
-        return {**state_dict, "param_groups": groups}
+        before, groups = self._tuning.before, state_dict["param_groups"]
+        lrs = before.lrs(get_lrs(groups))
+        kept = [{**group, "lr": like(group["lr"], lr)} for group, lr in zip(groups, lrs, strict=True)]
+        return {**state_dict, "param_groups": kept} if before.during else state_dict
 
     def _wrap(self, closure: Callable[[], Any]) -> Callable[[], Any]:
         """A closure that prepares the step when it has computed the gradients."""

@@ -113,7 +113,7 @@ class Linearity:
             return False, False, False
         growth = moves.growth / max(moves.first, moves.rounding)
         left = max(moves.left - 4 * moves.rounding, 0.0) / moves.second
-        return True, moves.growth <= 2 * moves.rounding, growth > _GROWTH if self._long_horizon else left > _PART
+        return True, moves.are_same, growth > _GROWTH if self._long_horizon else left > _PART
 
 
 def dependence(optimizer: Optimizer, rates: dict[int, float], ranks: Ranks) -> float:
@@ -122,9 +122,11 @@ def dependence(optimizer: Optimizer, rates: dict[int, float], ranks: Ranks) -> f
     It is 1 where moves are proportional to the rates, or are not known. It is less where a part of every step does not
     depend on them, as a projection of the weights.
     """
-    moves = _replay(optimizer, rates) if torch_class(type(optimizer)) is None else None
-    seen = moves is not None and moves.growth > 2 * moves.rounding
-    squares = [moves.growth**2, moves.first**2] if moves is not None and seen else [0.0, 0.0]
+    if torch_class(type(optimizer)) is not None:
+        return 1.0
+    moves, squares = _replay(optimizer, rates), [0.0, 0.0]
+    if moves is not None and not moves.are_same:
+        squares = [moves.growth**2, moves.first**2]
     growth, first = ranks.sum(torch.tensor(squares, dtype=torch.float32, device=device_of(optimizer))).tolist()
     return min(1.0, math.sqrt(growth / first)) if first else 1.0
 
@@ -137,6 +139,11 @@ class _Moves(NamedTuple):
     left: float  # of what is left of the second without twice the first
     growth: float  # of their difference
     rounding: float  # of the parameters
+
+    @property
+    def are_same(self) -> bool:
+        """Whether they do not differ, but for rounding."""
+        return self.growth <= 2 * self.rounding
 
 
 def _replay(optimizer: Optimizer, rates: dict[int, float]) -> _Moves | None:

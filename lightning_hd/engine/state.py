@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from lightning_hd.checks import check_count, check_fields, check_flag, save_fields
+from lightning_hd.engine.decision import Before
 from lightning_hd.engine.rates import Rates, Trajectory
 from lightning_hd.engine.scopes import Group, Scope
 from lightning_hd.engine.step import Tuning
@@ -27,7 +28,7 @@ def save(tuning: Tuning) -> dict[str, Any]:
         "nonfinite_steps": tuning.nonfinite_steps,
         "begin": tuning.cooldown.begin,
         "nonlinear": tuning.linearity.failed,
-        "rates": _save_rates(tuning.rates, *tuning.before),
+        "rates": _save_rates(tuning.rates, tuning.before),
         "view": tuning.view.state_dict(),
         "looks": tuning.looks.state_dict(),
     }
@@ -81,7 +82,6 @@ def begin_from(tuning: Tuning, state_dict: dict[str, Any]) -> None:
     Raises:
         ValueError: The state is of another optimizer class, rule, scope or layout of parameter groups, or damaged.
     """
-    _check_kind(state_dict, tuning)
     rates = tuning.rates
     groups, scopes, scheduled = rates.groups, rates.scopes, rates.is_scheduled()  # load() syncs them
     load(tuning, state_dict, loaded=True)
@@ -123,24 +123,16 @@ class _SavedGroup(Group):
     held: float = 0.0
 
 
-def _save_rates(
-    rates: Rates,
-    during: Sequence[float],
-    before: Sequence[float],
-    rules: Sequence[dict[str, Any]],
-    anchors: Sequence[dict[str, Any]],
-) -> dict[str, Any]:
-    """Save the rates as they were before a step that runs; see ``Tuning.before``."""
-    held = get_lrs(rates.optimizer.param_groups)
-    for i, (lr, was) in enumerate(zip(during, before, strict=False)):
-        held[i] = was if held[i] == lr else held[i]
-    states = [*rules, *(scope.rule.state_dict() for scope in rates.scopes[len(rules) :])]
-    owns = [*anchors, *({} for _ in rates.scopes[len(anchors) :])]
+def _save_rates(rates: Rates, before: Before) -> dict[str, Any]:
+    """Save the rates as they were before a step that runs."""
+    held = before.lrs(get_lrs(rates.optimizer.param_groups))
+    states = [*before.rules, *(scope.rule.state_dict() for scope in rates.scopes[len(before.rules) :])]
+    anchors = [*before.anchors, *({} for _ in rates.scopes[len(before.anchors) :])]
     return {
         "scheduled": rates.under_schedule,
         "scopes": [
-            {**save_fields(scope, without=("rule", "last")), **own, "rule": state}
-            for scope, own, state in zip(rates.scopes, owns, states, strict=True)
+            {**save_fields(scope, without=("rule", "last")), **anchor, "rule": state}
+            for scope, anchor, state in zip(rates.scopes, anchors, states, strict=True)
         ],
         "trajectories": [save_fields(trajectory) for trajectory in rates.trajectories],
         "groups": [{**save_fields(group), "held": lr} for group, lr in zip(rates.groups, held, strict=False)],

@@ -1,6 +1,5 @@
 """One step of a tuned optimizer, from top to bottom: sync, look, decide, set, remember."""
 
-from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from time import perf_counter
@@ -10,7 +9,7 @@ import torch
 from torch.optim import Optimizer
 
 from lightning_hd.engine.cooldown import Cooldown
-from lightning_hd.engine.decision import Look, Step
+from lightning_hd.engine.decision import Before, Look, Step
 from lightning_hd.engine.first_rate import FirstRates
 from lightning_hd.engine.linearity import Linearity
 from lightning_hd.engine.looks import Looks, check_loss
@@ -24,6 +23,7 @@ from lightning_hd.processes import Notices, Ranks
 from lightning_hd.rules import Observation, Rule
 
 _ANCHORS = ("reference", "lr", "used", "from_zero")
+"""What of a scope a schedule may change in a step."""
 
 _IDLE = 20
 """After so many first steps without a trace in the parameters, there is a warning."""
@@ -182,12 +182,12 @@ class Tuning:
         return self._passed is not None
 
     @property
-    def before(self) -> tuple[Sequence[float], Sequence[float], Sequence[dict[str, Any]], Sequence[dict[str, Any]]]:
-        """The rates of a step that runs, and from before it the rates, the states of rules, and ``Step.anchors``."""
+    def before(self) -> Before:
+        """What holds without a step that runs."""
         if self._passed is not None:
-            return *self._passed, (), ()
+            return Before(*self._passed)
         step = self._step
-        return ((), (), (), ()) if step is None else (step.lrs, step.held, step.rules, step.anchors)
+        return Before() if step is None else Before(step.lrs, step.held, step.rules, step.anchors)
 
     def abandon(self) -> None:
         """Forget a step that began but raised an error. The rate stays as it was."""
