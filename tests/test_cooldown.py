@@ -10,11 +10,13 @@ import torch
 from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.callbacks import GradientAccumulationScheduler
 from torch import nn
-from torch.optim import SGD
+from torch.optim import SGD, lr_scheduler
 from torch.utils.data import DataLoader
 
 from lightning_hd import Auto, HypergradientDescent, HypergradientLR
+from lightning_hd.rules import Context
 from lightning_hd.trainer.attachment import TrainerEngine
+from tests.benchmarks import tasks, training, tuners
 from tests.test_callback import Reference, make_trainer
 
 pytestmark = [
@@ -175,3 +177,62 @@ def test_a_fit_that_has_no_step_left_ends_in_peace(cooldown: Any, tmp_path: Path
     for trainer in (tuned, plain):
         trainer.fit(Reference(), ckpt_path=tmp_path / "last.ckpt")
     assert tuned.global_step == plain.global_step
+
+
+seen: list[float] = []
+
+
+class Seeing(Auto):
+    """Notes the falls that are still to come, of which it is told."""
+
+    def discount(self, lr: float, context: Context) -> float:
+        seen.append(context.cooldown)
+        return super().discount(lr, context)
+
+
+class Scheduled(Reference):
+    """Rates rise over 5 steps, stay for 5, and fall by as many steps as there are."""
+
+    def __init__(self, fall: float) -> None:
+        super().__init__()
+        self.fall = fall
+
+    def configure_optimizers(self) -> Any:
+        optimizer = SGD(self.parameters(), lr=0.01)
+        scheduler = lr_scheduler.LambdaLR(optimizer, lambda t: min(1.0, (t + 1) / 5) - self.fall * max(0, t - 9))
+        return [optimizer], [{"scheduler": scheduler, "interval": "step"}]
+
+
+@pytest.mark.parametrize("fall", [0.0, 1e-6, 0.01])
+def test_a_schedule_that_has_begun_to_fall_counts_as_a_cooldown_that_ends_with_the_training(
+    fall: float, tmp_path: Path
+) -> None:
+    seen.clear()
+    hd = HypergradientDescent(Seeing())
+    make_trainer(tmp_path, hd, max_epochs=3, limit_train_batches=20).fit(Scheduled(fall))
+    begins = 10 if fall == 0.01 else math.inf
+    assert seen == [60.0 - step if step >= begins else 0.0 for step in range(60)]
+
+
+def test_it_is_as_good_as_the_best_rate_under_the_same_schedule() -> None:
+    """Noise decides here. Without the length of the run, the loss is four times as high."""
+
+    def loss(method: str, rate: float) -> float:
+        problem = tasks.build("quadratic", 0, Path())
+        return training.train(problem, tuners.methods("auto")[method], "Nesterov", rate, 0.0, 2000).train_loss
+
+    assert loss("auto+cosine", 1e-3) <= 1.1 * min(loss("cosine", rate) for rate in (0.03, 0.1, 0.3))
+
+
+@pytest.mark.parametrize("scheduled", [0.0, 1.0])
+def test_a_schedule_may_be_at_zero_when_it_begins_or_ends(scheduled: float, tmp_path: Path) -> None:
+    class Zero(Reference):
+        def configure_optimizers(self) -> Any:
+            optimizer = SGD(self.parameters(), lr=0.01)
+            scheduler = lr_scheduler.LambdaLR(optimizer, lambda t: scheduled if t < 30 else 1 - scheduled)
+            return [optimizer], [{"scheduler": scheduler, "interval": "step"}]
+
+    hd = HypergradientDescent()
+    make_trainer(tmp_path, hd, max_epochs=3, limit_train_batches=20).fit(Zero())
+    lrs = hd.lrs["lr-SGD"]
+    assert all(math.isfinite(lr) and (lr > 0) == ((t < 30) == bool(scheduled)) for t, lr in enumerate(lrs))

@@ -35,9 +35,13 @@ class Cooldown:
         """Whether a step, counted from 1, comes after the last one of the cooldown."""
         return bool(self.part and self.total and step > self.total)
 
+    def rest(self, step: int) -> float:
+        """The number of steps from a step on, counted from 1; 0 if it is not known."""
+        return max(0.0, (self.total or 0) - step + 1)
+
     def left(self, step: int) -> float:
         """The length of the cooldown that is still to come before a step, counted from 1; 0 if there is none."""
-        return max(0.0, min(self.length, (self.total or 0) - step + 1))
+        return min(self.length, self.rest(step))
 
     def factor(self, step: int) -> float:
         """The factor of the rate in a step, counted from 1. It stays above 0, even in steps after the last one."""

@@ -18,12 +18,11 @@ from lightning_hd.optimizers import LARGEST, apply_lr, has_scheduler, is_marked,
 from lightning_hd.processes import Notices
 from lightning_hd.rules import Context, Observation, Rule
 
-_LOW = 0.5
-"""A schedule is low below this part of its peak."""
+_LOW, _FALLEN = 0.5, 0.999
+"""A schedule is low, and has begun to fall, below these parts of its peak."""
 
 _ROUNDING = 2.0**-23
 """The relative rounding of gradients in float32."""
-
 
 _POINTS = 256
 """The largest number of points. When it is exceeded, every second one is dropped, and half as many are added later."""
@@ -164,7 +163,7 @@ class Rates(Scopes):
 
     def _decide(self, step: Step, index: int, seen: Observation | None) -> Decision:
         scope = self.scopes[index]
-        rule, context, backoffs = scope.rule, self._context(step, scope), scope.rule.backoffs
+        rule, context, backoffs = scope.rule, self._context(step, index), scope.rule.backoffs
         if step.look.taken or step.look.seen:
             step.rules.append(rule.state_dict())
         finite = seen is None or all(map(math.isfinite, seen))
@@ -193,8 +192,10 @@ class Rates(Scopes):
         self.stay(step, f"{what} is not a finite number; the learning rate stays at {scope.used:g}")
         return Decision(scope.lr, scope.used)
 
-    def _context(self, step: Step, scope: Scope) -> Context:
-        return Context(step.number - scope.since, step.cooldown, self._rounding, step.nonlinear, step.look.stride)
+    def _context(self, step: Step, index: int) -> Context:
+        since, falls = self.scopes[index].since, not self.under_schedule or self._scheduled_part(index) < _FALLEN
+        cooldown = step.cooldown if falls else 0.0
+        return Context(step.number - since, cooldown, self._rounding, step.nonlinear, step.look.stride)
 
     def _minimized(self, loss: float | None, index: int) -> float | None:
         """The loss with its sign flipped if the groups of a scope maximize it; unknown if only some of them do."""
@@ -246,8 +247,8 @@ class Rates(Scopes):
 
         What is not finite is not remembered, even where no rule learns from it.
         """
-        for scope, sight, decision in zip(self.scopes, step.sights, step.decisions, strict=True):
-            rule, context = scope.rule, self._context(step, scope)
+        for i, (sight, decision) in enumerate(zip(step.sights, step.decisions, strict=True)):
+            rule, context = self.scopes[i].rule, self._context(step, i)
             if rule.long_horizon and all(map(math.isfinite, sight.observation)):
                 moves, smoothing = rule.discount(decision.lr * step.factor, context), rule.smoothing(context)
                 step.retained.append(Retained(number(moves, rule, "discount"), number(smoothing, rule, "smoothing")))

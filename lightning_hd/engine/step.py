@@ -277,7 +277,9 @@ class Tuning:
     def _new_step(self, look: Look) -> Step:
         sights, loss = look.seen or ([UNSEEN] * len(self.rates.scopes), None)
         number, cooldown, factor = self.step_count + 1, 0.0, 1.0
-        if self.cooldown.total is not None and not self.rates.under_schedule:  # a schedule falls by itself
+        if self.rates.under_schedule:  # it falls by itself, until the end
+            cooldown = self.cooldown.rest(number)
+        elif self.cooldown.total is not None:
             cooldown, factor = self.cooldown.left(number), self.cooldown.factor(number)
             if self.cooldown.is_over(number):
                 self.notices.warn(

@@ -74,7 +74,8 @@ class HypergradientLR:
             parameters, as of ``fully_shard`` and tensor parallelism). Hypergradients are summed over them by one
             ``all_reduce`` per look, and the rates are equal bit for bit. ``None``: the default group if
             ``torch.distributed`` is initialized. Give models that train apart a group each.
-        total_steps: How many steps the training takes; ``None``: it is not known.
+        total_steps: How many steps the training takes; ``None``: it is not known. The default rule takes it that a
+            schedule which has begun to fall goes on falling until then.
         cooldown: The last part of these steps, from 0 to 1, over which the rates fall to 0; 0: none.
             ``"default"``: a fifth with the default rule, none with the paper's. There is none under a scheduler.
         stop_after: The number of steps after which tuning stops. The learned scale then stays as it is, and schedules

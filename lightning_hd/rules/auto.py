@@ -116,7 +116,8 @@ class Auto(Rule):
     at the end removes. Along a direction of curvature ``λ`` the noise of the parameters forgets itself at the rate
     ``α λ``. So its product with a mean over ``W`` steps keeps the part ``1 / (1 + α λ W)`` of it. A cooldown over ``n``
     steps leaves about ``√(2 / (α λ n))``. For ``W = n / 20`` both are alike within a factor of two, from ``α λ``
-    of 0.01 to 1. What is learned along flat directions counts in full. Without a cooldown, ``W = 1`` and ``Ē = E``.
+    of 0.01 to 1. What is learned along flat directions counts in full. Without a cooldown, ``W = 1`` and ``Ē = E``. A
+    schedule that has fallen below its peak counts as a cooldown that ends with the run, if its length is known.
 
     **Gradients that turn round.** ``κ`` is the running mean of the cosine of two gradients in a row. Near -1 gradients
     turn round, so steps are too long, and ``g · E`` is believed. Above 0.8 they do not turn. Then nothing asks for a

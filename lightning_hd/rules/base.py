@@ -46,7 +46,8 @@ class Context(NamedTuple):
 
     Attributes:
         step: ``t``, the number of the step, counted from 1. It starts anew where the rate starts anew.
-        cooldown: The length of the cooldown at the end that is still to come, in steps; 0 if there is none.
+        cooldown: The length of the cooldown at the end that is still to come, in steps; 0 if there is none. Under a
+            schedule that has begun to fall, it is all of the steps that are still to come, if their number is known.
         rounding: The relative rounding of gradients, in float32 or in float64.
         nonlinear: Whether the optimizer's step is found not to be linear in its rate. A change of the rate then also
             changes what former steps have done.

@@ -117,12 +117,12 @@ def hypergradient(
     decay: float,
     steps: int,
     rule: Any,
-    cooldown: bool = False,
+    length: bool = False,
     told: bool = True,
 ) -> Tuning:
-    """One of lightning_hd's rules. It knows the length of the run if it has a cooldown, and the loss if it is told."""
+    """One of lightning_hd's rules, which may know the length of the run and the loss."""
     optimizer = plain(network, base, rate, decay)
-    engine = HypergradientLR(optimizer, rule=rule, total_steps=steps if cooldown else None)
+    engine = HypergradientLR(optimizer, rule=rule, total_steps=steps if length else None)
     tuning = Tuning(optimizer, lambda: engine.lrs[0])
     return replace(tuning, observe=engine.observe) if told else tuning
 
@@ -253,7 +253,7 @@ def rule_method(
     told: bool = True,
 ) -> Method:
     """One of lightning_hd's rules, for all base optimizers; see ``hypergradient``."""
-    start = functools.partial(hypergradient, rule=rule, cooldown=cooldown, told=told)
+    start = functools.partial(hypergradient, rule=rule, length=cooldown or schedule is not None, told=told)
     return Method(start, dict.fromkeys(BASES, rates), schedule=schedule)
 
 
