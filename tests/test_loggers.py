@@ -3,6 +3,7 @@
 import csv
 import importlib
 import json
+import re
 import struct
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -18,6 +19,7 @@ from torch import Tensor, nn
 from torch.optim import SGD, Adam
 
 from lightning_hd import HypergradientDescent
+from lightning_hd.reporting.names import LAYOUT
 from tests.test_callback import LOGGED, Digits, Observer, Reference, events, make_trainer, scalars, tags
 
 pytestmark = [
@@ -190,6 +192,25 @@ def test_an_event_file_and_a_csv_file_of_one_training_hold_the_same(tmp_path: Pa
     points = [(event.step, event.value) for event in events(tmp_path / "tb").Scalars("hd/lr-SGD")]
     assert points == [(step, pytest.approx(lr, rel=1e-6)) for step, lr in enumerate(hd.lrs["lr-SGD"])]
     assert [row["hd/lr-SGD"] for row in own(rows)] == hd.lrs["lr-SGD"][4::5]
+
+
+def test_a_prefix_is_before_all_tags_and_the_charts_show_them(tmp_path: Path) -> None:
+    """Lightning offers it to tell trainings apart that share a folder."""
+    trainings = {"plain": "", "student": "student", "fold": "fold/1"}
+    steps = {}
+    for name, prefix in trainings.items():
+        hd = HypergradientDescent()
+        logger = TensorBoardLogger(tmp_path / name, prefix=prefix)
+        make_trainer(tmp_path, hd, logger=logger, log_every_n_steps=5).fit(Logging())
+        tag = f"{prefix}-hd/lr-SGD" if prefix else "hd/lr-SGD"
+        steps[name] = [event.step for event in events(tmp_path / name).Scalars(tag)]
+    plain, *others = (set(events(tmp_path / name).Tags()["scalars"]) for name in trainings)
+    for prefix, found in zip(["student", "fold/1"], others, strict=True):
+        assert found == {f"{prefix}-{tag}" for tag in plain}
+    assert steps["plain"] == steps["student"] == steps["fold"] == list(range(EPOCH))
+    for _, expressions in LAYOUT["learning rate"].values():
+        matching = [{tag for tag in found if re.match("|".join(expressions), tag)} for found in (plain, others[0])]
+        assert matching[1] == {f"student-{tag}" for tag in matching[0]}
 
 
 @pytest.mark.filterwarnings("ignore:LightningCLI's args parameter")

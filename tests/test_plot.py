@@ -447,6 +447,27 @@ def test_no_point_is_dropped(tmp_path: Path) -> None:
     assert run.rates["SGD"] == (list(range(10_100)), list(range(1, 10_101)))
 
 
+def test_trainings_that_share_a_folder_are_told_apart_by_the_prefixes_of_their_loggers(tmp_path: Path) -> None:
+    hds = [HypergradientDescent(), HypergradientDescent()]
+    for prefix, hd in zip(["a", "a-b/2"], hds, strict=True):
+        logger = TensorBoardLogger(tmp_path, "run", "v1", prefix=prefix)
+        make_trainer(tmp_path, hd, logger=logger, log_every_n_steps=1, limit_train_batches=len(prefix) * 10).fit(
+            Reference()
+        )
+    monitored: dict[str, Any] = {"a-lr-SGD": [0.1, 0.2], "a-lr-SGD-momentum": [0.9, 0.9], "a-loss": [3, 4]}
+    write_csv(tmp_path / "csv", {"step": [1, 2], **monitored, "hd/cosine-SGD/x-lr-y": [0, 0]})
+    without, csv_run, *read = load([tmp_path])
+    assert [run.name for run in read] == ["run/v1 · a", "run/v1 · a-b/2"]
+    assert (without.name, csv_run.name, without.rates) == ("csv", "csv · a", {})
+    assert (csv_run.rates, csv_run.loss) == ({"SGD": ([1, 2], [0.1, 0.2])}, ([1, 2], [3, 4]))
+    for run, hd in zip(read, hds, strict=True):
+        assert run.rates["SGD"][1] == pytest.approx(hd.lrs["lr-SGD"], rel=1e-6)
+        assert run.loss is not None
+        assert len(run.loss[0]) == len(run.rates["SGD"][0]) == len(run.cosines["SGD"][0]) + 1
+    assert [run.loss is not None for run in load([tmp_path / "run"], loss="a-b/2-loss")] == [False, True]
+    assert [run.loss is not None for run in load([tmp_path / "run"], loss="loss")] == [True, True]
+
+
 def test_a_callback_draws_its_training_as_the_command_draws_the_logs(tmp_path: Path) -> None:
     hd = HypergradientDescent()
     with pytest.raises(RuntimeError, match="there is nothing to plot: no step of an optimizer was tuned yet"):

@@ -57,11 +57,9 @@ def log_curves(trainer: Trainer, recorders: Sequence[Recorder]) -> None:
     """Write the rates of all steps since the last call into event files."""
     points = [point for recorder in recorders for point in recorder.take_curve()]
     for logger in filter(_writes_events, trainer.loggers):
-        writer = getattr(logger, "experiment")  # noqa: B009  # the subclass has it; on other processes it does nothing
         for name, lr, step in points:
-            writer.add_scalar(tag("lr", name), lr, step)
-            if lr > 0:
-                writer.add_scalar(tag("log10_lr", name), math.log10(lr), step)
+            logarithm = {tag("log10_lr", name): math.log10(lr)} if lr > 0 else {}
+            logger.log_metrics(metrics={tag("lr", name): lr, **logarithm}, step=step)
 
 
 def describe(trainer: Trainer, pl_module: LightningModule, settings: dict[str, Any]) -> None:

@@ -7,14 +7,16 @@ from torch.optim import Optimizer
 PREFIX = "hd/"
 """It is short, because TensorBoard cuts off the titles of its cards."""
 
+_ANY = "(.*-)?"  # a logger's prefix, which Lightning puts before all tags, with a dash
+
 LAYOUT = {
     "learning rate": {
-        "learning rate, log10": ["Multiline", ["hd/log10_lr"]],
-        "learning rate": ["Multiline", ["hd/lr-", "lr-"]],
+        "learning rate, log10": ["Multiline", [f"{_ANY}hd/log10_lr"]],
+        "learning rate": ["Multiline", [f"{_ANY}hd/lr-", f"{_ANY}lr-"]],
         "loss": ["Multiline", [".*loss"]],
-        "effective rate, schedule, scale, log10": ["Multiline", ["hd/log10_lr", "hd/log10_schedule", "hd/log10_scale"]],
-        "cosine and its running mean": ["Multiline", ["hd/cosine", "hd/mean_cosine"]],
-        "backoffs": ["Multiline", ["hd/backoffs"]],
+        "effective rate, schedule, scale, log10": ["Multiline", [f"{_ANY}hd/log10_(lr|schedule|scale)"]],
+        "cosine and its running mean": ["Multiline", [f"{_ANY}hd/(mean_)?cosine"]],
+        "backoffs": ["Multiline", [f"{_ANY}hd/backoffs"]],
     }
 }
 """The charts in the tab "Custom scalars". Each shows the tags whose beginning matches one of its expressions."""

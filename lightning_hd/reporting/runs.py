@@ -49,8 +49,9 @@ def load(runs: Sequence[Path | str], loss: str | None = None) -> list[Curves]:
 
     Args:
         runs: Folders with event files of TensorBoard or with ``metrics.csv`` of Lightning's ``CSVLogger``.
-        loss: The tag of the loss; ``None``: the first of ``loss``, ``train_loss``, ``train/loss``, ``loss_step`` and
-            ``train_loss_step`` that a run has logged, else the first tag that ends in ``loss``.
+        loss: The tag of the loss, with or without the prefix of its logger; ``None``: the first of ``loss``,
+            ``train_loss``, ``train/loss``, ``loss_step`` and ``train_loss_step`` that a run has logged, else the first
+            tag that ends in ``loss``.
 
     Returns:
         The curves of each run.
@@ -68,11 +69,15 @@ def load(runs: Sequence[Path | str], loss: str | None = None) -> list[Curves]:
         raise unreadable[0]
     for why in unreadable:
         warnings.warn(f"{why}. This run is left out", stacklevel=2)
-    if loss is not None and not any(loss in tags for tags in read.values()):
+    logged = {(folder, prefix): own for folder, tags in read.items() for prefix, own in _by_prefix(tags).items()}
+    if loss is not None and not any(loss.removeprefix(prefix) in own for (_, prefix), own in logged.items()):
         there = sorted({tag for tags in read.values() for tag in tags}, key=natural)
         raise PlotError(f"no run has logged {loss!r}; the tags are: {', '.join(there)}")
     root = os.path.commonpath([folder.parent for folder in read]) if read else ""
-    curves = [_select(folder.relative_to(root).as_posix(), tags, loss) for folder, tags in read.items()]
+    curves = []
+    for (folder, prefix), own in logged.items():
+        name = " · ".join(filter(None, (folder.relative_to(root).as_posix(), prefix[:-1])))
+        curves.append(_select(name, own, loss and loss.removeprefix(prefix)))
     if not any(run.rates for run in curves):
         where = ", ".join(map(str, runs))
         raise PlotError(
@@ -149,6 +154,18 @@ def _events(folder: Path) -> Iterator[tuple[str, int, float]]:
         for tag in events.Tags()[SCALARS]:
             for event in events.Scalars(tag):
                 yield tag, event.step, event.value
+
+
+def _by_prefix(tags: Mapping[str, Curve]) -> dict[str, dict[str, Curve]]:
+    """The curves of each training that has logged into a folder, by the prefix of its logger: ``student-``, or none."""
+    starts = (rf"(.*?-)??{PREFIX}lr-", r"([^/]*?-)??lr-")  # of the callback, and of LearningRateMonitor
+    found = {match[1] or "" for tag in tags for start in starts if (match := re.match(start, tag))}
+    longest_first = sorted(found, key=lambda prefix: (-len(prefix), prefix))
+    runs: dict[str, dict[str, Curve]] = {}
+    for tag, curve in tags.items():
+        prefix = next(filter(tag.startswith, longest_first), "")
+        runs.setdefault(prefix, {})[tag.removeprefix(prefix)] = curve
+    return dict(sorted(runs.items(), key=lambda item: natural(item[0])))
 
 
 def _select(name: str, tags: Mapping[str, Curve], loss: str | None) -> Curves:
