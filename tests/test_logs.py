@@ -1,13 +1,15 @@
 """What loggers get beside the curves: the settings, a layout of charts; and how a curve goes on."""
 
+import contextlib
 import re
+import signal
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml  # type: ignore[import-untyped]
 from lightning.pytorch import Callback, LightningModule
-from lightning.pytorch.callbacks import LearningRateMonitor
+from lightning.pytorch.callbacks import LearningRateMonitor, OnExceptionCheckpoint
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from tensorboard.plugins.custom_scalar import layout_pb2
 from tensorboard.plugins.hparams import plugin_data_pb2
@@ -86,6 +88,60 @@ def test_a_curve_of_a_resumed_run_goes_on_without_a_gap_or_a_step_twice(tmp_path
         steps = [event.step for event in events(tmp_path / "run").Scalars(tag)]
         assert steps == list(range(66))
     assert list(scalars(tmp_path / "run", "hd/lr-SGD").values()) == pytest.approx(whole.lrs["lr-SGD"], rel=1e-6)
+
+
+class Fails(Callback):
+    """Ends the training in a hook after some steps, and the writing of event files with it if that is ``broken``."""
+
+    def __init__(self, error: BaseException, hook: str, broken: bool = False) -> None:
+        self.error = error
+        self.broken = broken
+        setattr(self, hook, self.fail)
+
+    def fail(self, trainer: Any, *_: Any) -> None:
+        if trainer.global_step == 17:
+            if self.broken:
+                trainer.logger.experiment.add_scalar = self.break_down
+            raise self.error
+
+    def break_down(self, *_: Any) -> None:
+        raise OSError("disk full")
+
+
+@pytest.mark.parametrize("hook", ["on_train_batch_end", "on_before_optimizer_step", "on_train_batch_start"])
+@pytest.mark.parametrize("first", [True, False])
+@pytest.mark.parametrize("error", [ArithmeticError("stop"), KeyboardInterrupt()])
+def test_an_error_loses_no_rate_and_a_resumed_run_has_none_twice(
+    error: BaseException, first: bool, hook: str, tmp_path: Path
+) -> None:
+    hd, resumed, saver = HypergradientDescent(), HypergradientDescent(), OnExceptionCheckpoint(tmp_path)
+    fails = Fails(error, hook)
+    handler = signal.getsignal(signal.SIGINT)
+    for callback, others, path in ((hd, [fails], None), (resumed, [], saver.ckpt_path)):
+        own = [*others, callback] if first else [callback, *others]
+        settings: dict[str, Any] = {"logger": TensorBoardLogger(tmp_path, name="run", version=0)}
+        if path is None:
+            own, settings["enable_checkpointing"] = [*own, saver], True
+        trainer = make_trainer(tmp_path, *own, limit_train_batches=30, **settings)
+        with pytest.raises((ArithmeticError, SystemExit)) if path is None else contextlib.nullcontext():
+            trainer.fit(Reference(), ckpt_path=path)
+    signal.signal(signal.SIGINT, handler)  # Lightning ignores it after a KeyboardInterrupt
+    points = sorted((event.step, event.value) for event in events(tmp_path / "run").Scalars("hd/lr-SGD"))
+    assert [value for _, value in points] == pytest.approx(hd.lrs["lr-SGD"] + resumed.lrs["lr-SGD"], rel=1e-6)
+    assert len(hd.lrs["lr-SGD"]) == 17
+    assert [step for step, _ in points[:17]] == list(range(17))
+    assert len({step for step, _ in points}) == len(points)
+
+
+@pytest.mark.parametrize("every", [0, None])
+def test_what_fails_after_an_error_does_not_hide_it(every: int | None, tmp_path: Path) -> None:
+    hd = HypergradientDescent(log_every_n_steps=every)
+    fails = Fails(ArithmeticError("stop"), "on_train_batch_end", broken=every is None)
+    trainer = make_trainer(tmp_path, fails, hd, logger=TensorBoardLogger(tmp_path), limit_train_batches=30)
+    with pytest.raises(ArithmeticError, match="stop"):
+        trainer.fit(Reference())
+    assert "hd/lr-SGD" not in events(tmp_path).Tags()["scalars"]
+    assert not trainer.optimizers[0]._optimizer_step_pre_hooks  # type: ignore[attr-defined]
 
 
 def test_a_representation_shows_what_differs_from_the_defaults() -> None:

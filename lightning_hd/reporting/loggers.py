@@ -1,5 +1,6 @@
 """What loggers get: numbers at every interval, the rate of every step in event files, a layout, and the settings."""
 
+import contextlib
 import math
 from collections.abc import Sequence
 from dataclasses import replace
@@ -60,6 +61,14 @@ def log_curves(trainer: Trainer, recorders: Sequence[Recorder]) -> None:
         for name, lr, step in points:
             logarithm = {tag("log10_lr", name): math.log10(lr)} if lr > 0 else {}
             logger.log_metrics(metrics={tag("lr", name): lr, **logarithm}, step=step)
+
+
+def rescue_curves(trainer: Trainer, recorders: Sequence[Recorder], step: int) -> None:
+    """Write the rates of all steps since the last call after an exception, those of the last batch at ``step``."""
+    for recorder in recorders:
+        recorder.mark(step)
+    with contextlib.suppress(Exception):  # the first exception is what the user must see; this one may come of it
+        log_curves(trainer, recorders)
 
 
 def describe(trainer: Trainer, pl_module: LightningModule, settings: dict[str, Any]) -> None:

@@ -225,9 +225,8 @@ class HypergradientDescent(Callback):
         if self._restored is not None:
             classes = self._restored.get("classes", [])
             self._guards = guard_states(with_groups(trainer), classes, restart=self.on_mismatch == "restart")
-        for optimizer in trainer.optimizers:
-            if isinstance(optimizer, Optimizer):
-                copies_of(optimizer)
+        for optimizer in (each for each in trainer.optimizers if isinstance(each, Optimizer)):
+            copies_of(optimizer)
 
     def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         """Load the engines' tensors from a distributed checkpoint, because Lightning does not."""
@@ -286,9 +285,11 @@ class HypergradientDescent(Callback):
             loggers.log(trainer, recorders, axis(trainer))
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        """Detach, and remove all hooks, because Lightning calls no ``teardown`` now."""
+        """Detach, write what was not logged yet, and remove all hooks: Lightning calls no ``teardown`` now."""
         self._attachment.detach()
         self._let_go(trainer)
+        if self.log_every_n_steps != 0:
+            loggers.rescue_curves(trainer, self._recorders, axis(trainer))
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Detach."""
@@ -306,9 +307,8 @@ class HypergradientDescent(Callback):
     def _let_go(self, trainer: Trainer) -> None:
         self._trains = True
         self._guards.close()
-        for optimizer in trainer.optimizers:
-            if isinstance(optimizer, Optimizer):
-                leave_copies(optimizer)
+        for optimizer in (each for each in trainer.optimizers if isinstance(each, Optimizer)):
+            leave_copies(optimizer)
 
     def state_dict(self) -> dict[str, Any]:
         """What every engine has learned. Tensors of the parameters' size are in the optimizers' states (``hd_*``)."""
