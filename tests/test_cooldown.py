@@ -76,6 +76,9 @@ def test_the_default_is_a_fifth_with_auto_and_none_with_the_paper_s_rules(rule: 
         (Reference, [Longer()], {"max_epochs": 3, "limit_train_batches": 20}, 120),
         (Reference, [GradientAccumulationScheduler({0: 4, 1: 1})], {"max_epochs": 4, "limit_train_batches": 20}, 65),
         (Reference, [GradientAccumulationScheduler({0: 1, 1: 2})], {"max_epochs": 4, "limit_train_batches": 20}, 50),
+        (Reference, [GradientAccumulationScheduler({0: 4, 9: 1})], {"max_epochs": 10, "limit_train_batches": 20}, 65),
+        (Reference, [GradientAccumulationScheduler({2: 3, 4: 2})], {"max_epochs": 5, "limit_train_batches": 20}, 64),
+        (Reference, [GradientAccumulationScheduler({8: 2})], {"max_epochs": 5, "limit_train_batches": 20}, 100),
     ],
 )
 def test_a_training_ends_in_a_cooldown(

@@ -1,6 +1,8 @@
 """How far a Trainer is: the step on the axis of its loggers, and the steps that it still takes."""
 
 import math
+from itertools import pairwise
+from typing import Any
 
 from lightning.pytorch import Trainer
 
@@ -43,8 +45,21 @@ def remaining_steps(trainer: Trainer, whole_epochs: bool) -> int | None:
         return None
     remaining = int(total) - trainer.global_step
     batches, epochs = trainer.num_training_batches, trainer.max_epochs
-    if whole_epochs and epochs is not None and epochs > 0 and batches < math.inf:
-        remaining = math.ceil(batches / trainer.accumulate_grad_batches) * (epochs - trainer.current_epoch)
+    if epochs is not None and epochs > 0 and batches < math.inf:
+        first = trainer.current_epoch if whole_epochs else 0
+        remaining = _steps(trainer, int(batches), first, epochs) - (0 if whole_epochs else trainer.global_step)
         if trainer.max_steps > 0:
             remaining = min(remaining, trainer.max_steps - trainer.global_step)
     return max(remaining, 0)
+
+
+def _steps(trainer: Trainer, batches: int, first: int, stop: int) -> int:
+    """The number of steps in the epochs from ``first`` on, up to ``stop``, of so many batches each."""
+    # It goes by its name, because the package `pytorch_lightning` has its own. The last one has the last word.
+    callbacks = list[Any](trainer.callbacks)  # type: ignore[attr-defined]
+    named = [c for c in callbacks if any(base.__name__ == "GradientAccumulationScheduler" for base in type(c).__mro__)]
+    if not named:
+        return math.ceil(batches / trainer.accumulate_grad_batches) * (stop - first)
+    changes = [first, *sorted(epoch for epoch in named[-1].scheduling if first < epoch < stop), stop]
+    counts = [math.ceil(batches / named[-1].get_accumulate_grad_batches(epoch)) for epoch in changes]
+    return sum(count * (b - a) for count, (a, b) in zip(counts, pairwise(changes), strict=False))
