@@ -18,6 +18,7 @@ from lightning_hd.rules import Context
 from lightning_hd.trainer.attachment import TrainerEngine
 from tests.benchmarks import tasks, training, tuners
 from tests.test_callback import Reference, make_trainer
+from tests.test_loops import EverySecond, Reluctant, Skipping
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:.*does not have many workers.*"),
@@ -97,6 +98,22 @@ def test_a_training_on_more_and_more_data_cools_down_at_its_end_only(tmp_path: P
     assert set(lrs[:60]) == {0.01}
     assert lrs[-1] < 0.002
     assert sorted(lrs[60:], reverse=True) == lrs[60:]
+
+
+@pytest.mark.filterwarnings("ignore:.*training_step. returned .None.*")
+@pytest.mark.parametrize(
+    ("module", "epochs", "steps"), [(Reluctant, 4, 52), (Skipping, 4, 52), (EverySecond, 4, 40), (EverySecond, 1, 10)]
+)
+def test_the_cooldown_arrives_also_where_batches_are_skipped(
+    module: type[Reference], epochs: int, steps: int, tmp_path: Path
+) -> None:
+    hd = HypergradientDescent("additive", hypergrad_lr=0.0, cooldown=0.5)
+    make_trainer(tmp_path, hd, max_epochs=epochs, limit_train_batches=20).fit(module())
+    lrs = hd.lrs["lr-SGD"]
+    assert len(lrs) == steps
+    assert set(lrs[: steps // 2]) == {0.01}
+    assert sorted(lrs, reverse=True) == lrs
+    assert lrs[-1] < 0.01 * fall(1 - 2.1 / (0.5 * steps))  # two batches were left
 
 
 @pytest.mark.parametrize("former", ["none", "of another rule"])

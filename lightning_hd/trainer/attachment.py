@@ -110,7 +110,7 @@ class Attachment:
             # This Trainer has one process only, so the others train another model.
             self._alone = dist.new_group([dist.get_rank()], use_local_synchronization=True)
         self.active = True
-        remaining = remaining_steps(trainer, whole_epochs=False)
+        remaining = remaining_steps(trainer, batch_idx=None)
         self._schedulers = [config.scheduler for config in trainer.lr_scheduler_configs]
         scheduled = [id(scheduler.optimizer) for scheduler in self._schedulers]
         own: Any = trainer.lightning_module.optimizers()  # schedulers may be built on these, which are wrappers
@@ -128,8 +128,9 @@ class Attachment:
 
     def before_batch(self, trainer: Trainer, batch_idx: int) -> None:
         """Note what has changed since the last batch: the length of the training, its scheduler, parameter groups."""
-        if batch_idx == 0:
-            self.expect(trainer, whole_epochs=True)
+        remaining = remaining_steps(trainer, batch_idx)
+        for engine in self.engines:
+            engine.expect(remaining)  # in each batch, because the last ones may not have led to a step
         for config in trainer.lr_scheduler_configs:
             swapped = config.scheduler not in self._schedulers
             for engine in self.engines:
@@ -137,12 +138,6 @@ class Attachment:
                     engine.hand_over()
         for recorder in self.recorders:
             recorder.see_groups()
-
-    def expect(self, trainer: Trainer, whole_epochs: bool) -> None:
-        """Set how many steps the engines expect. The training may have become longer or shorter."""
-        remaining = remaining_steps(trainer, whole_epochs)
-        for engine in self.engines:
-            engine.expect(remaining)
 
     def observe(self, trainer: Trainer, loss: Tensor) -> None:
         """Report the loss of a batch to the engines.

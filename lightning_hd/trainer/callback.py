@@ -72,6 +72,7 @@ class HypergradientDescent(Callback):
         cooldown: The last part of the training, from 0 to 1, over which the rates fall to 0; 0: none.
             ``"default"``: a fifth with the default rule, none with the paper's, or with ``warm_start``. The rates do
             not fall under a scheduler, in manual optimization, or where the Trainer does not know how long it trains.
+            They do not reach 0 if ``on_train_batch_start`` ends epochs by -1.
         stop_after: The number of steps of each optimizer after which tuning stops. The learned scale then stays as it
             is, and schedules and the cooldown go on. ``None``: never.
         scheduled: Whether the rates in ``param_groups`` belong to a schedule; ``None``: it is detected. Pass ``True``
@@ -242,7 +243,6 @@ class HypergradientDescent(Callback):
         self._attachment.attach(trainer, self.scope, self._configured)
         summary.say_what_is_missing(trainer, self._recorders, self._restored or self._learned or None)
         self._restore()
-        self._attachment.expect(trainer, whole_epochs=False)
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         """Attach to the new optimizers if they were replaced."""

@@ -31,12 +31,12 @@ def is_due(trainer: Trainer, every: int | None, batch_idx: int) -> bool:
     return bool(moves and every and (axis(trainer) + 1) % every == 0)
 
 
-def remaining_steps(trainer: Trainer, whole_epochs: bool) -> int | None:
-    """How many steps the training still takes; ``None`` if that is not known.
+def remaining_steps(trainer: Trainer, batch_idx: int | None) -> int | None:
+    """How many steps the training still takes, if each batch leads to one; ``None`` if that is not known.
 
     Args:
         trainer: The Trainer.
-        whole_epochs: Whether an epoch begins. If so, its own batches and accumulation are counted.
+        batch_idx: The batch that begins; ``None``: the training begins.
     """
     if not trainer.lightning_module.automatic_optimization:
         return None
@@ -46,8 +46,9 @@ def remaining_steps(trainer: Trainer, whole_epochs: bool) -> int | None:
     remaining = int(total) - trainer.global_step
     batches, epochs = trainer.num_training_batches, trainer.max_epochs
     if epochs is not None and epochs > 0 and batches < math.inf:
-        first = trainer.current_epoch if whole_epochs else 0
-        remaining = _steps(trainer, int(batches), first, epochs) - (0 if whole_epochs else trainer.global_step)
+        first = 0 if batch_idx is None else trainer.current_epoch
+        over = trainer.global_step if batch_idx is None else batch_idx // trainer.accumulate_grad_batches
+        remaining = _steps(trainer, int(batches), first, epochs) - over
         if trainer.max_steps > 0:
             remaining = min(remaining, trainer.max_steps - trainer.global_step)
     return max(remaining, 0)
