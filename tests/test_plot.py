@@ -6,6 +6,7 @@ import math
 import re
 import subprocess
 import sys
+import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -232,6 +233,37 @@ def test_a_damaged_run_is_left_out(tmp_path: Path, capsys: pytest.CaptureFixture
     output = capsys.readouterr()
     assert output.out == f"{tmp_path / 'figure.png'}: 1 run, 1 curves\n"
     assert [line.partition(" cannot")[0] for line in output.err.splitlines()] == sorted(f"Warning: {f}" for f in files)
+
+
+def test_an_event_file_is_drawn_up_to_its_damage_with_a_warning_and_as_far_as_it_goes_without(tmp_path: Path) -> None:
+    with SummaryWriter(tmp_path) as writer:  # type: ignore[no-untyped-call]
+        for step in range(20):
+            writer.add_scalar("hd/lr-SGD", 0.5, step)  # type: ignore[no-untyped-call]
+    (file,) = tmp_path.iterdir()
+    intact = file.read_bytes()
+    (curves,) = load([tmp_path])
+    assert curves.rates["SGD"][0] == list(range(20))
+    start = intact.index(b"hd/lr-SGD", len(intact) // 2)
+    event = intact.rindex(b"\t", 0, start) - 12  # its first field is the time, after a length and a checksum
+    for damage, place in (("length", event), ("checksum", event + 8), ("content", start), ("its checksum", start + 20)):
+        spoiled = bytearray(intact)
+        spoiled[place] ^= 255
+        file.write_bytes(spoiled)
+        with pytest.warns(UserWarning, match=rf"is damaged. It is drawn up to byte \d+ of {len(intact)}") as caught:
+            (curves,) = load([tmp_path])
+        assert 5 < len(curves.rates["SGD"][0]) < 15, damage
+        assert [warning.filename for warning in caught] == [__file__]
+    file.write_bytes(intact[:event] + bytes(500))  # as some file systems leave it after a crash
+    with pytest.warns(UserWarning, match="is damaged"):
+        load([tmp_path])
+    counts = []
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for end in range(event, len(intact)):
+            file.write_bytes(intact[:end])
+            counts.append(len(load([tmp_path])[0].rates["SGD"][0]))
+    assert sorted(set(counts)) == list(range(counts[0], 20))
+    assert sorted(counts) == counts
 
 
 def test_help_and_missing_arguments(capsys: pytest.CaptureFixture[str]) -> None:

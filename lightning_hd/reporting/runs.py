@@ -4,6 +4,7 @@ import csv
 import math
 import os
 import re
+import struct
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -45,7 +46,8 @@ class Curves:
 def load(runs: Sequence[Path | str], loss: str | None = None) -> list[Curves]:
     """Read the runs in some folders, and in the folders below them.
 
-    A run with a file that cannot be read is left out, with a warning.
+    A run with a file that cannot be read is left out, with a warning. An event file that is damaged further on is read
+    up to there, with a warning.
 
     Args:
         runs: Folders with event files of TensorBoard or with ``metrics.csv`` of Lightning's ``CSVLogger``.
@@ -143,17 +145,40 @@ def _number(text: Any) -> float | None:
 
 def _events(folder: Path) -> Iterator[tuple[str, int, float]]:
     from tensorboard.backend.event_processing.event_accumulator import SCALARS, EventAccumulator
-    from tensorboard.backend.event_processing.event_file_loader import EventFileLoader
 
     files = list(folder.glob(EVENTS))
     for file in files:
-        if file.stat().st_size and next(iter(EventFileLoader(str(file)).Load()), None) is None:
-            raise PlotError(f"{file} cannot be read: it holds no event")  # every file begins with one
+        _check_events(file)
     if files:
         events = EventAccumulator(str(folder), size_guidance={SCALARS: 0}).Reload()  # 0: keeps every point
         for tag in events.Tags()[SCALARS]:
             for event in events.Scalars(tag):
                 yield tag, event.step, event.value
+
+
+def _check_events(file: Path) -> None:
+    """Warn if an event file is damaged, because TensorBoard reads it up to there without a word.
+
+    A last event that is not whole yet is no damage: a training is writing it.
+
+    Raises:
+        PlotError: The file holds no event. Every file begins with one.
+    """
+    from tensorboard.backend.event_processing.event_file_loader import RawEventFileLoader
+    from tensorboard.compat.tensorflow_stub.pywrap_tensorflow import masked_crc32c
+
+    size = file.stat().st_size  # before it is read, because it may grow
+    whole = sum(16 + len(event) for event in RawEventFileLoader(str(file)).Load())  # with the length and two checksums
+    if size and not whole:
+        raise PlotError(f"{file} cannot be read: it holds no event")
+    if size < whole + 12:
+        return
+    with file.open("rb") as rest:
+        rest.seek(whole)
+        head = rest.read(12)
+    length, checksum = struct.unpack("<QI", head)
+    if masked_crc32c(head[:8]) != checksum or whole + 16 + length <= size:
+        warnings.warn(f"{file} is damaged. It is drawn up to byte {whole} of {size}", stacklevel=5)  # in `load`
 
 
 def _by_prefix(tags: Mapping[str, Curve]) -> dict[str, dict[str, Curve]]:
