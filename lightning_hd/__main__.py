@@ -30,7 +30,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     @app.command()
     def plot(
         runs: Annotated[
-            list[Path],
+            list[str],  # not Path, which makes the present folder of an empty name
             typer.Argument(metavar="RUN_DIR", help="Folders of runs. The folders below are searched as well."),
         ],
         output: Annotated[
@@ -53,7 +53,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     app(args=arguments, prog_name="python -m lightning_hd")
 
 
-def _draw(runs: Sequence[Path], output: Path, loss: str | None, width: float) -> str:
+def _draw(runs: Sequence[str], output: Path, loss: str | None, width: float) -> str:
     """Draw runs, and say what was drawn. Warnings and errors are one line each."""
     try:
         plotting.check_file(output)

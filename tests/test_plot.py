@@ -177,6 +177,7 @@ def test_errors_are_one_line(runs: Path, tmp_path: Path, capsys: pytest.CaptureF
     for arguments, words in (
         ([str(tmp_path / "nowhere")], f"folder does not exist: {tmp_path / 'nowhere'}"),
         ([str(file)], f"{file} is not a folder"),
+        ([str(runs), ""], "the name of a folder is empty"),
         (
             [str(runs), str(empty)],
             f"no runs in {empty}: looked for events.out.tfevents.* and metrics.csv, in the folders below as well",
@@ -450,6 +451,18 @@ def test_a_run_without_rates_is_compared_with_others(tmp_path: Path) -> None:
     write_csv(tmp_path / "c", {"step": [1, 2], "accuracy": [1, 2]})
     drawn = panels(plot([tmp_path]))
     assert [list(named(axes)) for axes in drawn.values()] == [["b"], ["a", "b"]]
+
+
+def test_a_run_that_was_named_and_has_nothing_to_draw_is_left_out_with_a_warning(tmp_path: Path) -> None:
+    good = write_csv(tmp_path / "good", {"step": [1, 2], "lr-SGD": [0.1, 0.2]})
+    empty = write_csv(tmp_path / "empty", {"step": []})
+    other = write_csv(tmp_path / "other", {"step": [1, 2], "accuracy": [1, 2]})
+    with pytest.warns(UserWarning, match=r"has logged nothing to draw\. It is left out$") as caught:
+        assert [run.name for run in load([good, empty, other])] == ["good"]
+    assert [str(warning.message).partition(" ")[0] for warning in caught] == [str(empty), str(other)]
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert [run.name for run in load([tmp_path])] == ["good"]  # these two were not named
 
 
 def test_a_run_is_read_once_and_called_by_its_folder(runs: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -6,8 +6,9 @@ import os
 import re
 import struct
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import chain
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -61,8 +62,34 @@ def load(runs: Sequence[Path | str], loss: str | None = None) -> list[Curves]:
     Raises:
         PlotError: A folder or the tag does not exist, no run can be read, or none has logged a learning rate.
     """
+    found = {run: _find(run) for run in runs}
+    read = _read_all(dict.fromkeys(chain.from_iterable(found.values())))
+    parts = list(_parts(read))
+    if loss is not None and not any(loss.removeprefix(prefix) in own for _, prefix, own in parts):
+        there = sorted({tag for tags in read.values() for tag in tags}, key=natural)
+        raise PlotError(f"no run has logged {loss!r}; the tags are: {', '.join(there)}")
+    root = os.path.commonpath([folder.parent for folder in read]) if read else ""
+    curves: dict[Path, list[Curves]] = {folder: [] for folder in read}
+    for folder, prefix, own in parts:
+        name = " · ".join(filter(None, (folder.relative_to(root).as_posix(), prefix[:-1])))
+        run = _select(name, own, loss and loss.removeprefix(prefix))
+        curves[folder] += [run] if run.rates or run.loss or run.cosines else []
+    if not any(run.rates for own in curves.values() for run in own):
+        where = ", ".join(map(str, runs))
+        raise PlotError(
+            f"no run has logged a learning rate in {where}: looked for the tags {PREFIX}lr-NAME, "
+            "of HypergradientDescent, and lr-NAME, of LearningRateMonitor"
+        )
+    for argument, folders in found.items():
+        if not any(curves.get(folder, True) for folder in folders):  # others than these were told of
+            warnings.warn(f"{argument} has logged nothing to draw. It is left out", stacklevel=2)
+    return [run for own in curves.values() for run in own]
+
+
+def _read_all(folders: Iterable[Path]) -> dict[Path, dict[str, Curve]]:
+    """All scalars of all runs. A warning names those that cannot be read, an error if there is no other."""
     read, unreadable = dict[Path, dict[str, Curve]](), list[PlotError]()
-    for folder in dict.fromkeys(folder for run in runs for folder in _find(Path(run))):
+    for folder in folders:
         try:
             read[folder] = _read(folder)
         except PlotError as error:
@@ -70,27 +97,15 @@ def load(runs: Sequence[Path | str], loss: str | None = None) -> list[Curves]:
     if unreadable and not read:
         raise unreadable[0]
     for why in unreadable:
-        warnings.warn(f"{why}. This run is left out", stacklevel=2)
-    logged = {(folder, prefix): own for folder, tags in read.items() for prefix, own in _by_prefix(tags).items()}
-    if loss is not None and not any(loss.removeprefix(prefix) in own for (_, prefix), own in logged.items()):
-        there = sorted({tag for tags in read.values() for tag in tags}, key=natural)
-        raise PlotError(f"no run has logged {loss!r}; the tags are: {', '.join(there)}")
-    root = os.path.commonpath([folder.parent for folder in read]) if read else ""
-    curves = []
-    for (folder, prefix), own in logged.items():
-        name = " · ".join(filter(None, (folder.relative_to(root).as_posix(), prefix[:-1])))
-        curves.append(_select(name, own, loss and loss.removeprefix(prefix)))
-    if not any(run.rates for run in curves):
-        where = ", ".join(map(str, runs))
-        raise PlotError(
-            f"no run has logged a learning rate in {where}: looked for the tags {PREFIX}lr-NAME, "
-            "of HypergradientDescent, and lr-NAME, of LearningRateMonitor"
-        )
-    return [run for run in curves if run.rates or run.loss or run.cosines]
+        warnings.warn(f"{why}. This run is left out", stacklevel=3)
+    return read
 
 
-def _find(folder: Path) -> list[Path]:
+def _find(run: Path | str) -> list[Path]:
     """The folders of all runs in a folder and below it, as absolute paths."""
+    if not str(run):
+        raise PlotError("the name of a folder is empty")
+    folder = Path(run)
     if not folder.is_dir():
         raise PlotError(f"{folder} is not a folder" if folder.exists() else f"folder does not exist: {folder}")
     files = [file for pattern in (EVENTS, CSV) for file in folder.rglob(pattern) if file.is_file()]
@@ -178,19 +193,18 @@ def _check_events(file: Path) -> None:
         head = rest.read(12)
     length, checksum = struct.unpack("<QI", head)
     if masked_crc32c(head[:8]) != checksum or whole + 16 + length <= size:
-        warnings.warn(f"{file} is damaged. It is drawn up to byte {whole} of {size}", stacklevel=5)  # in `load`
+        warnings.warn(f"{file} is damaged. It is drawn up to byte {whole} of {size}", stacklevel=6)  # in `load`
 
 
-def _by_prefix(tags: Mapping[str, Curve]) -> dict[str, dict[str, Curve]]:
-    """The curves of each training that has logged into a folder, by the prefix of its logger: ``student-``, or none."""
+def _parts(read: Mapping[Path, Mapping[str, Curve]]) -> Iterator[tuple[Path, str, dict[str, Curve]]]:
+    """The trainings that have logged into each folder: the prefix of each one's logger, or none, and its curves."""
     starts = (rf"(.*?-)??{PREFIX}lr-", r"([^/]*?-)??lr-")  # of the callback, and of LearningRateMonitor
-    found = {match[1] or "" for tag in tags for start in starts if (match := re.match(start, tag))}
-    longest_first = sorted(found, key=lambda prefix: (-len(prefix), prefix))
-    runs: dict[str, dict[str, Curve]] = {}
-    for tag, curve in tags.items():
-        prefix = next(filter(tag.startswith, longest_first), "")
-        runs.setdefault(prefix, {})[tag.removeprefix(prefix)] = curve
-    return dict(sorted(runs.items(), key=lambda item: natural(item[0])))
+    for folder, tags in read.items():
+        found = {match[1] or "" for tag in tags for start in starts if (match := re.match(start, tag))}
+        longest_first = sorted(found, key=len, reverse=True)
+        owners = {tag: next(filter(tag.startswith, longest_first), "") for tag in tags}
+        for prefix in sorted(set(owners.values()), key=natural):
+            yield folder, prefix, {tag.removeprefix(prefix): tags[tag] for tag in tags if owners[tag] == prefix}
 
 
 def _select(name: str, tags: Mapping[str, Curve], loss: str | None) -> Curves:
