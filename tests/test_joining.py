@@ -3,6 +3,7 @@
 import copy
 from collections.abc import Callable
 from itertools import pairwise
+from pathlib import Path
 from typing import Any
 from unittest import mock
 
@@ -12,12 +13,14 @@ import torch.distributed as dist
 from sklearn.datasets import load_digits
 from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812
-from torch.optim import SGD, Adam, Optimizer
+from torch.optim import SGD, Adam, NAdam, Optimizer
 from torch.optim.lr_scheduler import CosineAnnealingWarmRestarts, CyclicLR, ExponentialLR
 
-from lightning_hd import HypergradientLR
+from lightning_hd import HypergradientDescent, HypergradientLR
 from lightning_hd.engine import looks
 from tests.distributed.processes import run
+from tests.test_callback import make_trainer
+from tests.test_loops import Validated
 
 SLOW = pytest.mark.slow
 OPTIMIZERS: dict[str, Callable[[Any], Optimizer]] = {
@@ -377,3 +380,90 @@ def test_processes_agree_where_one_of_them_is_rewritten() -> None:
     first, second = run(rewrite_on_one, 2)
     assert first == second
     assert first.pop() < 100, "each step is looked at again"
+
+
+class Own(Optimizer):
+    """Plain gradient descent, but not torch's."""
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> Any:
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        for group in self.param_groups:
+            for p in [p for p in group["params"] if p.grad is not None]:
+                p.sub_(p.grad, alpha=group["lr"])
+        return loss
+
+
+LAZY: dict[str, Callable[[Any], Optimizer]] = {
+    **OPTIMIZERS,
+    "NAdam": lambda parameters: NAdam(parameters, lr=1e-3),
+    "of somebody else": lambda parameters: Own(parameters, {"lr": 1e-3}),
+}
+
+
+def lazily(
+    name: str, rule: Any, closure: bool, lazy: bool, late: int | None = None, saved: int | None = None
+) -> tuple[list[float], Any]:
+    """The rates and the parameters of a network, which may have no shapes at first, or a layer that is called late."""
+    torch.manual_seed(0)
+    network, layer = nn.Sequential(nn.LazyLinear(4), nn.Tanh(), nn.LazyLinear(1)), nn.LazyLinear(2)
+    x = torch.randn(64, 3)
+    if not lazy:
+        network(x)
+    optimizer = LAZY[name]([*network.parameters(), *(layer.parameters() if late else [])])
+    hd, lrs = HypergradientLR(optimizer, rule), list[float]()
+
+    def compute() -> Any:
+        optimizer.zero_grad()
+        loss: Tensor = (network(x) - x.sum(1, keepdim=True)).square().mean()
+        if late is not None and len(lrs) >= late:
+            loss = loss + layer(x).square().mean()
+        loss.backward()
+        return loss
+
+    for step in range(30):
+        if step == saved:
+            states = hd.state_dict(), optimizer.state_dict()
+            hd.detach()
+            optimizer.load_state_dict(states[1])
+            hd = HypergradientLR(optimizer, rule)
+            hd.load_state_dict(states[0])
+        if closure:
+            optimizer.step(compute)
+        else:
+            hd.observe(compute())
+            optimizer.step()
+        lrs += hd.lrs
+    return lrs, [p.tolist() for p in network.parameters()]
+
+
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize("closure", [False, True])
+@pytest.mark.parametrize("rule", ["auto", "additive", "multiplicative"])
+@pytest.mark.parametrize("name", LAZY)
+def test_parameters_of_lazy_modules_are_tuned_once_they_have_a_shape(name: str, rule: Any, closure: bool) -> None:
+    lrs, parameters = lazily(name, rule, closure, lazy=False)
+    assert lazily(name, rule, closure, lazy=True) == (lrs, parameters)
+    assert lrs[-1] != lrs[0]
+    late, _ = lazily(name, rule, closure, lazy=True, late=20)
+    assert late[:20] == lrs[:20]
+    assert late != lrs
+    assert lazily(name, rule, closure, lazy=True, late=20, saved=15)[0] == late
+
+
+@pytest.mark.filterwarnings("ignore:.*does not have many workers.*")
+@pytest.mark.parametrize("sanity", [0, 1])
+def test_a_trainer_tunes_lazy_modules_with_and_without_a_validation_before(sanity: int, tmp_path: Path) -> None:
+    class Lazy(Validated):
+        def configure_model(self) -> None:
+            torch.manual_seed(0)
+            self.network = nn.Sequential(nn.LazyLinear(4), nn.Tanh(), nn.LazyLinear(3))
+            self.network.double()
+
+    hd = HypergradientDescent()
+    settings: dict[str, Any] = {"limit_train_batches": 20, "limit_val_batches": 1, "num_sanity_val_steps": sanity}
+    make_trainer(tmp_path, hd, **settings).fit(Lazy())
+    assert len(set(hd.lrs["lr-SGD"])) == 20

@@ -8,6 +8,7 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn.parameter import is_lazy
 from torch.optim import Optimizer
 
 from lightning_hd.engine.decision import Decision, Step
@@ -135,8 +136,7 @@ class FirstRates:
         if step.awaiting:
             step.dependence = dependence(self.optimizer, step.trial, self.ranks)
         for i in step.trial:
-            parameters = self.optimizer.param_groups[i]["params"]
-            step.before |= {p: p.clone(memory_format=torch.preserve_format) for p in parameters}
+            step.before |= {p: p.clone(memory_format=torch.preserve_format) for p in self._parameters(i)}
 
     def _unknown(self, step: Step) -> dict[int, dict[int, float]]:
         """Scopes that wait for a first rate, or for a direction at a rate of 0, with the weights of their groups."""
@@ -210,7 +210,7 @@ class FirstRates:
         for weights in scopes:
             total = self._zeros(1)
             for i, weight in weights.items():
-                for p in self.optimizer.param_groups[i]["params"]:
+                for p in self._parameters(i):
                     move = widen(as_real(local(step.before[p]))) - widen(as_real(local(p.detach())))
                     total += (weight**2 * squared_norm(move)).to(total.device) / self.ranks.replicas(p)
             sums.append(total)
@@ -223,9 +223,13 @@ class FirstRates:
             if i in step.trial:
                 group = self.optimizer.param_groups[i]
                 part = lr / step.trial[i] if self.rates.groups[i].scope in step.picked else 0.0
-                for p in group["params"]:
+                for p in self._parameters(i):
                     _shorten(p, step.before[p], part)
                 step.lrs[i], step.weights[i] = set_lr(group, lr), weight
+
+    def _parameters(self, group: int) -> list[Tensor]:
+        """The parameters of a group, without those of lazy modules that were not called yet."""
+        return [p for p in self.optimizer.param_groups[group]["params"] if not is_lazy(p)]
 
     def _zeros(self, size: int) -> Tensor:
         device = device_of(self.optimizer)

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.parameter import is_lazy
 from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
@@ -110,7 +111,7 @@ class StepHooks:
 
     def _wrap(self, closure: Callable[[], Any]) -> Callable[[], Any]:
         """A closure that prepares the step when it has computed the gradients."""
-        parameters, caller = parameters_of(self._optimizer), self._caller
+        parameters, caller = [p for p in parameters_of(self._optimizer) if not is_lazy(p)], self._caller
         before = versions(parameters)
         originals = [] if self.proven else [p.detach().clone() for p in parameters]
         done = False
@@ -165,7 +166,7 @@ class _Watch:
         self._last: weakref.ref[Tensor] | None = None
         self._handle: RemovableHandle | None = None
         for p in parameters_of(optimizer):
-            if self._handle is None and p.requires_grad and p.is_leaf and not is_flat_shard(p):
+            if self._handle is None and p.requires_grad and p.is_leaf and not is_flat_shard(p) and not is_lazy(p):
                 self._handle = p.register_post_accumulate_grad_hook(self._count)  # type: ignore[no-untyped-call]
 
     def end(self) -> None:

@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 from torch.nn.utils import get_total_norm
 from torch.optim import Adafactor, Optimizer
 
@@ -197,6 +198,7 @@ def _copy(optimizer: Optimizer, rates: dict[int, float], twins: dict[int, nn.Par
     memo: dict[int, Any] = {  # what the copy has in place of an original, by the id of that
         id(p): twins[id(p)] if id(p) in twins else nn.Parameter(torch.empty_like(p, device="meta"), requires_grad=False)
         for p in parameters_of(optimizer)
+        if not is_lazy(p)
     }
     groups = copy.deepcopy(optimizer.param_groups, memo)  # into the memo, for an inner optimizer may share the groups
     for group, original in zip(groups, optimizer.param_groups, strict=True):

@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor
+from torch.nn.parameter import is_lazy
 from torch.optim import Optimizer
 
 from lightning_hd.checks import check_count, check_fields, check_flag, save_fields
@@ -44,6 +45,11 @@ class _Sums(NamedTuple):
 
 
 _WIDTH = len(_Sums._fields) - 3
+
+
+def _is_awake(p: Tensor) -> bool:
+    """Whether a parameter needs a gradient. That of a lazy module has no shape before the first forward pass."""
+    return p.requires_grad and not is_lazy(p)
 
 
 class Displacement(View):
@@ -241,9 +247,9 @@ class Displacement(View):
         self._coming, self._wide = set(), self._was_wide
 
     def _count(self, parameters: Sequence[Tensor]) -> list[Tensor]:
-        """Note which parameters need no gradient. Return the others."""
-        self.asleep = [p for p in parameters if not p.requires_grad]
-        return [p for p in parameters if p.requires_grad]
+        """Note which parameters need no gradient, or have no shape yet. Return the others."""
+        self.asleep = [p for p in parameters if not _is_awake(p)]
+        return [p for p in parameters if _is_awake(p)]
 
     # ------------------------------------------------------------------ which parameters there are
 
@@ -261,7 +267,7 @@ class Displacement(View):
         self._parameters, self._places, self._sizes, self._present = parameters, places, sizes, None
         self._device = device_of(self._optimizer)
         groups = enumerate(self._optimizer.param_groups)
-        found = [(i, j, p) for i, group in groups for j, p in enumerate(group["params"]) if p.requires_grad]
+        found = [(i, j, p) for i, group in groups for j, p in enumerate(group["params"]) if _is_awake(p)]
         self._choose(look(found, self.budget, self._ranks, flat_offsets(parameters, self._ranks)))
         self._buckets = pack(self.slots, lambda slot: scopes[slot.group])
         self._pieces = self._views()
