@@ -20,17 +20,25 @@ from lightning_hd import HypergradientLR
 
 
 class Hypergradient(TrainerCallback):  # type: ignore[misc]  # mypy sees it without transformers
-    """Tunes the optimizer that the Trainer has made, and reports to it the losses that the model returns."""
+    """Tunes the optimizer that the Trainer has made, and reports to it the loss of each step."""
 
     def on_train_begin(self, *_: Any, model: nn.Module, optimizer: Any, **others: Any) -> None:
         """Attach to both."""
         self.hd = HypergradientLR(optimizer.optimizer)  # inside of accelerate's wrapper
-        self.hook = model.register_forward_hook(self.report)
+        self.losses: list[torch.Tensor] = []
+        self.hook = model.register_forward_hook(self.keep, with_kwargs=True)
 
-    def report(self, model: nn.Module, inputs: Any, output: Any) -> None:
-        """Report the loss, unless the model is being evaluated."""
+    def keep(self, model: nn.Module, positional: Any, named: dict[str, Any], output: Any) -> None:
+        """Keep the loss that the model returns, unless it is being evaluated."""
         if model.training:
-            self.hd.observe(output.loss)
+            self.losses.append(output.loss.detach())
+            self.are_parts = named.get("num_items_in_batch") is not None
+
+    def on_pre_optimizer_step(self, *_: Any, **others: Any) -> None:
+        """Report the loss of all accumulated batches: if the model knows their size, each returns its part of it."""
+        losses = torch.stack(self.losses)
+        self.hd.observe(losses.sum() if self.are_parts else losses.mean())
+        self.losses.clear()
 
     def on_train_end(self, *_: Any, **others: Any) -> None:
         """Leave both as they were."""

@@ -8,8 +8,10 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
 
 from tests.test_callback import events, scalars
 
@@ -137,3 +139,38 @@ def test_hugging_face_tunes_its_own_optimizer(tmp_path: Path) -> None:
     assert without[0]["val accuracy"] < 0.5 < 0.7 < tuned["val accuracy"]
     assert tuned["last scale"] > 10
     assert all(row["last scale"] == 1 for row in without)
+
+
+def test_hugging_face_reports_the_loss_of_all_accumulated_batches(tmp_path: Path) -> None:
+    """With batches of 8, or with those of 4 and 2 that are accumulated; the last step of an epoch has 6 images only."""
+    for package in ("transformers", "accelerate"):
+        pytest.importorskip(package, reason=f"{package} is not installed")
+    names = runpy.run_path(str(EXAMPLES / "hugging_face.py"))
+    found = []
+    for size in (8, 4, 2):
+        names["set_seed"](0)
+        shape = {"image_size": 8, "patch_size": 4, "num_channels": 1, "num_labels": 10, "hidden_size": 16}
+        config = names["ViTConfig"](**shape, num_hidden_layers=1, num_attention_heads=2, intermediate_size=8)
+        data = [{"pixel_values": torch.randn(1, 8, 8), "labels": i % 10} for i in range(22)]
+        callback, losses = names["Hypergradient"](), list[float]()
+
+        def note(*_: Any, **others: Any) -> None:
+            losses.append(callback.hd.stats.loss)  # noqa: B023
+
+        notes = type("Notes", (names["TrainerCallback"],), {"on_optimizer_step": note})
+        arguments = names["TrainingArguments"](
+            output_dir=str(tmp_path),
+            num_train_epochs=3,
+            per_device_train_batch_size=size,
+            gradient_accumulation_steps=8 // size,
+            use_cpu=True,
+            report_to="none",
+            save_strategy="no",
+            disable_tqdm=True,
+        )
+        model = names["ViTForImageClassification"](config)
+        names["Trainer"](model, arguments, train_dataset=data, callbacks=[callback, notes()]).train()
+        found.append(losses)
+    assert len(found[0]) == 9
+    assert found[1] == pytest.approx(found[0], rel=1e-3)
+    assert found[2] == pytest.approx(found[0], rel=1e-3)
