@@ -36,8 +36,9 @@ def plot(runs: Sequence[Path | str], loss: str | None = None) -> "Figure":
 
     Args:
         runs: Folders with event files of TensorBoard or with ``metrics.csv`` of Lightning's ``CSVLogger``.
-        loss: The tag of the loss; ``None``: the first of ``loss``, ``train_loss``, ``train/loss``, ``loss_step`` and
-            ``train_loss_step`` that a run has logged, else the first tag that ends in ``loss``.
+        loss: The tag of the loss, with or without the prefix of its logger; ``None``: the first of ``loss``,
+            ``train_loss``, ``train/loss``, ``loss_step`` and ``train_loss_step`` that a run has logged, else the first
+            tag that ends in ``loss``.
 
     Raises:
         PlotError: A folder or the tag does not exist, or there is nothing to draw.
