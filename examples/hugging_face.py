@@ -22,9 +22,12 @@ from lightning_hd import HypergradientLR
 class Hypergradient(TrainerCallback):  # type: ignore[misc]  # mypy sees it without transformers
     """Tunes the optimizer that the Trainer has made, and reports to it the loss of each step."""
 
-    def on_train_begin(self, *_: Any, model: nn.Module, optimizer: Any, **others: Any) -> None:
+    def on_train_begin(
+        self, args: Any, state: Any, control: Any, *, model: nn.Module, optimizer: Any, **others: Any
+    ) -> None:
         """Attach to both."""
-        self.hd = HypergradientLR(optimizer.optimizer)  # inside of accelerate's wrapper
+        inner = optimizer.optimizer  # inside of accelerate's wrapper
+        self.hd = HypergradientLR(inner, total_steps=state.max_steps, scheduled=True)  # by the Trainer itself
         self.losses: list[torch.Tensor] = []
         self.hook = model.register_forward_hook(self.keep, with_kwargs=True)
 
