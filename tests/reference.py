@@ -169,7 +169,6 @@ class AutoRule:
         self.quiet = 20  # the number of steps since the last leap
         self.highest = 0.0  # what is left of the largest log ‖g‖ of the last series of leaps
         self._seen_lrs: list[float] = []
-        self._move_lengths: list[tuple[float, float]] = []  # and the rates
         self._fast_to = np.inf
         self._fallen = 0.0  # how far log α has fallen beyond the cap
         self._remembered: list[tuple[float, float]] = []  # log α of each move in E, and how much is left of it
@@ -295,10 +294,7 @@ class AutoRule:
         self._seen_lrs.append(lr)
         if usual_norm < resolved:
             return lr
-        self._move_lengths.append((shown.move_norm, lr))
-        at_first = next((length * self.first / rate for length, rate in self._move_lengths if length), 0.0)
-        short = max(self._seen_lrs) < 30 * self.first or max(self._move_lengths)[0] < 60 * at_first
-        cap = (0.5 if short else 0.05) * min(1.0, 100 / t)
+        cap = (0.5 if max(self._seen_lrs) < 30 * self.first else 0.05) * min(1.0, 100 / t)
         if self.turn > 0.8:
             cap = max(cap, 0.1)
         if self.sigmas() > 2 and lr < min(self._fast_to, max(self._seen_lrs)):

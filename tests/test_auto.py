@@ -33,7 +33,6 @@ from torch.optim import (
 
 from lightning_hd import Auto, Context, HypergradientDescent, HypergradientLR, Observation
 from tests import reference
-from tests.benchmarks import tasks, training, tuners
 from tests.pairs import by_turns, pairwise
 from tests.test_callback import Digits, Reference, make_trainer, scalars, tags
 from tests.test_checkpoints import differences
@@ -407,29 +406,6 @@ def test_a_rate_that_was_high_never_falls_as_fast_as_it_climbed_at_the_start() -
     falls = -np.diff(np.log(fallen))
     steps = np.arange(63, 63 + len(falls))
     assert np.all(falls <= 0.05 * np.minimum(1, 100 / steps) + 1e-12)
-
-
-@pytest.mark.parametrize(("length", "careful"), [(59.0, False), (61.0, True), (0.0, True)])
-def test_the_climb_is_careful_once_moves_are_long(length: float, careful: bool) -> None:
-    """Where their length is not seen, the rate alone counts."""
-    rule = Auto()
-    lr = rule.first_lr(1.0, 1.0)
-    for move in (1.0, *np.linspace(1.0, length, 8)) if length else [0.0] * 9:
-        before, lr = lr, feed(rule, [Observation(-0.5, 1.0, 1.0, slope=0.5 * move, move_norm=move)], lr)[0]
-    assert lr > 30 * rule.first_lr(1.0, 1.0)
-    lr, before = feed(rule, [Observation(-0.5, 1.0, 1.0)], lr)[0], lr
-    assert (math.log(lr / before) < 0.051) == careful
-
-
-@pytest.mark.parametrize(("task", "rates", "most"), [("digits-16", (0.01, 0.03), 1.9), ("tanh", (1e-3, 3e-3), 2.3)])
-def test_a_hundred_steps_with_adam_are_not_all_climb(task: str, rates: tuple[float, ...], most: float) -> None:
-    """Without regard to the length of moves, losses are 2.6 and 3.8 times those of the best constant rate."""
-
-    def loss(method: str, rate: float) -> float:
-        problem = tasks.build(task, 0, Path())
-        return training.train(problem, tuners.methods("auto")[method], "Adam", rate, 0.0, 100).train_loss
-
-    assert loss("auto+cooldown", 1e-3) <= most * min(loss("constant", rate) for rate in rates)
 
 
 @pytest.mark.parametrize("leapt", [False, True])

@@ -41,7 +41,6 @@ VARIANTS: dict[str, dict[str, float]] = {
     "no-optimism": {"auto._OPTIMISM": 0.0},
     "no-fading": {"auto._EARLY": 1e9},
     "no-careful-cap": {"auto._CAREFUL_CAP": 0.5},
-    "no-moves-in-the-cap": {"auto._CAREFUL_MOVES": 0.0},
     "no-fast-rise": {"auto._FAST": 0.0},
     "no-brake": {"bounds._SPIKE": 1e9},
     "no-hold": {"bounds._LONGER": 1e9},
