@@ -100,12 +100,13 @@ def same(a: nn.Module, b: nn.Module) -> bool:
 def events(path: Path) -> Any:
     """What is in the event files under a folder."""
     (folder,) = {file.parent for file in path.rglob("events.out.tfevents.*")}
-    return EventAccumulator(str(folder)).Reload()
+    # Files of one second are read in the order of a count in their names, and "10" comes before "9". So keep all steps.
+    return EventAccumulator(str(folder), purge_orphaned_data=False).Reload()
 
 
 def scalars(path: Path, tag: str) -> dict[int, float]:
     """Steps and values of a tag in the event files under a folder."""
-    return {event.step: event.value for event in events(path).Scalars(tag)}
+    return {event.step: event.value for event in sorted(events(path).Scalars(tag), key=lambda event: event.step)}
 
 
 LOGGED = ("lr", "log10_lr", "scale", "log10_scale", "hypergradient", "cosine", "mean_cosine")
