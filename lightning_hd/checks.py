@@ -108,3 +108,8 @@ def _check_field(own: "Field[Any]", name: str, value: Any) -> Any:
     if own.metadata.get("not_zero") and not number:
         raise ValueError(f"{name} must not be 0")
     return number
+
+
+def class_names(value: object) -> set[str]:
+    """The names of a value's class and of its base classes, for classes that must not be imported, or exist twice."""
+    return {base.__name__ for base in type(value).__mro__}

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import FlatParameter
 from torch.optim import ASGD, LBFGS, SGD, Optimizer, Rprop, SparseAdam
 
+from lightning_hd.checks import class_names
 from lightning_hd.processes import exact_dtype
 
 LARGEST = torch.finfo(torch.float32).max
@@ -295,7 +296,7 @@ def check_optimizer(optimizer: Optimizer) -> None:
                 f"optimizer {name} has no learning rate to tune: {reason}. Use SGD, Adam, AdamW or the like"
             )
     # The class goes by its name, because its import makes torch warn.
-    if any(base.__name__ == "ZeroRedundancyOptimizer" for base in type(optimizer).__mro__):
+    if "ZeroRedundancyOptimizer" in class_names(optimizer):
         raise TypeError(
             f"optimizer {name} is not supported: its checkpoints lack what is not its own. Shard the model with "
             "torch.distributed.fsdp.fully_shard instead"

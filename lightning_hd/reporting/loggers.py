@@ -10,6 +10,7 @@ import torch
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.loggers import Logger
 
+from lightning_hd.checks import class_names
 from lightning_hd.reporting.names import LAYOUT, PREFIX, tag
 from lightning_hd.reporting.recorder import Recorder
 
@@ -107,4 +108,4 @@ def show_small_numbers(trainer: Trainer) -> None:
 
 def _writes_events(logger: Logger) -> bool:
     """Whether a logger writes event files. Its class goes by name: the package ``pytorch_lightning`` has its own."""
-    return any(base.__name__ == "TensorBoardLogger" for base in type(logger).__mro__)
+    return "TensorBoardLogger" in class_names(logger)

@@ -65,6 +65,11 @@ class TrainerEngine(HypergradientLR):
 Make = Callable[[Optimizer, dist.ProcessGroup | None, int | None, bool | None], TrainerEngine]
 
 
+def optimizers_of_torch(trainer: Trainer) -> list[Optimizer]:
+    """The Trainer's optimizers of torch's base class. Wrappers need not be of it."""
+    return [optimizer for optimizer in trainer.optimizers if isinstance(optimizer, Optimizer)]
+
+
 def with_groups(trainer: Trainer) -> list[Optimizer]:
     """The Trainer's optimizers that have parameters."""
     return [optimizer for optimizer in trainer.optimizers if optimizer.param_groups]

@@ -17,7 +17,7 @@ from lightning_hd.engine import HypergradientLR, check_arguments, common_rate, m
 from lightning_hd.hypergradient import copies_of, leave_copies, load_copies
 from lightning_hd.reporting import Recorder, figure, loggers, summary
 from lightning_hd.rules import Rule, RuleName
-from lightning_hd.trainer.attachment import Attachment, TrainerEngine, with_groups
+from lightning_hd.trainer.attachment import Attachment, TrainerEngine, optimizers_of_torch, with_groups
 from lightning_hd.trainer.checkpoints import check_saved, configured_rates, guard_states, restore
 from lightning_hd.trainer.checks import check_alone, check_own_arguments, check_strategy, strategies
 from lightning_hd.trainer.progress import axis, is_due
@@ -226,7 +226,7 @@ class HypergradientDescent(Callback):
         if self._restored is not None:
             classes = self._restored.get("classes", [])
             self._guards = guard_states(with_groups(trainer), classes, restart=self.on_mismatch == "restart")
-        for optimizer in (each for each in trainer.optimizers if isinstance(each, Optimizer)):
+        for optimizer in optimizers_of_torch(trainer):
             copies_of(optimizer)
 
     def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
@@ -307,7 +307,7 @@ class HypergradientDescent(Callback):
     def _let_go(self, trainer: Trainer) -> None:
         self._trains = True
         self._guards.close()
-        for optimizer in (each for each in trainer.optimizers if isinstance(each, Optimizer)):
+        for optimizer in optimizers_of_torch(trainer):
             leave_copies(optimizer)
 
     def state_dict(self) -> dict[str, Any]:

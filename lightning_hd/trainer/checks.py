@@ -7,7 +7,7 @@ from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from lightning_hd.checks import check_count, check_flag
+from lightning_hd.checks import check_count, check_flag, class_names
 from lightning_hd.optimizers import check_optimizer
 
 _SUPPORTED = {"SingleDeviceStrategy", "DDPStrategy", "FSDPStrategy", "ModelParallelStrategy"}
@@ -50,7 +50,7 @@ def check_alone(kind: type[Callback], trainer: Trainer) -> None:
 
 def strategies(trainer: Trainer) -> set[str]:
     """The names of the strategy's class and of its base classes."""
-    return {base.__name__ for base in type(trainer.strategy).__mro__}
+    return class_names(trainer.strategy)
 
 
 def check_strategy(trainer: Trainer) -> None:

@@ -6,6 +6,8 @@ from typing import Any
 
 from lightning.pytorch import Trainer
 
+from lightning_hd.checks import class_names
+
 
 def axis(trainer: Trainer) -> int:
     """The step on the axis of ``self.log``.
@@ -58,7 +60,7 @@ def _steps(trainer: Trainer, batches: int, first: int, stop: int) -> int:
     """The number of steps in the epochs from ``first`` on, up to ``stop``, of so many batches each."""
     # It goes by its name, because the package `pytorch_lightning` has its own. The last one has the last word.
     callbacks = list[Any](trainer.callbacks)  # type: ignore[attr-defined]
-    named = [c for c in callbacks if any(base.__name__ == "GradientAccumulationScheduler" for base in type(c).__mro__)]
+    named = [callback for callback in callbacks if "GradientAccumulationScheduler" in class_names(callback)]
     if not named:
         return math.ceil(batches / trainer.accumulate_grad_batches) * (stop - first)
     changes = [first, *sorted(epoch for epoch in named[-1].scheduling if first < epoch < stop), stop]
