@@ -2,6 +2,7 @@
 
 import math
 import warnings
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -211,25 +212,25 @@ class Seeing(Auto):
 
 
 class Scheduled(Reference):
-    """Rates rise over 5 steps, stay for 5, and fall by as many steps as there are."""
+    """The factor of the rate is a function of the number of steps."""
 
-    def __init__(self, fall: float) -> None:
+    def __init__(self, factor: Callable[[int], float]) -> None:
         super().__init__()
-        self.fall = fall
+        self.factor = factor
 
     def configure_optimizers(self) -> Any:
         optimizer = SGD(self.parameters(), lr=0.01)
-        scheduler = lr_scheduler.LambdaLR(optimizer, lambda t: min(1.0, (t + 1) / 5) - self.fall * max(0, t - 9))
-        return [optimizer], [{"scheduler": scheduler, "interval": "step"}]
+        return [optimizer], [{"scheduler": lr_scheduler.LambdaLR(optimizer, self.factor), "interval": "step"}]
 
 
 @pytest.mark.parametrize("fall", [0.0, 1e-6, 0.01])
 def test_a_schedule_that_has_begun_to_fall_counts_as_a_cooldown_that_ends_with_the_training(
     fall: float, tmp_path: Path
 ) -> None:
+    """Rates rise over 5 steps, stay for 5, and fall to the end."""
     seen.clear()
-    hd = HypergradientDescent(Seeing())
-    make_trainer(tmp_path, hd, max_epochs=3, limit_train_batches=20).fit(Scheduled(fall))
+    module = Scheduled(lambda t: min(1.0, (t + 1) / 5) - fall * max(0, t - 9))
+    make_trainer(tmp_path, HypergradientDescent(Seeing()), max_epochs=3, limit_train_batches=20).fit(module)
     begins = 10 if fall == 0.01 else math.inf
     assert seen == [60.0 - step if step >= begins else 0.0 for step in range(60)]
 
@@ -246,13 +247,7 @@ def test_it_is_as_good_as_the_best_rate_under_the_same_schedule() -> None:
 
 @pytest.mark.parametrize("scheduled", [0.0, 1.0])
 def test_a_schedule_may_be_at_zero_when_it_begins_or_ends(scheduled: float, tmp_path: Path) -> None:
-    class Zero(Reference):
-        def configure_optimizers(self) -> Any:
-            optimizer = SGD(self.parameters(), lr=0.01)
-            scheduler = lr_scheduler.LambdaLR(optimizer, lambda t: scheduled if t < 30 else 1 - scheduled)
-            return [optimizer], [{"scheduler": scheduler, "interval": "step"}]
-
-    hd = HypergradientDescent()
-    make_trainer(tmp_path, hd, max_epochs=3, limit_train_batches=20).fit(Zero())
+    hd, module = HypergradientDescent(), Scheduled(lambda t: scheduled if t < 30 else 1 - scheduled)
+    make_trainer(tmp_path, hd, max_epochs=3, limit_train_batches=20).fit(module)
     lrs = hd.lrs["lr-SGD"]
     assert all(math.isfinite(lr) and (lr > 0) == ((t < 30) == bool(scheduled)) for t, lr in enumerate(lrs))
