@@ -121,7 +121,7 @@ def newest_weights(parts: Sequence[float]) -> Array:
 
 
 class Shown(NamedTuple):
-    """What a step shows: minus ``g · E`` and ``g · Ē``, ``‖g‖``, ``‖E‖``, cosine of two gradients, the last move."""
+    """What a step shows: minus ``g · E`` and ``g · Ē``, the cosine of two gradients, the last move, and norms."""
 
     product: float
     g_norm: float
@@ -130,6 +130,7 @@ class Shown(NamedTuple):
     turn: float = 0.0
     slope: float = 0.0  # the gradient times the last move
     move_norm: float = 0.0
+    param_norm: float = 0.0
 
 
 class AutoRule:
@@ -137,8 +138,9 @@ class AutoRule:
 
     def __init__(self, normalized: bool = True) -> None:
         self.longest_brake = 2.0 if normalized else np.inf
+        self.normalized = normalized
         self.far = np.inf if normalized else float(np.log(20))
-        self.first = 0.0
+        self.first = self._first_direction = 0.0
         self.brake = 0.0
         self.leap = 0.0
         self.braked: list[int] = []
@@ -169,9 +171,15 @@ class AutoRule:
         self.quiet = 20  # the number of steps since the last leap
         self.highest = 0.0  # what is left of the largest log ‖g‖ of the last series of leaps
         self._seen_lrs: list[float] = []
+        self._long = False  # whether steps are long
         self._fast_to = np.inf
         self._fallen = 0.0  # how far log α has fallen beyond the cap
         self._remembered: list[tuple[float, float]] = []  # log α of each move in E, and how much is left of it
+
+    def first_lr(self, param_norm: float, direction_norm: float) -> float:
+        """The rate of step 1."""
+        self._first_direction, self.first = direction_norm, 1e-4 * (param_norm or 1.0) / direction_norm
+        return self.first
 
     def part_kept(self, lr: float, t: int, stride: int = 1) -> float:
         """How much of E is left where the next moves come in, which are made at ``lr``."""
@@ -246,8 +254,11 @@ class AutoRule:
         """The rate of step t, before what is left of a brake. The last look was ``stride`` steps before."""
         self.slope = 0.0
         g_norm, d_norm = shown.g_norm, shown.d_norm
+        bound = self.normalized and self._first_direction and shown.param_norm
+        limit = shown.param_norm / self._first_direction if bound else np.inf
         if g_norm and not d_norm:
-            return float(lr * np.exp(0.5 * (g_norm >= 10 * 2.0**-23 * self.largest)))
+            rises = g_norm >= 10 * 2.0**-23 * self.largest
+            return float(min(lr * np.exp(0.5), max(lr, limit))) if rises else lr
         if g_norm == 0:
             return lr
         self._memories.append((1 - 1 / max(10.0, t / 50)) ** stride)
@@ -292,9 +303,12 @@ class AutoRule:
         self.quiet += stride
         self.largest = max(self.largest, g_norm)
         self._seen_lrs.append(lr)
-        if usual_norm < resolved:
-            return lr
-        cap = (0.5 if max(self._seen_lrs) < 30 * self.first else 0.05) * min(1.0, 100 / t)
+        highest_lr = max(self._seen_lrs)
+        self._long |= highest_lr >= 300 * self.first
+        self._long |= highest_lr >= 30 * self.first and shown.move_norm >= 0.006 * shown.param_norm
+        if usual_norm < resolved or g_norm < resolved:
+            return float(max(lr * np.exp(-0.01 * stride), min(lr, self.first or lr)))
+        cap = (0.05 if self._long else 0.5) * min(1.0, 100 / t)
         if self.turn > 0.8:
             cap = max(cap, 0.1)
         if self.sigmas() > 2 and lr < min(self._fast_to, max(self._seen_lrs)):
@@ -306,17 +320,18 @@ class AutoRule:
         lowest = -max(cap, 0.1) if means[0] - means[1] > np.log(2) else -cap
         highest = max(cap, min(0.1, self._fallen / stride)) if lr < self._fast_to else cap
         self.slope = float(g_norm / usual_norm / np.sqrt(squares)) if squares else 0.0
-        change = float(np.clip(change, lowest, highest))
+        change = float(np.clip(min(change, np.log(limit / lr) / stride), lowest, highest))
         self._fallen += stride * (np.clip(change, -cap, cap) - change)
         return float(lr * np.exp(stride * change))
 
 
 class Looked(NamedTuple):
-    """What a look has shown: norms of ``g``, ``E`` and the last move, products of ``g`` with them, the mean loss."""
+    """What a look has shown: norms of ``g``, ``E``, the last move and ``θ``, products with ``g``, the mean loss."""
 
     g_norm: float
     sum_norm: float
     move_norm: float
+    param_norm: float
     sum: float
     late: float
     slope: float
@@ -372,7 +387,7 @@ def train_auto(
         stride = rested if rested >= apart and noted else 0
         noted = stride > 0 or rested + 1 >= apart
         if stride and t > 1:
-            norms = norm(g), norm(moves), norm(move)
+            norms = norm(g), norm(moves), norm(move), norm(parameters)
             products = dot(g, moves), dot(g, late), dot(g, move), dot(g, last) / (norm(g) * norm(last))
             waiting = Looked(*norms, *products, float(np.mean(losses)) if losses else None, stride)
             if apart == 1:
@@ -380,14 +395,15 @@ def train_auto(
         if seen is not None:
             weight = 1 - (1 - 1 / window) ** seen.stride
             past = seen.late + weight * (seen.sum - seen.late)
-            shown = Shown(-seen.sum, seen.g_norm, seen.sum_norm, -past, seen.turn, seen.slope, seen.move_norm)
+            lengths = seen.move_norm, seen.param_norm
+            shown = Shown(-seen.sum, seen.g_norm, seen.sum_norm, -past, seen.turn, seen.slope, *lengths)
             next_lr = rule.next_lr(lr, t, shown, seen.stride)
             lr = next_lr if fall == 1 else min(lr, next_lr)
             lr = lr if seen.loss is None else rule.held_back(lr, t, seen.loss, seen.slope, seen.stride)
         d = direction.send(g)
         d = [x + weight_decay * p for x, p in zip(d, parameters, strict=True)]
         if t == 1 and first_lr is None:
-            lr = rule.first = 1e-4 * np.sqrt(dot(parameters, parameters)) / np.sqrt(dot(d, d))
+            lr = rule.first_lr(norm(parameters), norm(d))
         if stride:
             weight = 1 - (1 - 1 / window) ** stride
             late = [old + weight * (new - old) for old, new in zip(late, moves, strict=True)]
@@ -555,6 +571,7 @@ class Tuned:
                     turn=turn / norms if norms else 0.0,
                     slope=dot([g[key] for key in move], list(move.values())),
                     move_norm=norm(move.values()),
+                    param_norm=norm(x for key, x in self.values.items() if key[0] in self.scopes[s]),
                 )
                 self.alphas[s] = self._autos[s].next_lr(self.alphas[s], self.steps - self._since[s], shown)
                 self._errors[s] += self._autos[s].slope * cosine_error
@@ -568,7 +585,7 @@ class Tuned:
 
     def _start(self, s: int, d: dict[tuple[int, int], Array]) -> None:
         if length := norm(d.values()):
-            self._autos[s].first = self.alphas[s] = 1e-4 * (norm(self.values[key] for key in d) or 1.0) / length
+            self.alphas[s] = self._autos[s].first_lr(norm(self.values[key] for key in d), length)
             self._clamp(s)
             self._started[s] = True
 

@@ -137,21 +137,22 @@ def signals(seed: int, steps: int, leaps: float) -> Iterator[tuple[reference.Sho
             cosine, greedy = rng.choice([-0.3, 0.05, 0.3]), rng.choice([-0.1, 0.0, 0.4])
             turn, growth = rng.choice([-0.9, 0, 0.95]), rng.choice([1.0, 1.0, 1.6])
             level, loss = rng.choice([0.01, 1.0, 10.0]) if leaps > 0.01 else 1.0, rng.choice([0.5, 1.0, 2.0])
+            param_norm = 300.0 if t < 200 else rng.choice([0.3, 3.0, 300.0])
         leap = growth ** max(t % 50 - 40, 0) * rng.choice([1.0, 8.0], p=[1 - leaps, leaps])
         norm = level * leap * np.exp(0.2 * rng.standard_normal()) * rng.choice([1.0, 0.0], p=[0.99, 0.01])
         move, moves = rng.choice([1.0, 0.0], p=[0.98, 0.02]), rng.choice([2.0, 0.0], p=[0.98, 0.02])
         noise = 0.2 * rng.standard_normal(3)
         products = (cosine + noise[:2]) * norm * moves
         slope = -(greedy + noise[2]) * norm * move
-        shown = reference.Shown(products[0], norm, moves, products[1], turn + 0.05 * rng.standard_normal(), slope, move)
+        turned = turn + 0.05 * rng.standard_normal()
+        shown = reference.Shown(products[0], norm, moves, products[1], turned, slope, move, param_norm)
         yield shown, loss + 0.05 * rng.standard_normal()
 
 
 @pytest.mark.parametrize(("seed", "leaps"), [(3, 0.03), (0, 0.002)])
 def test_whatever_auto_sees_its_rates_are_those_of_the_formula(seed: int, leaps: float) -> None:
     rule, formula = Auto(), reference.AutoRule()
-    mine, expected = rule.first_lr(3.0, 7.0), 1e-4 * 3 / 7
-    formula.first = expected
+    mine, expected = rule.first_lr(3.0, 7.0), formula.first_lr(3.0, 7.0)
     assert rule.discount(mine, Context(1, 600.0)) == formula.part_kept(expected, 1)
     for t, (shown, loss) in enumerate(signals(seed, 1200, leaps), start=2):
         context = Context(t, 600.0)
@@ -201,7 +202,7 @@ def test_where_the_step_is_not_linear_auto_forgets_nothing_and_moves_little() ->
 
 def test_a_rule_has_not_backed_off_at_first_and_what_is_not_observed_is_0() -> None:
     assert (Additive().backoffs, Auto().backoffs) == (0, 0)
-    assert SEEN[3:] == (0.0, 0.0, 0.0, 0.0)
+    assert set(SEEN[3:]) == {0.0}
 
 
 def test_cosines_that_are_all_the_same_are_as_sure_as_their_rounding() -> None:

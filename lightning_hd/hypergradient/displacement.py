@@ -29,7 +29,7 @@ _PART = 0.1
 
 
 class _Sums(NamedTuple):
-    """The numbers of one scope: three flags, and eight sums over the coordinates. ``Δ`` is the last move."""
+    """The numbers of one scope: three flags, and nine sums over the coordinates. ``Δ`` is the last move."""
 
     has_gradient: float
     known: float
@@ -42,6 +42,7 @@ class _Sums(NamedTuple):
     last_squared: float  # ‖g_{t-1}‖²
     sum_squared: float  # ‖E‖²
     move_squared: float  # ‖Δ‖²
+    param_squared: float  # ‖θ‖²
 
 
 _WIDTH = len(_Sums._fields) - 3
@@ -156,7 +157,7 @@ class Displacement(View):
         self._buckets[i].weigh(self._memory[i].now.theta)
 
     def _look(self, i: int, flats: Sequence[Tensor], missing: frozenset[int]) -> list[Tensor]:
-        """The eight sums of a bucket."""
+        """The nine sums of a bucket."""
         memory, mask = self._memory[i], self._gather(i, flats, missing)
         if not memory.known:
             memory.begin()
@@ -169,7 +170,7 @@ class Displacement(View):
         if mask is not None:
             moved, move = moved * mask, move * mask
         along = [self._dot(g, vector) for vector in (moved, memory.late, memory.last.g, move)]
-        return along + [self._dot(vector, vector) for vector in (g, memory.last.g, moved, move)]
+        return along + [self._dot(vector, vector) for vector in (g, memory.last.g, moved, move, memory.now.theta)]
 
     def _dot(self, a: Tensor, b: Tensor) -> Tensor:
         if self._wide:
@@ -197,7 +198,7 @@ class Displacement(View):
     def sights(self, sums: Sequence[Sequence[float]]) -> list[Sight]:
         """What the step shows of each scope."""
         table = [_Sums(*row) for row in sums]
-        squares = [row.g_squared for row in table]
+        squares = [x for row in table for x in (row.g_squared, row.param_squared)]
         squares += [x for row in table if row.known for x in (row.last_squared, row.sum_squared, row.move_squared)]
         sights = [self._sight(row) for row in table]
         self._wide = not are_safe(squares) if squares else self._wide
@@ -205,9 +206,9 @@ class Displacement(View):
 
     def _sight(self, sums: _Sums) -> Sight:
         g_norm, norms = math.sqrt(sums.g_squared), math.sqrt(sums.g_squared) * math.sqrt(sums.last_squared)
-        e_norm, move_norm = math.sqrt(sums.sum_squared), math.sqrt(sums.move_squared)
+        e_norm, *lengths = map(math.sqrt, (sums.sum_squared, sums.move_squared, sums.param_squared))
         turn = sums.turn / norms if norms else 0.0
-        observation = Observation(sums.derivative, g_norm, e_norm, sums.late, turn, sums.slope, move_norm)
+        observation = Observation(sums.derivative, g_norm, e_norm, sums.late, turn, sums.slope, *lengths)
         gradient, known = sums.has_gradient > 0, sums.known > 0
         joined = sums.joined > 0 and sums.joined > self._ranks.count / 2  # else gradients may only have been missing
         return Sight(gradient, known, observation, joined, lost=gradient and not known)

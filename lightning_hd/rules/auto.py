@@ -8,6 +8,7 @@ from typing import Any, Literal
 from lightning_hd.checks import check_count, check_fields, not_negative
 from lightning_hd.rules.base import Context, Event, Observation, Rule
 from lightning_hd.rules.bounds import Brake, Greedy
+from lightning_hd.rules.climb import CAP, Climb
 from lightning_hd.rules.guard import LossGuard
 
 _HORIZON, _GROWTH = 450.0, 0.5
@@ -34,15 +35,7 @@ to turn round, and have turned round. Above the last one they do not turn."""
 
 _OPTIMISM, _EARLY = 0.3, 100.0
 """``r``, the additional weight of cosines that ask for a larger rate: early, a longer step is useful beyond the
-horizon. After ``m`` steps, optimism and the cap fade as ``1 / t``."""
-
-_FIRST_STEP = 1e-4
-"""The length of the first step over the norm of the parameters."""
-
-_CAP, _CAREFUL_FROM, _CAREFUL_CAP = 0.5, 30.0, 0.05
-"""The largest change of ``log α`` per step at the start. Once ``α`` was at this multiple of ``α_1``, it is the careful
-one: steps are long enough to do harm, which must have time to show. With 0.1, units of networks with clipped or
-normalized weights die under SGD, and the loss ends at 1.3 times as much. With 0.03, short runs lose."""
+horizon. After ``m`` steps it fades as ``1 / t``, as the cap does."""
 
 _SURE, _RAMP = 2.0, 8.0
 """Standard errors above 0 beyond which the greedy mean is positive, and over which the fast rise grows."""
@@ -54,9 +47,9 @@ their norms have doubled. The second is what may be left of a brake while it ris
 _NONLINEAR_CAP = 0.02
 """The largest change of ``log α`` per step if the step is not linear in the rate: all former steps change as much."""
 
-_RESOLVED, _SHRUNK = 10.0, 0.01
-"""Below this many times the rounding of the largest gradient, a gradient is only rounding. Below this part of it, one
-at the usual size would be a leap that ends the run."""
+_RESOLVED, _SETTLING, _SHRUNK = 10.0, 0.01, 0.01
+"""Below this many times the rounding of the largest gradient, a gradient is only rounding, and ``log α`` falls so fast.
+Below the last part of the largest one, a gradient at the usual size would be a leap that ends the run."""
 
 _LARGEST_LOG = 700.0
 """About the largest number whose exponential is a float."""
@@ -66,7 +59,6 @@ _LARGEST_LOG = 700.0
 class _Learned:
     """The numbers that the rule itself holds, beside those of its parts."""
 
-    first_lr: float = not_negative()  # α_1; 0 where it is the configured one
     lr: float = 0.0  # γ_{t-1}
     gap: float = 0.0  # log γ_t - L_t
     moves: float = not_negative()  # the sum of the weights of the moves in E
@@ -77,7 +69,6 @@ class _Learned:
     norm: float = not_negative()  # G, before the correction for its start at 0
     norm_weight: float = not_negative()  # the square of that correction
     largest_norm: float = not_negative()
-    peak: float = not_negative()  # the highest α_t so far
     fallen: float = not_negative()  # how far log α has fallen beyond the cap, and has not risen beyond it since
     turns: int = 0  # how many cosines of two gradients in a row were seen, 20 at most
     turn: float = 0.0  # their running mean
@@ -105,8 +96,9 @@ class Auto(Rule):
     ```
 
     Here ``H`` is 450 steps, ``w`` is 0.5, ``r`` is 0.3, ``m`` is 100 steps and ``s`` is 60 steps. The clip is at 0.5
-    first, and at 0.05 once the rate was 30 times the first one. After ``m`` steps it shrinks as ``m / t``. The mean in
-    ``G`` is over some 10 steps, or a fiftieth of the steps taken.
+    first, and at 0.05 once steps are long: the rate was 30 times the first one and a move was 0.006 ``‖θ‖``, or the
+    rate was 300 times the first one. After ``m`` steps it shrinks as ``m / t``. The mean in ``G`` is over some 10
+    steps, or a fiftieth of the steps taken.
 
     ``γ`` is ``α`` times the factor of the cooldown at the end of the run, in which ``α`` does not rise. ``L``
     is the mean of ``log γ`` over the moves in ``E``, each weighted by the part of it that is left. Moves at rates far
@@ -136,8 +128,11 @@ class Auto(Rule):
     as AdaGrad does.
 
     The first rate is ``α_1 = 10^{-4} ‖θ_1‖ / ‖d_1‖``, so the configured rates only set the ratios between groups. If
-    steps vanish in the rounding of the parameters, ``E`` is zero, and ``log α`` rises by the cap. If ``G_t`` is below
-    10 times the rounding of the largest norm so far, gradients are only rounding, and ``log α`` stays as it is.
+    steps vanish in the rounding of the parameters, ``E`` is zero, and ``log α`` rises by the cap. If ``G_t`` or
+    ``‖g_t‖`` is below 10 times the rounding of the largest norm so far, gradients are only rounding. Then nothing is
+    left to learn, and ``log α`` falls by 0.01 per step, down to ``log α_1``.
+
+    With an optimizer that divides by the scale of gradients, ``α_t ‖d_1‖ ≤ ‖θ_t‖`` (``Climb``).
 
     The memory does not show an instability, because steps to and fro cancel in it. The gradient's norm does
     (``Brake``). That the rate is so high that nothing is learned only shows in the loss, if it is known
@@ -173,7 +168,7 @@ class Auto(Rule):
         self.backoffs = 0
         self._normalized = True
         self._own, self._greedy, self._brake, self._guard = _Learned(), Greedy(), Brake(), LossGuard()
-        self._fits = LossGuard(whole=True)
+        self._climb, self._fits = Climb(), LossGuard(whole=True)
         self._slope = 0.0  # g_t · (θ_t - θ_{t-1}), from update to watch
 
     def bind(self, normalized: bool) -> "Auto":
@@ -185,9 +180,9 @@ class Auto(Rule):
     def first_lr(self, param_norm: float, direction_norm: float) -> float:
         """``α_1 = 10^-4 ‖θ_1‖ / ‖d_1‖``, with the parameters before the first step; a norm of 0 counts as 1."""
         own = self._own
-        own.first_lr = own.lr = _FIRST_STEP * (param_norm or 1.0) / direction_norm
+        own.lr = self._climb.begin(param_norm, direction_norm)
         own.gap = own.moves = 0.0
-        return own.first_lr
+        return own.lr
 
     def smoothing(self, context: Context) -> float:
         """``1 / W_t``: a twentieth of the cooldown that is still to come, and at most a fifth of the steps taken."""
@@ -218,25 +213,25 @@ class Auto(Rule):
 
     def update(self, lr: float, seen: Observation, context: Context) -> float:
         """``α_t`` from ``α_{t-1}`` and what the step shows. A zero gradient changes nothing."""
-        own, self._slope = self._own, seen.slope
+        own, climb, self._slope = self._own, self._climb, seen.slope
         if seen.grad_norm == 0 or lr <= 0:
             return lr
+        limit = climb.limit(seen, self._normalized)
         resolved = _RESOLVED * context.rounding * own.largest_norm
         if seen.direction_norm == 0:
-            return lr * math.exp(_CAP) if seen.grad_norm >= resolved else lr
+            return min(lr * math.exp(CAP), max(lr, limit)) if seen.grad_norm >= resolved else lr
         change = self._change(seen, context)
         shown = seen.grad_norm, math.log(lr), seen.move_norm
         fall = self._brake.see(*shown, normalized=self._normalized, stride=context.stride)
         if fall is not None:
             self.backoffs += 1
-            return max(lr * math.exp(-fall), min(lr, own.first_lr))
-        own.peak, own.largest_norm = max(own.peak, lr), max(own.largest_norm, seen.grad_norm)
-        if own.norm < resolved * math.sqrt(own.norm_weight):
-            return lr
-        cap = _CAP if own.peak < _CAREFUL_FROM * own.first_lr else _CAREFUL_CAP
-        cap *= min(1.0, _EARLY / context.step)
-        sigmas, grown = self._greedy.sigmas, self._brake.has_grown
-        back = sigmas > _SURE and lr < own.peak and math.log(lr) < self._brake.limit
+            return max(lr * math.exp(-fall), min(lr, climb.first_lr))
+        climb.see(lr, seen)
+        own.largest_norm = max(own.largest_norm, seen.grad_norm)
+        if min(own.norm / math.sqrt(own.norm_weight), seen.grad_norm) < resolved:
+            return max(lr * math.exp(-_SETTLING * context.stride), min(lr, climb.first_lr or lr))
+        cap, sigmas, grown = climb.cap(context.step), self._greedy.sigmas, self._brake.has_grown
+        back = sigmas > _SURE and lr < climb.peak and math.log(lr) < self._brake.limit
         if back or own.turn > _STRAIGHT:
             cap = max(cap, _FAST)
         if back:
@@ -244,6 +239,7 @@ class Auto(Rule):
                 change = max(change, _FAST * min(1.0, (sigmas - _SURE) / _RAMP))
             for guard in (self._guard, self._fits):
                 guard.lift(math.log(lr))
+        change = min(change, math.log(limit / lr) / context.stride)
         return lr * math.exp(context.stride * self._clip(change, cap, lr, grown, context))
 
     def watch(self, lr: float, loss: float, context: Context) -> float:
@@ -343,4 +339,4 @@ class Auto(Rule):
 
     def _parts(self) -> dict[str, Any]:
         """The parts that hold numbers, by their names."""
-        return {name: getattr(self, f"_{name}") for name in ("own", "greedy", "brake", "guard", "fits")}
+        return {name: getattr(self, f"_{name}") for name in ("own", "climb", "greedy", "brake", "guard", "fits")}

@@ -24,6 +24,7 @@ class Observation(NamedTuple):
         turn: The cosine of ``g_t`` and ``g_{t-1}``: near -1 if gradients turn round, near 1 if they do not turn.
         slope: ``g_t · (θ_t - θ_{t-1})``, the derivative of the loss along the last move, at its end.
         move_norm: ``‖θ_t - θ_{t-1}‖``.
+        param_norm: ``‖θ_t‖``.
     """
 
     hypergradient: float
@@ -33,6 +34,7 @@ class Observation(NamedTuple):
     turn: float = 0.0
     slope: float = 0.0
     move_norm: float = 0.0
+    param_norm: float = 0.0
 
     @property
     def cosine(self) -> float:

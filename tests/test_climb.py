@@ -1,0 +1,66 @@
+"""The climb of the rule "auto" from its first rate: how fast it is, and how high it leads."""
+
+import math
+from pathlib import Path
+
+import pytest
+
+from lightning_hd import Auto, Context, Observation
+from tests.benchmarks import tasks, training, tuners
+
+
+def climb(moves: list[float], normalized: bool = True, param_norm: float = 1.0) -> list[float]:
+    """The rates of steps that are all too short, with moves of this length; the first direction has norm 1."""
+    rule = Auto().bind(normalized)
+    lrs = [rule.first_lr(1.0, 1.0)]
+    for step, move in enumerate(moves, start=2):
+        seen = Observation(-0.5, 1.0, 1.0, turn=0.5, slope=0.5 * move, move_norm=move, param_norm=param_norm)
+        lrs.append(rule.update(lrs[-1], seen, Context(step)))
+    return lrs
+
+
+@pytest.mark.parametrize(
+    ("moves", "careful"),
+    [
+        ([0.0059] * 9, False),
+        ([0.0061] * 9, True),
+        ([0.0061] * 6 + [0.001] * 3, False),  # the rate was not yet high when a move was long
+        ([0.0] * 9, False),
+        ([0.0] * 20, True),  # 300 times the first rate
+    ],
+)
+def test_the_climb_is_careful_once_the_rate_is_high_and_moves_are_long(moves: list[float], careful: bool) -> None:
+    lrs = climb(moves)
+    assert lrs[6] < 30 * lrs[0] < lrs[-2]
+    assert (math.log(lrs[-1] / lrs[-2]) < 0.051) == careful
+
+
+@pytest.mark.parametrize("param_norm", [1.0, 7.0])
+def test_no_step_of_a_normalized_optimizer_is_longer_than_the_parameters(param_norm: float) -> None:
+    """By the length of the first direction, which is 1."""
+    assert climb([1e-4] * 2000, param_norm=param_norm)[-1] == pytest.approx(param_norm, rel=1e-12)
+
+
+def test_steps_that_follow_the_gradient_may_need_any_rate_and_a_norm_of_0_shows_nothing() -> None:
+    assert climb([1e-4] * 2000, normalized=False)[-1] > 10
+    assert climb([1e-4] * 2000, param_norm=0.0)[-1] > 10
+
+
+def test_a_rate_that_has_become_too_high_falls_by_the_cap() -> None:
+    rule = Auto().bind(normalized=True)
+    lr = rule.first_lr(1.0, 1.0)
+    for step in range(2, 60):
+        lr = rule.update(lr, Observation(-0.5, 1.0, 1.0, param_norm=100.0), Context(step))
+    after = rule.update(lr, Observation(-0.5, 1.0, 1.0, param_norm=lr / 10), Context(60))
+    assert math.log(lr / after) == pytest.approx(0.05)
+
+
+@pytest.mark.parametrize(("task", "rates", "most"), [("digits-16", (0.01, 0.03), 1.9), ("tanh", (1e-3, 3e-3), 2.3)])
+def test_a_hundred_steps_with_adam_are_not_all_climb(task: str, rates: tuple[float, ...], most: float) -> None:
+    """Without regard to the length of moves, losses are 2.6 and 3.8 times those of the best constant rate."""
+
+    def loss(method: str, rate: float) -> float:
+        problem = tasks.build(task, 0, Path())
+        return training.train(problem, tuners.methods("auto")[method], "Adam", rate, 0.0, 100).train_loss
+
+    assert loss("auto+cooldown", 1e-3) <= most * min(loss("constant", rate) for rate in rates)
