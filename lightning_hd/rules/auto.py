@@ -7,8 +7,7 @@ from typing import Any, Literal
 
 from lightning_hd.checks import check_count, check_fields, not_negative
 from lightning_hd.rules.base import Context, Event, Observation, Rule
-from lightning_hd.rules.bounds import Brake, Greedy
-from lightning_hd.rules.climb import CAP, Climb
+from lightning_hd.rules.bounds import CAP, Brake, Climb, Greedy
 from lightning_hd.rules.guard import LossGuard
 
 _HORIZON, _GROWTH = 450.0, 0.5
@@ -216,10 +215,10 @@ class Auto(Rule):
         own, climb, self._slope = self._own, self._climb, seen.slope
         if seen.grad_norm == 0 or lr <= 0:
             return lr
-        limit = climb.limit(seen, self._normalized)
         resolved = _RESOLVED * context.rounding * own.largest_norm
         if seen.direction_norm == 0:
-            return min(lr * math.exp(CAP), max(lr, limit)) if seen.grad_norm >= resolved else lr
+            highest = max(lr, climb.limit(seen, self._normalized))
+            return min(lr * math.exp(CAP), highest) if seen.grad_norm >= resolved else lr
         change = self._change(seen, context)
         shown = seen.grad_norm, math.log(lr), seen.move_norm
         fall = self._brake.see(*shown, normalized=self._normalized, stride=context.stride)
@@ -239,7 +238,7 @@ class Auto(Rule):
                 change = max(change, _FAST * min(1.0, (sigmas - _SURE) / _RAMP))
             for guard in (self._guard, self._fits):
                 guard.lift(math.log(lr))
-        change = min(change, math.log(limit / lr) / context.stride)
+        change = min(change, (math.log(climb.limit(seen, self._normalized)) - math.log(lr)) / context.stride)
         return lr * math.exp(context.stride * self._clip(change, cap, lr, grown, context))
 
     def watch(self, lr: float, loss: float, context: Context) -> float:
