@@ -255,7 +255,7 @@ class AutoRule:
         self.slope = 0.0
         g_norm, d_norm = shown.g_norm, shown.d_norm
         bound = self.normalized and self._first_direction and shown.param_norm
-        limit = shown.param_norm / self._first_direction if bound else np.inf
+        limit = 0.3 * shown.param_norm / self._first_direction if bound else np.inf
         if g_norm and not d_norm:
             rises = g_norm >= 10 * 2.0**-23 * self.largest
             return float(min(lr * np.exp(0.5), max(lr, limit))) if rises else lr

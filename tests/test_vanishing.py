@@ -63,7 +63,7 @@ def test_a_network_that_fits_all_data_keeps_fitting_them(
             hd.observe(loss)
         hd._optimizer.step()
         losses.append(loss.item())
-    assert losses[500] < 2e-4
+    assert losses[500] < 5e-4
     assert max(losses[500:]) < 1.5 * losses[500]
 
 
@@ -86,5 +86,5 @@ def test_in_float64_gradients_may_vanish_further() -> None:
 def test_a_trainer_that_overfits_one_batch_keeps_fitting_it(tmp_path: Path) -> None:
     module = Digits(Adam)
     make_trainer(tmp_path, HypergradientDescent(), overfit_batches=1, max_epochs=2000).fit(module)
-    assert module.losses[500] < 2e-4
+    assert module.losses[500] < 5e-4
     assert max(module.losses[500:]) < 1.5 * module.losses[500]

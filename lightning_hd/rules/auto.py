@@ -131,7 +131,7 @@ class Auto(Rule):
     ``‖g_t‖`` is below 10 times the rounding of the largest norm so far, gradients are only rounding. Then nothing is
     left to learn, and ``log α`` falls by 0.01 per step, down to ``log α_1``.
 
-    With an optimizer that divides by the scale of gradients, ``α_t ‖d_1‖ ≤ ‖θ_t‖`` (``Climb``).
+    With an optimizer that divides by the scale of gradients, ``α_t ‖d_1‖ ≤ 0.3 ‖θ_t‖`` (``Climb``).
 
     The memory does not show an instability, because steps to and fro cancel in it. The gradient's norm does
     (``Brake``). That the rate is so high that nothing is learned only shows in the loss, if it is known

@@ -22,8 +22,8 @@ At the last multiple of ``α_1`` steps count as long in any case."""
 _EARLY = 100.0
 """After so many steps the cap fades as ``1 / t``."""
 
-_LONGEST = 1.0
-"""The longest step over ``‖θ‖``. With 10, full batches blow up where the loss goes to 0."""
+_LONGEST = 0.3
+"""The longest step over ``‖θ‖``. With 1, a network with batch normalization blew up in full batches, with Adam."""
 
 _SPIKE, _SIGMAS = math.log(2.5), 3.0
 """A norm leaps if its logarithm exceeds its running mean by both: the factor, and standard deviations of such rises.
@@ -86,7 +86,7 @@ class Climb:
 
     Where gradients shrink, ever higher rates seem right. An optimizer that divides by the scale of former gradients, as
     Adam does, takes full steps again as soon as that has shrunk, too. At such a rate they would be far longer than the
-    parameters are. So a step of the length that the first direction had may not be longer than ``‖θ‖``. Source: this
+    parameters are. So a step of the length that the first direction had may have 0.3 ``‖θ‖`` at most. Source: this
     project.
     """
 
