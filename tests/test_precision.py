@@ -75,10 +75,14 @@ def test_rates_are_nearly_those_of_float64(name: str, rule: Any, tmp_path: Path)
         if rule == "auto" and precision.endswith("-true"):
             # Moves are measured, and the first ones are 1e-4 of the parameters: each element is off by 1e4 roundings
             # and, 2410 of them being off at random, their dot product by 1e4 / 49 roundings. The rate adds up those of
-            # the first nine steps, at random: three times that. In bfloat16 most steps vanish.
-            tolerance = min(3e4 / 49 * rounding, 0.5)
+            # the first nine steps, at random: three times that.
+            tolerance = 3e4 / 49 * rounding
         hd, _ = fit(tmp_path, name, rule, precision)
-        np.testing.assert_allclose(rates(hd), expected, rtol=tolerance, err_msg=precision)
+        start = 0
+        if tolerance > 0.5:  # most steps of the climb vanish in bfloat16, and each that does raises the rate by the cap
+            assert np.all(np.abs(np.log(np.divide(rates(hd), expected))) < 2 * 0.5), "two steps ahead at most"
+            start, tolerance = 15, 0.3
+        np.testing.assert_allclose(rates(hd)[start:], expected[start:], rtol=tolerance, err_msg=precision)
         assert len(set(rates(hd))) > STEPS // 2
         assert hd.engines[0].stats.nonfinite_steps == 0
 

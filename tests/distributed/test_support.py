@@ -130,7 +130,9 @@ FEATURES = {
     "accumulated batches": Feature(trainer={"accumulate_grad_batches": 3}),
     "clipping by norm": Feature(trainer={"gradient_clip_val": 0.1}),
     "clipping by value": Feature(trainer={"gradient_clip_val": 0.01, "gradient_clip_algorithm": "value"}),
-    "manual optimization, two optimizers": Feature(Manual),
+    "manual optimization, two optimizers": Feature(
+        Manual, moves=0.75
+    ),  # later a rate rests while nothing asks for a change
     "validation in mid-epoch": Feature(Validated, {"val_check_interval": 3, "limit_val_batches": 2}),
     "`torch.compile` of a module": Feature(Compiled),
     "`GradientAccumulationScheduler`": Feature(callback=lambda: callbacks.GradientAccumulationScheduler({0: 1, 1: 2})),
