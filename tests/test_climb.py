@@ -5,18 +5,17 @@ from pathlib import Path
 
 import pytest
 
-from lightning_hd import Auto, Context, Observation
+from lightning_hd import Auto, Observation
 from tests.benchmarks import tasks, training, tuners
+from tests.test_auto import feed
 
 
 def climb(moves: list[float], normalized: bool = True, param_norm: float = 1.0) -> list[float]:
     """The rates of steps that are all too short, with moves of this length; the first direction has norm 1."""
     rule = Auto().bind(normalized)
-    lrs = [rule.first_lr(1.0, 1.0)]
-    for step, move in enumerate(moves, start=2):
-        seen = Observation(-0.5, 1.0, 1.0, turn=0.5, slope=0.5 * move, move_norm=move, param_norm=param_norm)
-        lrs.append(rule.update(lrs[-1], seen, Context(step)))
-    return lrs
+    first = rule.first_lr(1.0, 1.0)
+    too_short = Observation(-0.5, 1.0, 1.0, turn=0.5, param_norm=param_norm)
+    return [first, *feed(rule, [too_short._replace(slope=0.5 * move, move_norm=move) for move in moves], first)]
 
 
 @pytest.mark.parametrize(
@@ -48,10 +47,9 @@ def test_steps_that_follow_the_gradient_may_need_any_rate_and_a_norm_of_0_shows_
 
 def test_a_rate_that_has_become_too_high_falls_by_the_cap() -> None:
     rule = Auto().bind(normalized=True)
-    lr = rule.first_lr(1.0, 1.0)
-    for step in range(2, 60):
-        lr = rule.update(lr, Observation(-0.5, 1.0, 1.0, param_norm=100.0), Context(step))
-    after = rule.update(lr, Observation(-0.5, 1.0, 1.0, param_norm=lr / 10), Context(60))
+    too_short = Observation(-0.5, 1.0, 1.0, param_norm=100.0)
+    lr = feed(rule, [too_short] * 58, rule.first_lr(1.0, 1.0))[-1]
+    (after,) = feed(rule, [too_short._replace(param_norm=lr / 10)], lr, start=60)
     assert math.log(lr / after) == pytest.approx(0.05)
 
 

@@ -32,17 +32,28 @@ def test_a_gradient_that_is_rounding_raises_nothing_by_hand_and_in_the_formula()
     assert {round(change, 9) for change in changes[60:100]} == {-0.01, 0.0}, "0 without a move"
 
 
+def stays_below(losses: list[float], most: float) -> bool:
+    """Whether losses are below a bound after 500 steps, and never much above their value then."""
+    return max(losses[500:]) < min(most, 1.5 * losses[500])
+
+
 @pytest.mark.parametrize(
-    ("cls", "settings", "count", "reported"),
+    ("cls", "settings", "most", "count", "reported"),
     [
-        pytest.param(cls, settings, count, reported, marks=() if (count, reported) == (64, True) else pytest.mark.slow)
-        for cls, settings in ((Adam, {}), (AdamW, {}), (RMSprop, {}), (SGD, {"momentum": 0.9, "nesterov": True}))
+        pytest.param(
+            *(cls, settings, most, count, reported), marks=() if count == 64 and reported else pytest.mark.slow
+        )
+        for cls, settings, most in (
+            (Adam, {}, 1e-4),
+            (AdamW, {}, 5e-4),  # its decay holds the weights back
+            (RMSprop, {}, 5e-4),  # its first direction is ten times as long as later ones, and bounds the rate
+            (SGD, {"momentum": 0.9, "nesterov": True}, 1e-4),
+        )
         for count, reported in ((64, True), (64, False), (256, True))
-        if reported or cls in (Adam, SGD)
     ],
 )
 def test_a_network_that_fits_all_data_keeps_fitting_them(
-    cls: type[Optimizer], settings: dict[str, Any], count: int, reported: bool
+    cls: type[Optimizer], settings: dict[str, Any], most: float, count: int, reported: bool
 ) -> None:
     """As gradients vanish, ever higher rates seem right. Steps get long again when the scale has vanished, too."""
     images, labels = load_digits(return_X_y=True)
@@ -59,8 +70,7 @@ def test_a_network_that_fits_all_data_keeps_fitting_them(
             hd.observe(loss)
         hd._optimizer.step()
         losses.append(loss.item())
-    assert losses[500] < 5e-4
-    assert max(losses[500:]) < 1.5 * losses[500]
+    assert stays_below(losses, most)
 
 
 def test_in_float64_gradients_may_vanish_further() -> None:
@@ -82,5 +92,4 @@ def test_in_float64_gradients_may_vanish_further() -> None:
 def test_a_trainer_that_overfits_one_batch_keeps_fitting_it(tmp_path: Path) -> None:
     module = Digits(Adam)
     make_trainer(tmp_path, HypergradientDescent(), overfit_batches=1, max_epochs=1500).fit(module)
-    assert module.losses[500] < 5e-4
-    assert max(module.losses[500:]) < 1.5 * module.losses[500]
+    assert stays_below(module.losses, 1e-4)

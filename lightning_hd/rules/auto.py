@@ -7,7 +7,7 @@ from typing import Any, Literal
 
 from lightning_hd.checks import check_count, check_fields, not_negative
 from lightning_hd.rules.base import Context, Event, Observation, Rule
-from lightning_hd.rules.bounds import CAP, Brake, Climb, Greedy
+from lightning_hd.rules.bounds import CAP, EARLY, Brake, Climb, Greedy
 from lightning_hd.rules.guard import LossGuard
 
 _HORIZON, _GROWTH = 450.0, 0.5
@@ -32,9 +32,9 @@ _TURNS, _TURNING, _TURNED, _STRAIGHT = 20, 0.1, 0.6, 0.8
 """The number of steps in the running mean of the cosine of two gradients in a row. Minus the next two, gradients begin
 to turn round, and have turned round. Above the last one they do not turn."""
 
-_OPTIMISM, _EARLY = 0.3, 100.0
+_OPTIMISM = 0.3
 """``r``, the additional weight of cosines that ask for a larger rate: early, a longer step is useful beyond the
-horizon. After ``m`` steps it fades as ``1 / t``, as the cap does."""
+horizon."""
 
 _SURE, _RAMP = 2.0, 8.0
 """Standard errors above 0 beyond which the greedy mean is positive, and over which the fast rise grows."""
@@ -278,7 +278,7 @@ class Auto(Rule):
         own.norm = math.hypot(math.sqrt(memory) * own.norm, math.sqrt(1 - memory) * seen.grad_norm)
         own.norm_weight = memory * own.norm_weight + 1 - memory
         cosine = -self._derivative(seen, context) / (own.norm * seen.direction_norm) * math.sqrt(own.norm_weight)
-        bent = cosine + _OPTIMISM * min(1.0, _EARLY / step) * abs(cosine + own.cosine) / 2
+        bent = cosine + _OPTIMISM * min(1.0, EARLY / step) * abs(cosine + own.cosine) / 2
         own.cosine = cosine
         own.squares *= (1 - 1 / _SQUARES) ** stride
         own.squares += (stride * bent) ** 2

@@ -19,8 +19,8 @@ _HIGH, _LONG, _HIGHEST = 30.0, 0.006, 300.0
 moves, short runs with Adam lose, because its moves get shorter after the first one. With 0.02, Adam does lasting harm.
 At the last multiple of ``α_1`` steps count as long in any case."""
 
-_EARLY = 100.0
-"""After so many steps the cap fades as ``1 / t``."""
+EARLY = 100.0
+"""``m``: after so many steps the cap fades as ``1 / t``, and so does the optimism of the rule."""
 
 _LONGEST = 0.3
 """The longest step over ``‖θ‖``. With 1, a network with batch normalization blew up in full batches, with Adam."""
@@ -108,7 +108,7 @@ class Climb:
 
     def cap(self, step: int) -> float:
         """The largest change of ``log α`` per step."""
-        return (_CAREFUL_CAP if self.careful else CAP) * min(1.0, _EARLY / step)
+        return (_CAREFUL_CAP if self.careful else CAP) * min(1.0, EARLY / step)
 
     def limit(self, seen: Observation, normalized: bool) -> float:
         """The highest rate. It is infinite where steps follow the norm of the gradient."""

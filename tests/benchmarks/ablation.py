@@ -39,7 +39,7 @@ VARIANTS: dict[str, dict[str, float]] = {
     "no-turning": {"auto._TURNING": 10.0, "auto._TURNED": 11.0},
     "no-greedy-bound": {"auto._STRAIGHT": 10.0, "auto._SURE": 1e9},
     "no-optimism": {"auto._OPTIMISM": 0.0},
-    "no-fading": {"auto._EARLY": 1e9, "bounds._EARLY": 1e9},
+    "no-fading": {"auto.EARLY": 1e9, "bounds.EARLY": 1e9},
     "no-careful-cap": {"bounds._CAREFUL_CAP": 0.5},
     "no-moves-in-the-cap": {"bounds._LONG": 0.0},
     "no-longest-step": {"bounds._LONGEST": 1e30},

@@ -131,8 +131,9 @@ FEATURES = {
     "clipping by norm": Feature(trainer={"gradient_clip_val": 0.1}),
     "clipping by value": Feature(trainer={"gradient_clip_val": 0.01, "gradient_clip_algorithm": "value"}),
     "manual optimization, two optimizers": Feature(
-        Manual, moves=0.75
-    ),  # later a rate rests while nothing asks for a change
+        Manual,
+        moves=0.75,  # later a rate rests while nothing asks for a change
+    ),
     "validation in mid-epoch": Feature(Validated, {"val_check_interval": 3, "limit_val_batches": 2}),
     "`torch.compile` of a module": Feature(Compiled),
     "`GradientAccumulationScheduler`": Feature(callback=lambda: callbacks.GradientAccumulationScheduler({0: 1, 1: 2})),
