@@ -1,12 +1,21 @@
-"""The example, as users start it: by itself, sharded, or on two nodes."""
+"""The example, as users start it: by itself, with copies or shards, or on two nodes."""
 
+import contextlib
+import io
+import os
 import re
-import socket
+import runpy
 import subprocess
 import sys
 from pathlib import Path
+from unittest import mock
 
 import pytest
+import torch.distributed as dist
+
+from tests.distributed.processes import run, tell_lightning
+
+pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="gloo processes are started with POSIX semantics")
 
 EXAMPLE = Path(__file__).resolve().parents[2] / "examples" / "ddp.py"
 
@@ -35,31 +44,45 @@ def rates(output: str) -> list[str]:
     return found[1].split(", ")
 
 
-def run_nodes(path: Path) -> str:
-    """What the first of two nodes prints that torchrun has started."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    torchrun = ["-m", "torch.distributed.run", "--nnodes", "2", "--nproc-per-node", "1", "--max-restarts", "1"]
-    rendezvous = ["--rdzv-backend", "c10d", "--rdzv-id", "1", "--rdzv-endpoint", f"127.0.0.1:{port}"]
-    script = [str(EXAMPLE), "--processes", "1", "--nodes", "2", "--epochs", "2"]
-    host = ["--local-addr", "127.0.0.1"]
-    nodes = finish([start(path, *torchrun, *rendezvous, *host, *script) for _ in range(2)])
-    (first,) = (output for output in nodes if "learning rates of" in output)
-    return first
+def run_ways(path: Path) -> list[str]:
+    """What this process prints, on processes that look as if torchrun had started them, on one node or on two."""
+    tell_lightning()
+    os.environ.update(TORCHELASTIC_RUN_ID="none", TORCHELASTIC_RESTART_COUNT="0")
+    outputs = []
+    for local, *options in (
+        (os.environ["RANK"], "--processes", "2", "--strategy", "fully_shard"),
+        (os.environ["RANK"], "--processes", "2", "--strategy", "ddp"),
+        ("0", "--processes", "1", "--nodes", "2"),
+    ):
+        os.environ["LOCAL_RANK"] = local
+        sys.argv = [str(EXAMPLE), "--epochs", "2", "--folder", str(path), *options]
+        output = io.StringIO()
+        # The next way needs the group of all processes again.
+        with mock.patch.object(dist, "destroy_process_group") as destroy, contextlib.redirect_stdout(output):
+            runpy.run_path(str(EXAMPLE), run_name="__main__")
+        destroy.assert_called_once_with()
+        outputs.append(output.getvalue())
+    return outputs
 
 
-def run_strategy(path: Path, strategy: str) -> str:
-    (output,) = finish([start(path, str(EXAMPLE), "--processes", "2", "--epochs", "2", "--strategy", strategy)])
-    return output
+def ways(path: Path) -> list[str]:
+    first, second = run(run_ways, 2, path)
+    for rank in (first, second):
+        assert not isinstance(rank, Exception), rank
+    assert second == [""] * len(first), "the first process alone prints"
+    assert len(list(path.rglob("events.out.tfevents.*"))) == len(first)
+    return [*first]
 
 
-@pytest.mark.skipif(sys.platform == "win32", reason="gloo processes are started with POSIX semantics")
-@pytest.mark.parametrize("way", ["sharded", pytest.param("all", marks=pytest.mark.slow)])
-def test_the_example_takes_the_same_rates_however_it_is_started(way: str, tmp_path: Path) -> None:
-    outputs = [run_strategy(tmp_path, "fully_shard")]
-    if way == "all":
-        outputs += [run_strategy(tmp_path, "ddp"), run_nodes(tmp_path)]
-    assert len(rates(outputs[0])) > 8
-    assert all(rates(output) == rates(outputs[0]) for output in outputs)
-    assert len(list(tmp_path.rglob("events.out.tfevents.*"))) == len(outputs)
+def test_the_example_takes_the_same_rates_however_it_is_started(tmp_path: Path) -> None:
+    found = [rates(output) for output in ways(tmp_path)]
+    assert len(found[0]) > 8
+    assert all(own == found[0] for own in found)
+
+
+@pytest.mark.slow
+def test_the_example_that_starts_its_processes_itself_takes_the_same_rates(tmp_path: Path) -> None:
+    script = [str(EXAMPLE), "--processes", "2", "--epochs", "2", "--strategy", "fully_shard"]
+    (output,) = finish([start(tmp_path, *script)])
+    assert len(list(tmp_path.rglob("events.out.tfevents.*"))) == 1
+    assert rates(output) == rates(ways(tmp_path / "others")[0])
