@@ -274,8 +274,8 @@ def test_a_damaged_state_is_refused(calm: Loop, pending: object) -> None:
 # ---------------------------------------------------------------------- several processes
 
 
-def train_together(rank_writes: bool) -> tuple[list[list[float]], int]:
-    """The rates of all steps, and how many looks there were in the last 100 steps."""
+def train_together() -> tuple[list[list[float]], list[int]]:
+    """The rates of all steps, and how many looks there were in the 100 before an event on one rank, and after it."""
     loop, made = Loop(), []
     observe = Displacement.observe
 
@@ -284,21 +284,27 @@ def train_together(rank_writes: bool) -> tuple[list[list[float]], int]:
         return observe(self, *arguments)
 
     with mock.patch.object(Displacement, "observe", counting):
-        lrs = loop.steps(APART + 20)
-        if rank_writes and dist.get_rank() == 0:
+        lrs = loop.steps(APART + 120)
+        if dist.get_rank() == 0:
             loop.optimizer.param_groups[0]["lr"] = 5e-3
         lrs += loop.steps(100)
-    return lrs, sum(step >= APART + 20 for step in made)
+    event = APART + 120
+    return lrs, [sum(first <= step < first + 100 for step in made) for first in (event - 100, event)]
 
 
-def test_processes_look_at_the_same_steps_and_agree(calm: Loop) -> None:
-    alone = Loop()
-    expected = alone.steps(APART + 120)
-    for lrs, count in run(train_together, 2, False):
-        torch.testing.assert_close(lrs, expected, rtol=1e-9, atol=0.0)
-        assert count in (12, 13)
+@pytest.fixture(scope="module")
+def together() -> list[tuple[list[list[float]], list[int]]]:
+    """The processes are started once for both tests."""
+    return run(train_together, 2)
 
 
-def test_an_event_on_one_process_wakes_all() -> None:
-    (_, first), (_, second) = run(train_together, 2, True)
+def test_processes_look_at_the_same_steps_and_agree(together: list[tuple[list[list[float]], list[int]]]) -> None:
+    expected = Loop().steps(APART + 120)
+    for lrs, (before, _) in together:
+        torch.testing.assert_close(lrs[: APART + 120], expected, rtol=1e-9, atol=0.0)
+        assert before in (12, 13)
+
+
+def test_an_event_on_one_process_wakes_all(together: list[tuple[list[list[float]], list[int]]]) -> None:
+    (_, (_, first)), (_, (_, second)) = together
     assert first == second > 60
