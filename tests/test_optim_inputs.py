@@ -2,11 +2,11 @@
 
 import copy
 import inspect
-import subprocess
 import sys
+import unittest
 from collections.abc import Callable
 from functools import partial
-from pathlib import Path
+from types import ModuleType
 from typing import Any, TypeAlias
 
 import pytest
@@ -15,21 +15,8 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from lightning_hd import HypergradientLR
+from tests.distributed.processes import run
 
-# torch publishes the inputs of its own tests nowhere but in this private module. It is imported in a process of its
-# own, because it sets flags of torch and of hypothesis. It needs expecttest only for a class that is not used here.
-READ_INPUTS = """
-import sys, types, unittest
-stand_in = types.ModuleType("expecttest")
-stand_in.TestCase = unittest.TestCase
-sys.modules["expecttest"] = stand_in
-import torch
-from torch.testing._internal.common_optimizers import optim_db
-torch.save(
-    {info.optim_cls.__name__: [(i.desc, i.kwargs) for i in info.optim_inputs_func("cpu")] for info in optim_db},
-    sys.argv[1],
-)
-"""
 STEPS = 5
 REFUSED = ("LBFGS", "Rprop", "SparseAdam")
 CLASSES: dict[str, Any] = {
@@ -48,12 +35,25 @@ Inputs: TypeAlias = dict[str, list[tuple[str, dict[str, Any]]]]
 Numbers: TypeAlias = dict[str, Any]
 
 
+def read_inputs() -> Inputs:
+    """What torch publishes nowhere but in a private module of its own tests.
+
+    It is imported in another process, because it sets flags of torch and of hypothesis. It needs expecttest only for a
+    class that is not used here.
+    """
+    stand_in: Any = ModuleType("expecttest")
+    stand_in.TestCase = unittest.TestCase
+    sys.modules["expecttest"] = stand_in
+    from torch.testing._internal.common_optimizers import optim_db
+
+    return {info.optim_cls.__name__: [(i.desc, i.kwargs) for i in info.optim_inputs_func("cpu")] for info in optim_db}
+
+
 @pytest.fixture(scope="module")
-def inputs(tmp_path_factory: pytest.TempPathFactory) -> Inputs:
-    path: Path = tmp_path_factory.mktemp("inputs") / "inputs.pt"
-    subprocess.run([sys.executable, "-c", READ_INPUTS, str(path)], check=True)
-    known: Inputs = torch.load(path)
-    return known
+def inputs() -> Inputs:
+    (known,) = run(read_inputs, 1)
+    assert not isinstance(known, Exception), known
+    return known  # type: ignore[no-any-return]
 
 
 def implementations(cls: Any) -> list[str]:
