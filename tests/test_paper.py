@@ -6,8 +6,8 @@ import logging
 import math
 import os
 import pickle
+import signal
 import struct
-import subprocess
 import sys
 from collections.abc import Iterator
 from dataclasses import replace
@@ -22,6 +22,7 @@ from torch import nn
 from torch.optim import SGD, Adam
 from typer.testing import CliRunner
 
+from tests.distributed import processes
 from tests.reference import Array, directions, dot
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "examples"))
@@ -30,8 +31,6 @@ from paper import data, figures, plan, sensitivity, settings, training
 from paper.__main__ import app
 from paper.models import make_network
 from paper.settings import Base, Name, Run
-
-EXAMPLES = Path(__file__).resolve().parents[1] / "examples"
 
 Bytes = npt.NDArray[np.uint8]
 
@@ -286,23 +285,18 @@ def test_a_run_is_that_of_the_papers_formulas(
     np.testing.assert_allclose(measured.losses, losses, rtol=1e-4)
 
 
-KILLED = """
-import os, signal, sys
-sys.path.insert(0, sys.argv[1])
-from pathlib import Path
-from paper import data, settings, training
+def train_until_killed(run: Run, out: Path) -> str:
+    """Make a run up to its eighth iteration, in which the process is killed."""
+    seen = 0
 
-def count(iterations):
-    global seen
-    seen += iterations
-    if seen == 8:
-        os.kill(os.getpid(), signal.SIGKILL)
+    def count(iterations: int) -> None:
+        nonlocal seen
+        seen += iterations
+        if seen == 8:
+            os.kill(os.getpid(), signal.SIGKILL)
 
-seen = 0
-images = data.as_large_as_cifar(data.digits())
-training.train(settings.Run(**eval(sys.argv[2])), images, Path(sys.argv[3]), count)
-"""
-"""Makes a run up to its eighth iteration, in which the process is killed."""
+    training.train(run, data.as_large_as_cifar(data.digits()), out, count)
+    return "not killed"
 
 
 def test_a_run_whose_process_is_killed_goes_on_bit_for_bit(tmp_path: Path) -> None:
@@ -311,10 +305,7 @@ def test_a_run_whose_process_is_killed_goes_on_bit_for_bit(tmp_path: Path) -> No
     images = data.as_large_as_cifar(data.digits())
     whole, cut = tmp_path / "whole", tmp_path / "cut"
     training.train(run, images, whole, lambda count: None)
-    command = [sys.executable, "-c", KILLED, str(EXAMPLES), repr(vars(run)), str(cut)]
-    threads = {"OMP_NUM_THREADS": str(torch.get_num_threads())}  # sums depend on it in the last bits
-    killed = subprocess.run(command, timeout=120, env=os.environ | threads)
-    assert killed.returncode == -9
+    assert processes.run(train_until_killed, 1, run, cut) == [None]
     assert [path.name for path in cut.iterdir()] == [f"{run.file}.ckpt"]
     counts: list[int] = []
     training.train(run, images, cut, counts.append)
