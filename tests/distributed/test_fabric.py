@@ -23,7 +23,7 @@ from tests.distributed.training import BATCH, OPTIMIZERS, network, whole
 
 pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="gloo processes are spawned with POSIX semantics")
 
-STEPS, SAVED = 40, 20
+STEPS, SAVED = 20, 10
 ACCUMULATED, CLIPPED_TO = 2, 0.5
 NAMES = ("SGD", "Nesterov", "Adam")
 

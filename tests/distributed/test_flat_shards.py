@@ -18,7 +18,7 @@ from lightning_hd.trainer.attachment import TrainerEngine
 from tests.distributed.processes import run
 from tests.distributed.training import BATCH, OPTIMIZERS, made, share
 
-STEPS, SAVED = 40, 20
+STEPS, SAVED = 20, 10
 
 
 def flat(

@@ -15,7 +15,7 @@ from lightning_hd import HypergradientLR
 from tests.distributed.processes import run
 from tests.distributed.training import BATCH, OPTIMIZERS, Kind, network, share
 
-STEPS, SAVED = 40, 20
+STEPS, SAVED = 20, 10
 
 
 def train(kind: Kind, folder: Path, name: str, resume: bool) -> list[float]:
