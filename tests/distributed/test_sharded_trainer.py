@@ -66,7 +66,7 @@ class Sharded(LightningModule):
 def fit(case: Case, folder: Path, ckpt_path: Path | None = None) -> tuple[list[float], list[Tensor]]:
     name, rule, distributed, precision = case
     module, hd = Sharded(name), HypergradientDescent(rule, hypergrad_lr=RULES[rule])
-    saver = ModelCheckpoint(folder, "{epoch}", save_top_k=-1)
+    saver = ModelCheckpoint(folder, "{epoch}", save_top_k=-1, every_n_epochs=2)
     strategy = ModelParallelStrategy(dist.get_world_size(), 1, save_distributed_checkpoint=distributed)
     plugins = [TorchElasticEnvironment()]
     trainer = make_trainer(
@@ -97,7 +97,7 @@ def fit_on(strategy: str, folder: Path, ckpt_path: Path | None) -> list[float]:
     made: Any = (
         ModelParallelStrategy(count, 1, save_distributed_checkpoint=True) if strategy == "sharded" else DDPStrategy()
     )
-    saver = ModelCheckpoint(folder, "{epoch}", save_top_k=-1)
+    saver = ModelCheckpoint(folder, "{epoch}", save_top_k=-1, every_n_epochs=4)
     arguments: dict[str, Any] = {"max_epochs": 8, "devices": count, "plugins": [TorchElasticEnvironment()]}
     make_trainer(folder, hd, saver, strategy=made, **arguments).fit(module, ckpt_path=ckpt_path)
     for p in module.parameters():
