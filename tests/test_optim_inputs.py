@@ -44,9 +44,10 @@ def read_inputs() -> Inputs:
     stand_in: Any = ModuleType("expecttest")
     stand_in.TestCase = unittest.TestCase
     sys.modules["expecttest"] = stand_in
-    from torch.testing._internal.common_optimizers import optim_db
+    from torch.testing._internal import common_optimizers
 
-    return {info.optim_cls.__name__: [(i.desc, i.kwargs) for i in info.optim_inputs_func("cpu")] for info in optim_db}
+    known: Any = common_optimizers.optim_db
+    return {info.optim_cls.__name__: [(i.desc, i.kwargs) for i in info.optim_inputs_func("cpu")] for info in known}
 
 
 @pytest.fixture(scope="module")
