@@ -5,6 +5,7 @@ Adam-HD (arXiv 1703.04782, Section 3) on it, with the additive or the multiplica
 written from the docstring of ``lightning_hd.Auto``. ``Tuned`` takes gradients from anywhere, for any parameter groups.
 """
 
+import functools
 from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -642,5 +643,7 @@ def torch_loss(network: nn.Module, x: torch.Tensor, y: torch.Tensor) -> torch.Te
     return loss
 
 
+@functools.cache
 def torch_batches() -> list[tuple[torch.Tensor, torch.Tensor]]:
+    """The same batches in torch. They must not be changed."""
     return [(torch.from_numpy(x), torch.from_numpy(y)) for x, y in batches()]

@@ -6,13 +6,12 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from sklearn.datasets import load_digits
 from torch import nn
 from torch.optim import SGD, Adam, AdamW, Optimizer, RMSprop
 
 from lightning_hd import Auto, Context, HypergradientDescent, HypergradientLR, Observation
 from tests import reference
-from tests.test_callback import Digits, make_trainer
+from tests.test_callback import Digits, digits, make_trainer
 
 
 def test_a_gradient_that_is_rounding_raises_nothing_by_hand_and_in_the_formula() -> None:
@@ -56,8 +55,7 @@ def test_a_network_that_fits_all_data_keeps_fitting_them(
     cls: type[Optimizer], settings: dict[str, Any], most: float, count: int, reported: bool
 ) -> None:
     """As gradients vanish, ever higher rates seem right. Steps get long again when the scale has vanished, too."""
-    images, labels = load_digits(return_X_y=True)
-    x, y = torch.tensor(images[:count] / 16, dtype=torch.float32), torch.tensor(labels[:count])
+    x, y = (part[:count] for part in digits())
     torch.manual_seed(0)
     network = nn.Sequential(nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 10))
     hd = HypergradientLR(cls(network.parameters(), lr=1e-3, **settings))  # type: ignore[call-arg]
