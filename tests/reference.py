@@ -85,7 +85,7 @@ def norm(a: Iterable[Array]) -> float:
 
 
 def train(
-    method: str, rule: Any, lr: float, beta: float, settings: dict[str, Any] | None = None
+    method: str, rule: Any, lr: float, beta: float, settings: dict[str, Any] | None = None, steps: int = STEPS
 ) -> tuple[list[float], list[Array]]:
     """Learning rate of every step, and the parameters after the last."""
     parameters = initial_parameters()
@@ -93,7 +93,7 @@ def train(
     next(direction)
     last_d: list[Array] | None = None
     lrs = []
-    for x, y in batches():
+    for x, y in batches()[:steps]:
         _, g = network_loss(parameters, x, y)
         if last_d is not None:
             h = -dot(g, last_d)
