@@ -18,6 +18,7 @@ from torch.optim.lr_scheduler import CosineAnnealingWarmRestarts, CyclicLR, Expo
 from lightning_hd import HypergradientDescent, HypergradientLR
 from lightning_hd.engine import looks
 from tests.distributed.processes import run
+from tests.pairs import covering
 from tests.test_callback import digits, make_trainer
 from tests.test_loops import Validated
 
@@ -443,9 +444,9 @@ def lazily(
 
 
 @pytest.mark.filterwarnings("error")
-@pytest.mark.parametrize("closure", [False, True])
-@pytest.mark.parametrize("rule", ["auto", "additive", "multiplicative"])
-@pytest.mark.parametrize("name", LAZY)
+@pytest.mark.parametrize(
+    ("name", "rule", "closure"), covering(LAZY, ["auto", "additive", "multiplicative"], [False, True])
+)
 def test_parameters_of_lazy_modules_are_tuned_once_they_have_a_shape(name: str, rule: Any, closure: bool) -> None:
     lrs, parameters = lazily(name, rule, closure, lazy=False)
     assert lazily(name, rule, closure, lazy=True) == (lrs, parameters)
