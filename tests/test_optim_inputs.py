@@ -30,7 +30,7 @@ torch.save(
     sys.argv[1],
 )
 """
-STEPS = 5
+STEPS = 3
 REFUSED = ("LBFGS", "Rprop", "SparseAdam")
 CLASSES: dict[str, Any] = {
     name: cls
