@@ -108,7 +108,8 @@ def test_a_leap_that_lasts_brakes_for_longer_where_steps_follow_the_gradient(met
 
 
 @pytest.mark.parametrize(
-    "method", [pytest.param(method, marks=pytest.mark.slow if method == "adam" else ()) for method in METHODS]
+    "method",
+    [pytest.param(method, marks=pytest.mark.slow if method in ("heavy_ball", "adam") else ()) for method in METHODS],
 )
 def test_the_trajectory_is_that_of_the_formula(method: str) -> None:
     # the horizon grows from step 900 on, and looks are up to 8 steps apart from step 1000 on
