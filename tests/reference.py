@@ -5,6 +5,7 @@ Adam-HD (arXiv 1703.04782, Section 3) on it, with the additive or the multiplica
 written from the docstring of ``lightning_hd.Auto``. ``Tuned`` takes gradients from anywhere, for any parameter groups.
 """
 
+import functools
 from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -84,7 +85,7 @@ def norm(a: Iterable[Array]) -> float:
 
 
 def train(
-    method: str, rule: Any, lr: float, beta: float, settings: dict[str, Any] | None = None
+    method: str, rule: Any, lr: float, beta: float, settings: dict[str, Any] | None = None, steps: int = STEPS
 ) -> tuple[list[float], list[Array]]:
     """Learning rate of every step, and the parameters after the last."""
     parameters = initial_parameters()
@@ -92,7 +93,7 @@ def train(
     next(direction)
     last_d: list[Array] | None = None
     lrs = []
-    for x, y in batches():
+    for x, y in batches()[:steps]:
         _, g = network_loss(parameters, x, y)
         if last_d is not None:
             h = -dot(g, last_d)
@@ -642,5 +643,7 @@ def torch_loss(network: nn.Module, x: torch.Tensor, y: torch.Tensor) -> torch.Te
     return loss
 
 
+@functools.cache
 def torch_batches() -> list[tuple[torch.Tensor, torch.Tensor]]:
+    """The same batches in torch. They must not be changed."""
     return [(torch.from_numpy(x), torch.from_numpy(y)) for x, y in batches()]

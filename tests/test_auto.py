@@ -13,7 +13,6 @@ import numpy as np
 import pytest
 import torch
 from lightning.pytorch.loggers import TensorBoardLogger
-from sklearn.datasets import load_digits
 from torch import Tensor, nn
 from torch.optim import (
     ASGD,
@@ -34,7 +33,7 @@ from torch.optim import (
 from lightning_hd import Auto, Context, HypergradientDescent, HypergradientLR, Observation
 from tests import reference
 from tests.pairs import by_turns, pairwise
-from tests.test_callback import Digits, Reference, make_trainer, scalars, tags
+from tests.test_callback import Digits, Reference, digits, make_trainer, scalars, tags
 from tests.test_checkpoints import differences
 from tests.test_hypergradient import FAMILIES, observed, run, same, trajectory
 from tests.test_joining import take_step
@@ -109,7 +108,8 @@ def test_a_leap_that_lasts_brakes_for_longer_where_steps_follow_the_gradient(met
 
 
 @pytest.mark.parametrize(
-    "method", [pytest.param(method, marks=pytest.mark.slow if method == "adam" else ()) for method in METHODS]
+    "method",
+    [pytest.param(method, marks=pytest.mark.slow if method in ("heavy_ball", "adam") else ()) for method in METHODS],
 )
 def test_the_trajectory_is_that_of_the_formula(method: str) -> None:
     # the horizon grows from step 900 on, and looks are up to 8 steps apart from step 1000 on
@@ -590,19 +590,17 @@ def factorize(name: str, lr: float | None, seed: int) -> float:
     return mean_loss(factors, name, lr, 2000, loss)
 
 
-@pytest.mark.parametrize(
-    ("name", "rates"),
-    [("Nesterov", (0.03, 0.1, 0.3)), pytest.param("SGD", (0.3, 1.0, 3.0), marks=pytest.mark.slow)],
-)
-def test_the_rate_falls_in_time_behind_a_saddle(name: str, rates: tuple[float, ...]) -> None:
+@pytest.mark.parametrize(("name", "best"), [("Nesterov", 0.1), pytest.param("SGD", 1.0, marks=pytest.mark.slow)])
+def test_the_rate_falls_in_time_behind_a_saddle(name: str, best: float) -> None:
+    """The best rate is by far that of a grid whose rates are a factor of three apart."""
     for seed in (0, 1):
-        assert factorize(name, None, seed) < 1.1 * min(factorize(name, lr, seed) for lr in rates)
+        assert factorize(name, None, seed) < 1.1 * factorize(name, best, seed)
 
 
 def learn_in_stages(name: str, lr: float | None, seed: int) -> float:
     """Learn the digits, one label in ten wrong; two more classes come in after each fifth of the steps."""
     torch.manual_seed(seed)
-    x, y = map(torch.tensor, load_digits(return_X_y=True))
+    x, y = digits()
     noisy = torch.where(torch.rand(len(y)) < 0.1, torch.randint(10, y.shape), y)
     network = nn.Sequential(nn.Linear(64, 48), nn.ReLU(), nn.Linear(48, 10))
     seen = itertools.count()
@@ -610,55 +608,52 @@ def learn_in_stages(name: str, lr: float | None, seed: int) -> float:
     def loss() -> Tensor:
         known = (y < 2 * (next(seen) // 300 + 1)).nonzero().flatten()
         i = known[torch.randint(len(known), (32,))]
-        return nn.functional.cross_entropy(network(x[i].float() / 16), noisy[i])
+        return nn.functional.cross_entropy(network(x[i]), noisy[i])
 
     return mean_loss(network.parameters(), name, lr, 1500, loss)
 
 
 @pytest.mark.parametrize(
-    ("name", "rates", "seeds"),
+    ("name", "best", "seeds"),
     [
-        ("SGD", (0.1, 0.3), 2),
-        pytest.param("Nesterov", (0.03, 0.1), 4, marks=pytest.mark.slow),
-        pytest.param("Adam", (0.003, 0.01), 4, marks=pytest.mark.slow),
+        ("SGD", 0.3, 2),
+        pytest.param("Nesterov", 0.1, 4, marks=pytest.mark.slow),
+        pytest.param("Adam", 0.01, 4, marks=pytest.mark.slow),
     ],
 )
 def test_classes_that_come_in_stages_are_not_taken_for_the_fault_of_the_rate(
-    name: str, rates: tuple[float, ...], seeds: int
+    name: str, best: float, seeds: int
 ) -> None:
-    """In the mean: one seed is some 5 % off."""
-    ratios = [
-        learn_in_stages(name, None, seed) / min(learn_in_stages(name, lr, seed) for lr in rates)
-        for seed in range(seeds)
-    ]
+    """In the mean: one seed is some 5 % off. The best rate is that of a grid, for all seeds."""
+    ratios = [learn_in_stages(name, None, seed) / learn_in_stages(name, best, seed) for seed in range(seeds)]
     assert sum(ratios) / seeds < 1.1
 
 
 def separate(name: str, lr: float | None, seed: int) -> float:
     """Separate the digits by planes, one at a time. Once they are, most have no gradient but that of the decay."""
     torch.manual_seed(seed)
-    x, y = map(torch.tensor, load_digits(return_X_y=True))
+    x, y = digits()
     planes = nn.Linear(64, 10)
 
     def loss() -> Tensor:
         i = torch.randint(len(x), (1,))
-        return nn.functional.multi_margin_loss(planes(x[i].float() / 16), y[i]) + 1e-3 * planes.weight.square().sum()
+        return nn.functional.multi_margin_loss(planes(x[i]), y[i]) + 1e-3 * planes.weight.square().sum()
 
     return mean_loss(planes.parameters(), name, lr, 3000, loss)
 
 
 @pytest.mark.parametrize(
-    ("name", "rates"),
+    ("name", "best"),
     [
-        ("SGD", (0.03, 0.1)),
-        pytest.param("Nesterov", (0.003, 0.01), marks=pytest.mark.slow),
-        pytest.param("Adam", (0.003, 0.01), marks=pytest.mark.slow),
+        ("SGD", 0.03),
+        pytest.param("Nesterov", 0.003, marks=pytest.mark.slow),
+        pytest.param("Adam", 0.003, marks=pytest.mark.slow),
     ],
 )
-def test_batches_of_one_do_not_starve_it(name: str, rates: tuple[float, ...]) -> None:
-    """With the second seed, the loss seems to rise twice in the first 200 steps."""
+def test_batches_of_one_do_not_starve_it(name: str, best: float) -> None:
+    """With the second seed, the loss seems to rise twice in the first 200 steps. No rate of a grid is 1 % better."""
     for seed in (0, 1):
-        assert separate(name, None, seed) < 1.25 * min(separate(name, lr, seed) for lr in rates)
+        assert separate(name, None, seed) < 1.25 * separate(name, best, seed)
 
 
 @pytest.mark.parametrize("name", ["SGD", pytest.param("Nesterov", marks=pytest.mark.slow), "Adam"])
@@ -726,12 +721,6 @@ def test_backoffs_are_logged_once_there_are_any(tmp_path: Path) -> None:
 
 
 # ---------------------------------------------------------------------- training
-
-
-@functools.cache
-def digits() -> tuple[Tensor, Tensor]:
-    x, y = load_digits(return_X_y=True)
-    return torch.tensor(x / 16, dtype=torch.float32), torch.tensor(y)
 
 
 def classifier(bias: bool = True) -> nn.Sequential:

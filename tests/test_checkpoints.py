@@ -138,11 +138,11 @@ def resume(whole: Training, stop: int, path: Path) -> Training:
 def test_resuming_is_exact(family: str, precision: str, rule: str, place: tuple[str, int], tmp_path: Path) -> None:
     """From a batch on, with a scope."""
     scope, stop = place
-    plain = Training(family, None, "global", precision)
-    plain.run(range(BATCHES))
-    if differences(resume(plain, AMID, tmp_path / "state").state(), plain.state()):
-        assert family in ("ASGD", "NAdam"), "whose scalars torch casts to the parameters' dtype on loading"
-        pytest.skip("torch alone does not resume it exactly")
+    if family in ("ASGD", "NAdam"):  # whose scalars torch casts to the parameters' dtype on loading
+        plain = Training(family, None, "global", precision)
+        plain.run(range(BATCHES))
+        if differences(resume(plain, AMID, tmp_path / "state").state(), plain.state()):
+            pytest.skip("torch alone does not resume it exactly")
     whole = Training(family, rule, scope, precision)
     whole.run(range(BATCHES))
     resumed = resume(whole, stop, tmp_path / "state")

@@ -21,8 +21,8 @@ pytestmark = [
 ADD = "--trainer.callbacks+=lightning_hd.HypergradientDescent"
 
 SETTINGS: dict[str, dict[str, Any]] = {
-    "rule": {"auto": "auto", "additive": "additive", "multiplicative": "multiplicative"},
-    "hypergrad_lr": {"0.05": 0.05, "0": 0, "null": None},
+    "rule": {"additive": "additive", "multiplicative": "multiplicative", "auto": "auto"},
+    "hypergrad_lr": {"0.05": 0.05, "0": 0, "null": None},  # the last one beside "auto", which takes no other
     "scope": {"group": "group", "global": "global"},
     "min_lr": {"1e-4": 1e-4, "null": None},
     "max_lr": {"0.5": 0.5, "null": None},
@@ -71,12 +71,16 @@ def callback_of(cli: LightningCLI) -> HypergradientDescent:
     return hd
 
 
-@pytest.mark.parametrize("name", inspect.signature(HypergradientDescent).parameters)
-def test_every_argument_can_be_set(tmp_path: Path, name: str) -> None:
-    for written, value in SETTINGS[name].items():
-        others = [option("rule", "additive")] if name != "rule" else []
-        cli = command_line(tmp_path, ADD, *others, option(name, written), run=False)
-        assert getattr(callback_of(cli), name) == value
+@pytest.mark.parametrize("turn", range(3))
+def test_every_argument_can_be_set(tmp_path: Path, turn: int) -> None:
+    """In each turn, all arguments together, each with the next of its values."""
+    assert SETTINGS.keys() == inspect.signature(HypergradientDescent).parameters.keys()
+    assert max(map(len, SETTINGS.values())) == 3
+    chosen = {name: list(values.items())[turn % len(values)] for name, values in SETTINGS.items()}
+    cli = command_line(tmp_path, ADD, *(option(name, written) for name, (written, _) in chosen.items()), run=False)
+    assert {name: getattr(callback_of(cli), name) for name in chosen} == {
+        name: value for name, (_, value) in chosen.items()
+    }
 
 
 def test_all_arguments_together_train_as_from_python(tmp_path: Path) -> None:

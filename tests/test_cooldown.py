@@ -236,13 +236,16 @@ def test_a_schedule_that_has_begun_to_fall_counts_as_a_cooldown_that_ends_with_t
 
 
 def test_it_is_as_good_as_the_best_rate_under_the_same_schedule() -> None:
-    """Noise decides here. Without the length of the run, the loss is four times as high."""
+    """Noise decides here. Without the length of the run, the loss is four times as high.
+
+    Of 0.03, 0.1 and 0.3, the second is the best.
+    """
 
     def loss(method: str, rate: float) -> float:
         problem = tasks.build("quadratic", 0, Path())
         return training.train(problem, tuners.methods("auto")[method], "Nesterov", rate, 0.0, 2000).train_loss
 
-    assert loss("auto+cosine", 1e-3) <= 1.1 * min(loss("cosine", rate) for rate in (0.03, 0.1, 0.3))
+    assert loss("auto+cosine", 1e-3) <= 1.1 * loss("cosine", 0.1)
 
 
 @pytest.mark.parametrize("scheduled", [0.0, 1.0])

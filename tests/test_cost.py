@@ -46,7 +46,7 @@ def test_a_step_costs_the_same_whatever_the_number_of_tensors(
     cls: Any, settings: dict[str, Any], copies: int, rule: Any
 ) -> None:
     counts = []
-    for tensors in (10, 1000):
+    for tensors in (10, 1000 if cls is SGD and not settings else 100):
         optimizer = build(cls, settings, tensors)
         engine = HypergradientLR(optimizer, rule)
         counts.append(added(optimizer, build(cls, settings, tensors)))
@@ -55,7 +55,7 @@ def test_a_step_costs_the_same_whatever_the_number_of_tensors(
             assert bytes_kept <= 4 * 8 * 64 * tensors + 1000  # four vectors in float64
         else:
             assert bytes_kept == pytest.approx(copies * 4 * 64 * tensors, abs=1000)
-    assert len(set(counts)) == 1, "as many for 10 tensors as for 1,000"
+    assert len(set(counts)) == 1, "as many for 10 tensors as for more"
     operations, reads = counts[0]
     assert 5 < operations <= (30 if rule == "auto" else 100)
     assert reads == 1

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.optim import SGD, Adam, Optimizer, RMSprop
 
 from lightning_hd import HypergradientDescent, HypergradientLR
+from tests.pairs import covering
 from tests.test_callback import Interrupting, Reference, make_trainer, same
 from tests.test_loops import Manual
 
@@ -81,12 +82,12 @@ def is_released(optimizer: Optimizer) -> bool:
 # ---------------------------------------------------------------------- gradients
 
 
-@pytest.mark.parametrize("bad", [math.nan, math.inf])
-@pytest.mark.parametrize("rule", RULES)
-@pytest.mark.parametrize(("cls", "settings"), [FAMILIES[1], FAMILIES[4]])
+@pytest.mark.parametrize(("family", "rule", "bad"), covering([FAMILIES[1], FAMILIES[4]], RULES, [math.nan, math.inf]))
 def test_a_bad_gradient_and_a_return_to_before_it_cost_one_step(
-    cls: Any, settings: dict[str, Any], rule: Any, bad: float, tmp_path: Path
+    family: tuple[Any, dict[str, Any]], rule: Any, bad: float, tmp_path: Path
 ) -> None:
+    cls, settings = family
+
     class Spoiled(Network):
         def on_before_optimizer_step(self, optimizer: Optimizer) -> None:
             if self.global_step == 8:

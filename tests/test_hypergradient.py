@@ -21,7 +21,7 @@ from torch.optim import SGD, Adam, AdamW, Optimizer, RMSprop, lr_scheduler
 from lightning_hd import Additive, Auto, Context, HypergradientLR, Multiplicative, Observation, Rule
 from lightning_hd.rules import make_rule
 from tests import reference
-from tests.pairs import pairwise
+from tests.pairs import covering, pairwise
 from tests.test_directions import CLASSES, REFUSED, CautiousAdam, SignDescent
 
 PAPER = {
@@ -85,9 +85,9 @@ def observed(hd: HypergradientLR, scope: int = 0) -> Observation:
 # ---------------------------------------------------------------------- the paper
 
 
-@pytest.mark.parametrize("with_closure", [False, True])
-@pytest.mark.parametrize("rule", ["additive", "multiplicative"])
-@pytest.mark.parametrize("method", PAPER)
+@pytest.mark.parametrize(
+    ("method", "rule", "with_closure"), covering(PAPER, ["additive", "multiplicative"], [False, True])
+)
 def test_trajectory_is_the_papers(method: str, rule: Any, with_closure: bool) -> None:
     cls, settings, beta = PAPER[method]
     beta = beta if rule == "additive" else 0.02
@@ -166,15 +166,14 @@ def test_foreach_fused_and_single_tensor_agree(cls: Any, settings: dict[str, Any
         network = reference.torch_network()
         optimizer = cls(network.parameters(), lr=0.01, **settings, **variant)
         hd = HypergradientLR(optimizer, rule, hypergrad_lr=BETAS[rule])
-        ends.append(np.array(trajectory(network, optimizer, hd, range(50))))
+        ends.append(np.array(trajectory(network, optimizer, hd, range(20))))
     np.testing.assert_allclose(ends[1], ends[0], rtol=1e-10)
     np.testing.assert_allclose(ends[2], ends[0], rtol=1e-10)
 
 
-@pytest.mark.parametrize(("cls", "settings"), FAMILIES)
-@pytest.mark.parametrize("lr", [0.01, 0.0])
-@pytest.mark.parametrize("rule", ["additive", "auto"])
-def test_one_group_or_three_make_the_same_trajectory(cls: Any, settings: dict[str, Any], lr: float, rule: Any) -> None:
+@pytest.mark.parametrize(("family", "lr", "rule"), covering(FAMILIES, [0.01, 0.0], ["additive", "auto"]))
+def test_one_group_or_three_make_the_same_trajectory(family: tuple[Any, dict[str, Any]], lr: float, rule: Any) -> None:
+    cls, settings = family
     runs = []
     for split in (False, True):
         network = reference.torch_network()

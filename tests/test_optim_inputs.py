@@ -17,7 +17,7 @@ from torch.optim import Optimizer
 from lightning_hd import HypergradientLR
 from tests.distributed.processes import run
 
-STEPS = 5
+STEPS = 3
 REFUSED = ("LBFGS", "Rprop", "SparseAdam")
 CLASSES: dict[str, Any] = {
     name: cls

@@ -33,6 +33,9 @@ EPOCH = 20
 in_both_orders = pytest.mark.parametrize("reverse", [False, True], ids=["first", "last"])
 RULES = ("auto", "additive", "multiplicative")
 with_every_rule = pytest.mark.parametrize("rule", RULES)
+with_every_rule_in_turn = pytest.mark.parametrize(
+    ("rule", "reverse"), list(zip(RULES, (False, True, False), strict=True))
+)
 
 
 class Example(Reference):
@@ -160,8 +163,7 @@ class TrialsAtTheStart(callbacks.BatchSizeFinder):
             self.scale_batch_size(trainer, pl_module)
 
 
-@in_both_orders
-@with_every_rule
+@with_every_rule_in_turn
 def test_a_sweep_before_training_is_not_tuned_but_training_is(tmp_path: Path, rule: Any, reverse: bool) -> None:
     alone, finder = [callbacks.LearningRateFinder(**SWEEP) for _ in range(2)]
     fit(tmp_path, Example(), alone)
@@ -191,8 +193,7 @@ def test_a_search_before_training_is_not_taken_for_a_checkpoint(tmp_path: Path, 
     fit(tmp_path, Example(), HypergradientDescent(), finder)
 
 
-@pytest.mark.parametrize("epoch", [0, 1])
-@with_every_rule
+@pytest.mark.parametrize(("rule", "epoch"), [("auto", 0), ("additive", 1), ("multiplicative", 0)])
 def test_a_sweep_in_mid_training_is_not_tuned(tmp_path: Path, rule: Any, epoch: int) -> None:
     finder, module = SweepInMidTraining(epoch), Example()
     fit(tmp_path, module, HypergradientDescent(rule), finder, max_epochs=3)
@@ -267,8 +268,7 @@ def test_averaging_goes_from_the_learned_rate_to_its_own(
     assert not [remark for remark in remarks(hd._recorders, hd.rule) if "undid" in remark]
 
 
-@pytest.mark.parametrize("exponential", [False, True])
-@with_every_rule
+@pytest.mark.parametrize(("rule", "exponential"), [("auto", True), ("additive", False), ("multiplicative", True)])
 def test_averaging_from_the_first_step_on_has_its_own_rates(tmp_path: Path, rule: Any, exponential: bool) -> None:
     runs = []
     for own in ([], [HypergradientDescent(rule)]):
@@ -302,8 +302,7 @@ where_averaging_is_loaded = pytest.mark.skipif(
 
 
 @where_averaging_is_loaded
-@pytest.mark.parametrize("exponential", [False, True])
-@with_every_rule
+@pytest.mark.parametrize(("rule", "exponential"), [("auto", False), ("additive", True), ("multiplicative", False)])
 def test_averaging_is_resumed_exactly(tmp_path: Path, rule: Any, exponential: bool) -> None:
     def average() -> Callback:
         return callbacks.StochasticWeightAveraging(0.5, swa_epoch_start=2, annealing_epochs=4)
@@ -404,8 +403,7 @@ def test_accumulation_that_changes_is_logged_at_every_step(tmp_path: Path, rever
     assert list(logged.values()) == pytest.approx(hd.lrs["lr-SGD"])
 
 
-@in_both_orders
-@with_every_rule
+@with_every_rule_in_turn
 def test_pruned_weights_stay_pruned(tmp_path: Path, rule: Any, reverse: bool) -> None:
     hd, module = HypergradientDescent(rule), Reference()
     fit(tmp_path, module, hd, callbacks.ModelPruning("l1_unstructured", amount=0.5), reverse=reverse, max_epochs=3)
@@ -437,8 +435,7 @@ class OneBatch(Reference):
         return super().training_step(reference.torch_batches()[0], batch_idx)
 
 
-@in_both_orders
-@with_every_rule
+@with_every_rule_in_turn
 def test_the_checkpoint_of_an_exception_can_be_resumed(tmp_path: Path, rule: Any, reverse: bool) -> None:
     whole, failing, resumed = (OneBatch() for _ in range(3))
     failing.failing = True

@@ -31,10 +31,10 @@ TOLERANCE = {torch.float64: 1e-9, torch.complex128: 1e-9, torch.float32: 1e-5}
 
 
 def examples(count: int, strategy: st.SearchStrategy[Any]) -> Callable[[Callable[[Any], None]], Callable[[int], None]]:
-    """Try a property with so many examples, the same in every run, or with four times as many where it may be slow."""
+    """Try a property with so many examples, the same in every run, or with twice as many where it may be slow."""
 
     def decorate(check: Callable[[Any], None]) -> Callable[[int], None]:
-        @pytest.mark.parametrize("tried", [count, pytest.param(4 * count, marks=pytest.mark.slow)])
+        @pytest.mark.parametrize("tried", [count, pytest.param(2 * count, marks=pytest.mark.slow)])
         def test(tried: int) -> None:
             settings = hypothesis.settings(deadline=None, max_examples=tried, derandomize=True, database=None)
             settings(hypothesis.given(strategy)(check))()

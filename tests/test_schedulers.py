@@ -19,7 +19,7 @@ from torch.optim.swa_utils import SWALR
 from lightning_hd import HypergradientDescent, HypergradientLR
 from lightning_hd.rules import RuleName
 from tests import reference
-from tests.pairs import by_turns
+from tests.pairs import covering
 from tests.test_callback import Reference, make_trainer
 
 pytestmark = [
@@ -134,17 +134,26 @@ class Scheduled(Reference):
         return super().training_step(batch, batch_idx)
 
 
-@pytest.mark.parametrize(("cls", "interval"), by_turns(SCHEDULERS, ("step", "epoch"), every=2))
-def test_schedulers_compose_in_a_trainer(tmp_path: Path, cls: Any, interval: str) -> None:
+@pytest.mark.parametrize(
+    ("cls", "interval", "rule"),
+    [
+        pytest.param(
+            cls, ("step", "epoch")[(i + turn) % 2], RULES[(i + turn) % 3], marks=pytest.mark.slow if turn else ()
+        )
+        for i, cls in enumerate(SCHEDULERS)
+        for turn in range(2)
+    ],
+)
+def test_schedulers_compose_in_a_trainer(tmp_path: Path, cls: Any, interval: str, rule: RuleName) -> None:
+    """Each scheduler has its turn with one rule, and each rule with both intervals."""
     runs = []
-    for hd in (None, *map(HypergradientDescent, RULES)):
+    for hd in (None, HypergradientDescent(rule)):
         watch = Watch(hd)
         make_trainer(tmp_path, *([hd, watch] if hd else [watch]), max_epochs=EPOCHS, limit_train_batches=EPOCH).fit(
             Scheduled(cls, interval)
         )
         runs.append(watch.run)
-    for run in runs[1:]:
-        run.check(alone=runs[0])
+    runs[1].check(alone=runs[0])
 
 
 @pytest.mark.parametrize("cls", [lr_scheduler.LambdaLR, lr_scheduler.ExponentialLR])
@@ -219,12 +228,15 @@ def test_an_optimizer_that_changes_its_rate_in_a_step_does_so_under_a_schedule_a
     assert runs[1] == pytest.approx(runs[0], rel=1e-12)
 
 
-@pytest.mark.parametrize("scope", ["global", "group"])
-@pytest.mark.parametrize(("first", "every"), [("scheduler", 1), ("engine", EPOCH)])
-@pytest.mark.parametrize("cls", SCHEDULERS)
+@pytest.mark.parametrize(
+    ("cls", "order", "scope"), covering(SCHEDULERS, [("scheduler", 1), ("engine", EPOCH)], ["global", "group"])
+)
 def test_schedulers_compose_in_a_plain_loop(
-    cls: Any, first: str, every: int, scope: Literal["global", "group"]
+    cls: Any, order: tuple[str, int], scope: Literal["global", "group"]
 ) -> None:
+    """Where one of both is built first, and the scheduler is stepped after so many steps."""
+    first, every = order
+
     def train(rule: Any | None) -> Run:
         run, network = Run(), reference.torch_network()
         optimizer = two_groups(network)
@@ -449,6 +461,7 @@ class Loops(Reference):
 PLACES = ["returned", "kept", "on_fit_start", "on_train_start", "training_step"]
 
 
+@pytest.mark.filterwarnings("ignore:.*callbacks used to create the checkpoint.*")
 @pytest.mark.parametrize("manual", [False, True])
 @pytest.mark.parametrize(
     ("before", "now"), [("returned", place) for place in ["none", *PLACES]] + [("none", "returned")]
@@ -456,17 +469,18 @@ PLACES = ["returned", "kept", "on_fit_start", "on_train_start", "training_step"]
 def test_a_trainer_is_scheduled_where_a_scheduler_was_built(
     tmp_path: Path, before: str, now: str, manual: bool
 ) -> None:
-    def fit(place: str, scheduled: bool | None, epochs: int, **arguments: Any) -> HypergradientDescent:
-        hd, keep = HypergradientDescent(scheduled=scheduled), ModelCheckpoint(tmp_path, save_last=True)
-        trainer = make_trainer(tmp_path, hd, keep, max_epochs=epochs, limit_train_batches=STEPS)
+    def fit(
+        place: str, scheduled: bool | None, epochs: int, *others: Callback, **arguments: Any
+    ) -> HypergradientDescent:
+        hd = HypergradientDescent(scheduled=scheduled)
+        trainer = make_trainer(tmp_path, hd, *others, max_epochs=epochs, limit_train_batches=STEPS)
         trainer.fit(Loops(place, manual), **arguments)
         assert len(hd.lrs["lr-SGD"]) == STEPS
         return hd
 
-    fit(before, None, 1)
-    path = (tmp_path / "last.ckpt").rename(tmp_path / "first.ckpt")
-    for scheduled in (None, True, False):
-        hd = fit(now, scheduled, 2, ckpt_path=path)
+    fit(before, None, 1, ModelCheckpoint(tmp_path, save_last=True))
+    for scheduled in (None, True, False) if now in ("none", "returned", "training_step") else (None,):
+        hd = fit(now, scheduled, 2, ckpt_path=tmp_path / "last.ckpt")
         under = now != "none" if scheduled is None else scheduled
         assert hd.engines[0].scheduled == under
         if not manual and scheduled is not False:

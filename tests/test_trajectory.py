@@ -149,7 +149,7 @@ def test_a_callback_names_the_groups_and_the_cooldown_does_not_count(tmp_path: P
 
 
 def test_training_with_it_is_as_good_as_with_the_best_rate_of_a_grid() -> None:
-    """One task; tests/benchmarks/suggestion.py has them all."""
+    """One task; tests/benchmarks/suggestion.py has them all. The best of a grid from 0.03 to 3 is its last rate."""
 
     def loss(rate: float) -> float:
         problem = tasks.build("compress", 0, Path())
@@ -164,4 +164,4 @@ def test_training_with_it_is_as_good_as_with_the_best_rate_of_a_grid() -> None:
         optimizer.step()
     suggested = hd.suggestion()
     assert isinstance(suggested, float)
-    assert loss(suggested) < 1.1 * min(loss(tuners.grid_rate(i)) for i in range(-3, 2))
+    assert loss(suggested) < 1.1 * loss(tuners.grid_rate(1))

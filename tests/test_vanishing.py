@@ -6,13 +6,12 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from sklearn.datasets import load_digits
 from torch import nn
 from torch.optim import SGD, Adam, AdamW, Optimizer, RMSprop
 
 from lightning_hd import Auto, Context, HypergradientDescent, HypergradientLR, Observation
 from tests import reference
-from tests.test_callback import Digits, make_trainer
+from tests.test_callback import Digits, digits, make_trainer
 
 
 def test_a_gradient_that_is_rounding_raises_nothing_by_hand_and_in_the_formula() -> None:
@@ -32,6 +31,10 @@ def test_a_gradient_that_is_rounding_raises_nothing_by_hand_and_in_the_formula()
     assert {round(change, 9) for change in changes[60:100]} == {-0.01, 0.0}, "0 without a move"
 
 
+SLOW = pytest.mark.slow
+NESTEROV: tuple[Any, dict[str, Any]] = (SGD, {"momentum": 0.9, "nesterov": True})
+
+
 def stays_below(losses: list[float], most: float) -> bool:
     """Whether losses are below a bound after 500 steps, and never much above their value then."""
     return max(losses[500:]) < min(most, 1.5 * losses[500])
@@ -40,24 +43,21 @@ def stays_below(losses: list[float], most: float) -> bool:
 @pytest.mark.parametrize(
     ("cls", "settings", "most", "count", "reported"),
     [
-        pytest.param(
-            *(cls, settings, most, count, reported), marks=() if count == 64 and reported else pytest.mark.slow
-        )
-        for cls, settings, most in (
-            (Adam, {}, 1e-4),
-            (AdamW, {}, 5e-4),  # its decay holds the weights back
-            (RMSprop, {}, 5e-4),  # its first direction is ten times as long as later ones, and bounds the rate
-            (SGD, {"momentum": 0.9, "nesterov": True}, 1e-4),
-        )
-        for count, reported in ((64, True), (64, False), (256, True))
+        (Adam, {}, 1e-4, 64, True),
+        pytest.param(Adam, {}, 1e-4, 64, False, marks=SLOW),
+        pytest.param(AdamW, {}, 5e-4, 64, True, marks=SLOW),  # its decay holds the weights back
+        pytest.param(AdamW, {}, 5e-4, 256, True, marks=SLOW),
+        (RMSprop, {}, 5e-4, 64, True),  # its first direction is ten times as long as later ones, and bounds the rate
+        pytest.param(RMSprop, {}, 5e-4, 64, False, marks=SLOW),
+        (*NESTEROV, 1e-4, 64, True),
+        pytest.param(*NESTEROV, 1e-4, 256, True, marks=SLOW),
     ],
 )
 def test_a_network_that_fits_all_data_keeps_fitting_them(
     cls: type[Optimizer], settings: dict[str, Any], most: float, count: int, reported: bool
 ) -> None:
     """As gradients vanish, ever higher rates seem right. Steps get long again when the scale has vanished, too."""
-    images, labels = load_digits(return_X_y=True)
-    x, y = torch.tensor(images[:count] / 16, dtype=torch.float32), torch.tensor(labels[:count])
+    x, y = (part[:count] for part in digits())
     torch.manual_seed(0)
     network = nn.Sequential(nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 10))
     hd = HypergradientLR(cls(network.parameters(), lr=1e-3, **settings))  # type: ignore[call-arg]
@@ -74,18 +74,15 @@ def test_a_network_that_fits_all_data_keeps_fitting_them(
 
 
 def test_in_float64_gradients_may_vanish_further() -> None:
-    norms = {}
-    for dtype in (torch.float32, torch.float64):
-        w = nn.Parameter(torch.ones(10, dtype=dtype))
-        curvature = torch.linspace(0.1, 1, 10, dtype=dtype)
-        hd = HypergradientLR(SGD([w], lr=1e-3, momentum=0.9, nesterov=True))
-        for _ in range(1500):
-            hd._optimizer.zero_grad()
-            (curvature * w.square()).sum().backward()  # type: ignore[no-untyped-call]
-            hd._optimizer.step()
-        assert w.grad is not None
-        norms[dtype] = float(w.grad.norm())
-    assert norms[torch.float64] < 1e-10
+    w = nn.Parameter(torch.ones(10, dtype=torch.float64))
+    curvature = torch.linspace(0.1, 1, 10, dtype=torch.float64)
+    hd = HypergradientLR(SGD([w], lr=1e-3, momentum=0.9, nesterov=True))
+    for _ in range(1500):
+        hd._optimizer.zero_grad()
+        (curvature * w.square()).sum().backward()  # type: ignore[no-untyped-call]
+        hd._optimizer.step()
+    assert w.grad is not None
+    assert w.grad.norm() < 1e-10
 
 
 @pytest.mark.slow
