@@ -137,7 +137,8 @@ class Shown(NamedTuple):
 class AutoRule:
     """The rule auto for one scope. The means and sums that the rule keeps are taken over the whole history here."""
 
-    def __init__(self, normalized: bool = True) -> None:
+    def __init__(self, normalized: bool = True, length: float = np.inf) -> None:
+        self.careful_cap = min(max(0.05, 10 / length), 0.1)
         self.longest_brake = 2.0 if normalized else np.inf
         self.normalized = normalized
         self.far = np.inf if normalized else float(np.log(20))
@@ -309,7 +310,7 @@ class AutoRule:
         self._long |= highest_lr >= 30 * self.first and shown.move_norm >= 0.006 * shown.param_norm
         if usual_norm < resolved or g_norm < resolved:
             return float(max(lr * np.exp(-0.01 * stride), min(lr, self.first or lr)))
-        cap = (0.05 if self._long else 0.5) * min(1.0, 100 / t)
+        cap = (self.careful_cap if self._long else 0.5) * min(1.0, 100 / t)
         if self.turn > 0.8:
             cap = max(cap, 0.1)
         if self.sigmas() > 2 and lr < min(self._fast_to, max(self._seen_lrs)):
@@ -368,7 +369,7 @@ def train_auto(
     direction = directions(method, settings or {})
     next(direction)
     data = batches()
-    lr, rule = first_lr or 0.0, AutoRule(method.startswith("adam"))
+    lr, rule = first_lr or 0.0, AutoRule(method.startswith("adam"), steps if cooldown else np.inf)
     moves = [np.zeros_like(p) for p in parameters]  # E
     late, move, last = moves, moves, moves  # Ē, the last move, and the last gradient
     lrs: list[float] = []

@@ -379,11 +379,13 @@ def test_two_runs_are_equal_bit_for_bit(cls: Any, settings: dict[str, Any]) -> N
 # ---------------------------------------------------------------------- its state
 
 
-def feed(rule: Auto, observations: Iterable[Observation], lr: float = 1.0, start: int = 2) -> list[float]:
+def feed(
+    rule: Auto, observations: Iterable[Observation], lr: float = 1.0, start: int = 2, length: float = math.inf
+) -> list[float]:
     """The rates that the rule makes of a sequence, from its second step on."""
     lrs = []
     for step, seen in enumerate(observations, start=start):
-        lr = rule.update(lr, seen, Context(step))
+        lr = rule.update(lr, seen, Context(step, length=length))
         lrs.append(lr)
     return lrs
 

@@ -54,6 +54,7 @@ class Step:
     look: Look
     sights: Sequence[Sight]  # of each scope
     loss: float | None
+    total: float  # the number of steps of the run; infinite if it is not known
     cooldown: float  # the length of the cooldown that is still to come
     factor: float  # of all rates, in the cooldown
     stopped: bool  # whether the learned scales stay as they are

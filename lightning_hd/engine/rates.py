@@ -194,15 +194,15 @@ class Rates(Scopes):
 
     def _context(self, step: Step, index: int) -> Context:
         since, falls = self.scopes[index].since, not self.under_schedule or self._scheduled_part(index) < _FALLEN
-        cooldown = step.cooldown if falls else 0.0
-        return Context(step.number - since, cooldown, self._rounding, step.nonlinear, step.look.stride)
+        number, cooldown = step.number - since, step.cooldown if falls else 0.0
+        length = max(step.total - since, number)
+        return Context(number, cooldown, self._rounding, step.nonlinear, step.look.stride, length)
 
     def _minimized(self, loss: float | None, index: int) -> float | None:
         """The loss with its sign flipped if the groups of a scope maximize it; unknown if only some of them do."""
         if loss is None:
             return None
-        groups = self.optimizer.param_groups
-        signs = {-1.0 if groups[i].get("maximize", False) else 1.0 for i in self.members(index)}
+        signs = {-1.0 if self.optimizer.param_groups[i].get("maximize") else 1.0 for i in self.members(index)}
         return loss * signs.pop() if len(signs) == 1 else None
 
     def _bounded(self, step: Step, index: int, lr: float) -> float:

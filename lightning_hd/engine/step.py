@@ -1,5 +1,6 @@
 """One step of a tuned optimizer, from top to bottom: sync, look, decide, set, remember."""
 
+import math
 from contextlib import suppress
 from dataclasses import dataclass
 from time import perf_counter
@@ -288,7 +289,8 @@ class Tuning:
                     "the last one",
                 )
         held, nonlinear = list(self.rates.held), self.linearity.failed
-        return Step(number, look, sights, loss, cooldown, factor, self._stopped, nonlinear, held)
+        total = math.inf if self.cooldown.total is None else self.cooldown.total
+        return Step(number, look, sights, loss, total, cooldown, factor, self._stopped, nonlinear, held)
 
     def _take_in(self, scope: Scope, sight: Sight) -> Observation | None:
         """What a scope learns from; ``None`` if there was no step before, or it was undone."""

@@ -1,6 +1,7 @@
 """Rule: how a learning rate follows its hypergradient. It takes the current rate and returns the next."""
 
 import copy
+import math
 from abc import ABC, abstractmethod
 from typing import Any, Literal, NamedTuple, TypeAlias
 
@@ -54,6 +55,7 @@ class Context(NamedTuple):
         nonlinear: Whether the optimizer's step is found not to be linear in its rate. A change of the rate then also
             changes what former steps have done.
         stride: For how many steps the observation stands: the number of steps since the one before.
+        length: The number of steps of the run, counted as ``step`` is; infinite if it is not known.
     """
 
     step: int
@@ -61,6 +63,7 @@ class Context(NamedTuple):
     rounding: float = 2.0**-23
     nonlinear: bool = False
     stride: int = 1
+    length: float = math.inf
 
 
 Event: TypeAlias = Literal["fit", "rewritten", "replaced"]

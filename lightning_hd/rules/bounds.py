@@ -9,10 +9,15 @@ from lightning_hd.rules.base import Context, Observation
 _FIRST_STEP = 1e-4
 """The length of the first step over the norm of the parameters."""
 
-CAP, _CAREFUL_CAP = 0.5, 0.05
+CAP, _CAREFUL_CAP, _SHORT_CAP = 0.5, 0.05, 0.1
 """The largest change of ``log α`` per step: at the start, and once steps are long. They may do harm then, which must
 have time to show. With 0.1, units of networks with clipped or normalized weights die under SGD, and the loss ends at
-1.3 times as much. With 0.03, short runs lose."""
+1.3 times as much. With 0.03, short runs lose. The last one is for runs that are too short for a careful climb. With
+0.15, clipped weights suffer in these."""
+
+_CLIMB = 10.0
+"""In a run of ``n`` steps, the cap is this over ``n`` if that is between the two: so even a climb by a factor of 1000
+leaves a third of the run."""
 
 _HIGH, _LONG, _HIGHEST = 30.0, 0.006, 300.0
 """Steps are long once ``α`` was at the first multiple of ``α_1`` and a move had this part of ``‖θ‖``. Without regard to
@@ -106,9 +111,10 @@ class Climb:
         long = self.peak >= _HIGH * self.first_lr and seen.move_norm >= _LONG * seen.param_norm
         self.careful |= long or self.peak >= _HIGHEST * self.first_lr
 
-    def cap(self, step: int) -> float:
+    def cap(self, context: Context) -> float:
         """The largest change of ``log α`` per step."""
-        return (_CAREFUL_CAP if self.careful else CAP) * min(1.0, EARLY / step)
+        careful = min(max(_CAREFUL_CAP, _CLIMB / context.length), _SHORT_CAP)
+        return (careful if self.careful else CAP) * min(1.0, EARLY / context.step)
 
     def limit(self, seen: Observation, normalized: bool) -> float:
         """The highest rate. It is infinite where steps follow the norm of the gradient."""
