@@ -2,7 +2,7 @@
 
 import math
 from pathlib import Path
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import numpy as np
 import pytest
@@ -67,13 +67,16 @@ class Noting(Auto):
         return super().update(lr, seen, context)
 
 
-@pytest.mark.parametrize("total", [None, 50])
-def test_a_rule_is_told_of_the_steps_since_the_rate_began(total: int | None) -> None:
-    """The rate begins anew where many parameters join. A run that goes on is as long as it has become."""
+@pytest.mark.parametrize(("total", "cooldown"), [(None, "default"), (50, "default"), (50, 0.0)])
+def test_a_rule_is_told_of_the_steps_since_the_rate_began(total: int | None, cooldown: Any) -> None:
+    """The rate begins anew where many parameters join. A run that goes on is as long as it has become.
+
+    Without a cooldown, nothing depends on the length of the run.
+    """
     Noting.told.clear()
     parameters = [nn.Parameter(torch.ones(5)) for _ in range(2)]
     optimizer = Adam(parameters)
-    HypergradientLR(optimizer, Noting(), total_steps=total)
+    HypergradientLR(optimizer, Noting(), total_steps=total, cooldown=cooldown)
     for step in range(60):
         for p in parameters[: 1 if step < 20 else 2]:
             p.grad = p.detach().clone()
@@ -81,7 +84,7 @@ def test_a_rule_is_told_of_the_steps_since_the_rate_began(total: int | None) -> 
     steps = [*range(2, 21), *range(2, 41)]
     assert [step for step, _ in Noting.told] == steps
     lengths = [50] * 19 + [max(30, step) for step in range(2, 41)]
-    assert [length for _, length in Noting.told] == (lengths if total else [math.inf] * len(steps))
+    assert [length for _, length in Noting.told] == (lengths if total and cooldown else [math.inf] * len(steps))
 
 
 @pytest.mark.parametrize("param_norm", [1.0, 7.0])

@@ -54,7 +54,7 @@ class Step:
     look: Look
     sights: Sequence[Sight]  # of each scope
     loss: float | None
-    total: float  # the number of steps of the run; infinite if it is not known
+    total: float  # after so many steps the rates are to have fallen; infinite if that is not known
     cooldown: float  # the length of the cooldown that is still to come
     factor: float  # of all rates, in the cooldown
     stopped: bool  # whether the learned scales stay as they are

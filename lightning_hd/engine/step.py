@@ -278,6 +278,8 @@ class Tuning:
     def _new_step(self, look: Look) -> Step:
         sights, loss = look.seen or ([UNSEEN] * len(self.rates.scopes), None)
         number, cooldown, factor = self.step_count + 1, 0.0, 1.0
+        planned = self.cooldown.total if self.cooldown.part or self.rates.under_schedule else None
+        total = math.inf if planned is None else planned
         if self.rates.under_schedule:  # it falls by itself, until the end
             cooldown = self.cooldown.rest(number)
         elif self.cooldown.total is not None:
@@ -289,7 +291,6 @@ class Tuning:
                     "the last one",
                 )
         held, nonlinear = list(self.rates.held), self.linearity.failed
-        total = math.inf if self.cooldown.total is None else self.cooldown.total
         return Step(number, look, sights, loss, total, cooldown, factor, self._stopped, nonlinear, held)
 
     def _take_in(self, scope: Scope, sight: Sight) -> Observation | None:

@@ -96,9 +96,9 @@ class Auto(Rule):
 
     Here ``H`` is 450 steps, ``w`` is 0.5, ``r`` is 0.3, ``m`` is 100 steps and ``s`` is 60 steps. The clip is at 0.5
     first, and at 0.05 once steps are long: the rate was 30 times the first one and a move was 0.006 ``‖θ‖``, or the
-    rate was 300 times the first one. If the run is known to have ``n < 200`` steps, it is at ``10 / n`` then, up to
-    0.1. After ``m`` steps it shrinks as ``m / t``. The mean in ``G`` is over some 10 steps, or a fiftieth of the steps
-    taken.
+    rate was 300 times the first one. If the rates are to have fallen after ``n < 200`` steps, it is at ``10 / n``
+    then, up to 0.1. After ``m`` steps it shrinks as ``m / t``. The mean in ``G`` is over some 10 steps, or a fiftieth
+    of the steps taken.
 
     ``γ`` is ``α`` times the factor of the cooldown at the end of the run, in which ``α`` does not rise. ``L``
     is the mean of ``log γ`` over the moves in ``E``, each weighted by the part of it that is left. Moves at rates far

@@ -55,7 +55,8 @@ class Context(NamedTuple):
         nonlinear: Whether the optimizer's step is found not to be linear in its rate. A change of the rate then also
             changes what former steps have done.
         stride: For how many steps the observation stands: the number of steps since the one before.
-        length: The number of steps of the run, counted as ``step`` is; infinite if it is not known.
+        length: The number of steps after which the rates are to have fallen, by the cooldown or a schedule, counted as
+            ``step`` is. It is infinite if that is not known, or they do not fall.
     """
 
     step: int
