@@ -160,17 +160,17 @@ def fit_points(lr: float | None, whole: bool, seed: int, steps: int = 1500) -> t
 
 
 @pytest.mark.parametrize(
-    ("whole", "seeds"), [(True, 1), pytest.param(True, 3, marks=SLOW), pytest.param(False, 1, marks=SLOW)]
+    ("whole", "seeds"), [(True, [0]), pytest.param(True, [1, 2], marks=SLOW), pytest.param(False, [0], marks=SLOW)]
 )
-def test_the_rate_outlives_parameters_that_are_all_replaced(whole: bool, seeds: int) -> None:
+def test_the_rate_outlives_parameters_that_are_all_replaced(whole: bool, seeds: list[int]) -> None:
     """The best of 1e-3, 3e-3 and 1e-2 is the second for all seeds."""
     ratios = []
-    for seed in range(seeds):
+    for seed in seeds:
         best, _ = fit_points(3e-3, whole, seed)
         loss, lrs = fit_points(None, whole, seed)
         ratios.append(loss / best)
         assert lrs[100] > 0.5 * lrs[99], "no restart"
-    assert sum(ratios) / seeds < 1.2
+    assert sum(ratios) / len(seeds) < 1.2
 
 
 def memory_of(hd: HypergradientLR) -> list[Tensor]:
