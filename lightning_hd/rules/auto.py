@@ -231,6 +231,7 @@ class Auto(Rule):
         if min(own.norm / math.sqrt(own.norm_weight), seen.grad_norm) < resolved:
             return max(lr * math.exp(-_SETTLING * context.stride), min(lr, climb.first_lr or lr))
         cap, sigmas, grown = climb.cap(context), self._greedy.sigmas, self._brake.has_grown
+        highest = climb.limit(seen, self._normalized)
         back = sigmas > _SURE and lr < climb.peak and math.log(lr) < self._brake.limit
         if back or own.turn > _STRAIGHT:
             cap = max(cap, _FAST)
@@ -239,7 +240,7 @@ class Auto(Rule):
                 change = max(change, _FAST * min(1.0, (sigmas - _SURE) / _RAMP))
             for guard in (self._guard, self._fits):
                 guard.lift(math.log(lr))
-        change = min(change, (math.log(climb.limit(seen, self._normalized)) - math.log(lr)) / context.stride)
+        change = min(change, (math.log(highest) - math.log(lr)) / context.stride)
         return lr * math.exp(context.stride * self._clip(change, cap, lr, grown, context))
 
     def watch(self, lr: float, loss: float, context: Context) -> float:
