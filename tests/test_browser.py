@@ -11,12 +11,10 @@ from typing import Any
 
 import numpy as np
 import pytest
-import torch
 from lightning.pytorch import Callback, LightningModule, Trainer, seed_everything
 from lightning.pytorch.callbacks import LearningRateMonitor
 from lightning.pytorch.loggers import TensorBoardLogger
 from matplotlib.image import imread
-from sklearn.datasets import load_digits
 from torch import Tensor, nn
 from torch.optim import SGD
 from torch.optim.lr_scheduler import CosineAnnealingLR
@@ -30,6 +28,7 @@ from selenium.webdriver.remote.webdriver import WebDriver
 from selenium.webdriver.remote.webelement import WebElement
 
 from tests.browser import PROGRAMS, address, browser, find, tensorboard, until
+from tests.test_callback import digits
 
 pytestmark = [
     pytest.mark.skipif(
@@ -102,8 +101,7 @@ class Digits(LightningModule):
 
 def fit(folder: Path, run: str, callback: Callback) -> None:
     seed_everything(0, verbose=False)
-    images, labels = load_digits(return_X_y=True)
-    data = TensorDataset(torch.tensor(images / 16, dtype=torch.float32), torch.tensor(labels))
+    data = TensorDataset(*digits())
     trainer = Trainer(
         max_steps=STEPS,
         accelerator="cpu",

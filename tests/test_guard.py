@@ -7,12 +7,12 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from sklearn.datasets import load_digits
 from torch import Tensor, nn
 from torch.optim import SGD, Adam
 
 from lightning_hd import Auto, Context, HypergradientLR
 from lightning_hd.rules.guard import LossGuard
+from tests.test_callback import digits
 
 
 def watch(
@@ -127,8 +127,7 @@ def test_a_reported_loss_that_leaps_without_a_reason_costs_a_few_dozen_steps() -
 
 
 def test_the_rate_comes_back_where_the_labels_change() -> None:
-    x, y = (torch.tensor(part) for part in load_digits(return_X_y=True))
-    x, generator = x.float() / 16, torch.Generator().manual_seed(0)
+    (x, y), generator = digits(), torch.Generator().manual_seed(0)
     torch.manual_seed(0)
     network = nn.Sequential(nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 10))
     hd = HypergradientLR(SGD(network.parameters(), lr=1e-3, momentum=0.9, nesterov=True), total_steps=1200)
@@ -146,8 +145,7 @@ def test_the_rate_comes_back_where_the_labels_change() -> None:
 
 def trained(cls: Any, sign: float, closure: bool) -> tuple[list[float], tuple[int, ...]]:
     """The rates and the back-offs where the loss, times a sign, leaps by 5 for a while."""
-    x, y = load_digits(return_X_y=True)
-    images, labels = torch.tensor(x[:512] / 16, dtype=torch.float32), torch.tensor(y[:512])
+    images, labels = (part[:512] for part in digits())
     torch.manual_seed(0)
     network = nn.Sequential(nn.Linear(64, 16), nn.ReLU(), nn.Linear(16, 10))
     optimizer = cls(network.parameters(), lr=0.1, maximize=sign < 0)

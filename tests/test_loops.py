@@ -12,14 +12,13 @@ import pytest
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.loggers import TensorBoardLogger
-from sklearn.datasets import load_digits
 from torch import Tensor, nn
 from torch.optim import SGD, Adam
 from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_hd import HypergradientDescent
 from tests import reference
-from tests.test_callback import Reference, make_trainer, same, scalars
+from tests.test_callback import Reference, digits, make_trainer, same, scalars
 from tests.test_package import ROOT
 
 pytestmark = [
@@ -342,7 +341,7 @@ def gan(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> di
 
 
 def test_a_gan_learns_with_the_limit_that_the_documentation_names(gan: dict[str, Any], tmp_path: Path) -> None:
-    images = torch.tensor(load_digits().data / 16, dtype=torch.float32)
+    images, _ = digits()
     hd = HypergradientDescent(max_lr=3e-3)
     untrained = gan["distance"](gan["GAN"]().sample(len(images)), images)
     assert gan["fit"]("auto", images, EPOCHS, tmp_path, hd) < 0.8 * untrained

@@ -19,7 +19,7 @@ from torch.optim.swa_utils import SWALR
 from lightning_hd import HypergradientDescent, HypergradientLR
 from lightning_hd.rules import RuleName
 from tests import reference
-from tests.pairs import covering
+from tests.pairs import by_turns, covering
 from tests.test_callback import Reference, make_trainer
 
 pytestmark = [
@@ -134,19 +134,10 @@ class Scheduled(Reference):
         return super().training_step(batch, batch_idx)
 
 
-@pytest.mark.parametrize(
-    ("cls", "interval", "rule"),
-    [
-        pytest.param(
-            cls, ("step", "epoch")[(i + turn) % 2], RULES[(i + turn) % 3], marks=pytest.mark.slow if turn else ()
-        )
-        for i, cls in enumerate(SCHEDULERS)
-        for turn in range(2)
-    ],
-)
-def test_schedulers_compose_in_a_trainer(tmp_path: Path, cls: Any, interval: str, rule: RuleName) -> None:
-    """Each scheduler has its turn with one rule, and each rule with both intervals."""
-    runs = []
+@pytest.mark.parametrize(("cls", "interval"), by_turns(SCHEDULERS, ("step", "epoch"), every=2))
+def test_schedulers_compose_in_a_trainer(tmp_path: Path, cls: Any, interval: str) -> None:
+    """Rules take turns: each one meets both intervals."""
+    rule, runs = RULES[(SCHEDULERS.index(cls) + (interval == "epoch")) % len(RULES)], []
     for hd in (None, HypergradientDescent(rule)):
         watch = Watch(hd)
         make_trainer(tmp_path, *([hd, watch] if hd else [watch]), max_epochs=EPOCHS, limit_train_batches=EPOCH).fit(

@@ -13,6 +13,9 @@ from lightning_hd import Auto, Context, HypergradientDescent, HypergradientLR, O
 from tests import reference
 from tests.test_callback import Digits, digits, make_trainer
 
+SLOW = pytest.mark.slow
+NESTEROV: tuple[Any, dict[str, Any]] = (SGD, {"momentum": 0.9, "nesterov": True})
+
 
 def test_a_gradient_that_is_rounding_raises_nothing_by_hand_and_in_the_formula() -> None:
     rule, formula = Auto(), reference.AutoRule()
@@ -29,10 +32,6 @@ def test_a_gradient_that_is_rounding_raises_nothing_by_hand_and_in_the_formula()
         changes.append(np.log(lr / before))
     assert min(changes[20:32]) > 0
     assert {round(change, 9) for change in changes[60:100]} == {-0.01, 0.0}, "0 without a move"
-
-
-SLOW = pytest.mark.slow
-NESTEROV: tuple[Any, dict[str, Any]] = (SGD, {"momentum": 0.9, "nesterov": True})
 
 
 def stays_below(losses: list[float], most: float) -> bool:
